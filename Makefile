@@ -1,0 +1,72 @@
+# Everything here works as the first command in a fresh clone: it needs Python 3.10+, make and a package index.
+#
+#   make test       the default tests
+#   make talk       ask the built-in model the recorded questions, write answer.wav
+#   make check      format, lint, types, import direction
+#   make help       all of them
+
+PYTHON ?= python3
+VENV ?= .venv
+REFERENCE ?= .venv-reference
+LOWEST ?= .venv-lowest
+# torch's plain name brings several GB of CUDA on Linux: point pip at a CPU index, or name a CPU build, if you can.
+TORCH ?= torch==2.13.0
+
+BIN = $(VENV)/bin
+READY = $(VENV)/.installed
+REFERENCE_READY = $(REFERENCE)/.installed
+QUESTIONS = app/moshi_mlx_app/assets/questions.wav
+
+.DEFAULT_GOAL := help
+.PHONY: help install test talk check format reference resolve lowest wheel-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: $(READY)  ## the virtual environment, with what the tests need
+
+$(READY): pyproject.toml scripts/make_venv.py
+	@$(PYTHON) scripts/make_venv.py $(VENV) --editable '.[dev]'
+	@touch $@
+
+test: $(READY)  ## the default tests: no network, no reference packages
+	$(BIN)/python -m pytest
+
+talk: $(READY)  ## the built-in model answers the recorded questions
+	$(BIN)/moshi-mlx-local file $(QUESTIONS) -o answer.wav
+
+check: $(READY)  ## format, lint, strict types, import direction: the gate before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(READY)  ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The reference packages. moshi 0.2.13 asks for an older torch than runs here, so it comes without its
+# dependencies and what its model code imports is named by hand.
+$(REFERENCE_READY): pyproject.toml scripts/make_venv.py
+	@$(PYTHON) scripts/make_venv.py $(REFERENCE) --editable '.[dev]' '$(TORCH)' \
+	    einops safetensors sphn aiohttp rustymimi==0.4.1
+	@$(REFERENCE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps moshi==0.2.13
+	@touch $@
+
+reference: $(REFERENCE_READY)  ## tests/parity against live PyTorch moshi and rustymimi, in an environment of its own
+	$(REFERENCE)/bin/python -m pytest -m parity tests/parity
+
+resolve: $(READY)  ## show that every dependency has a wheel, per platform and Python (asks the package index)
+	$(BIN)/python scripts/check_resolve.py
+
+lowest: scripts/make_venv.py  ## the default tests with the oldest versions that pyproject.toml allows
+	@$(PYTHON) scripts/lowest.py > build-lowest.txt
+	@$(PYTHON) scripts/make_venv.py $(LOWEST) --editable '.[dev]' --constraint build-lowest.txt
+	@rm -f build-lowest.txt
+	$(LOWEST)/bin/python -m pytest
+
+wheel-check: $(READY)  ## build the wheel and look at what it would put into site-packages
+	$(BIN)/python scripts/check_wheel.py
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(REFERENCE) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,10 @@
+"""``python -m moshi_mlx_app`` is the same program as ``moshi-mlx-local``."""
+
+from __future__ import annotations
+
+import sys
+
+from moshi_mlx_app.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
