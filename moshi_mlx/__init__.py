@@ -1,0 +1,1 @@
+"""Moshi on MLX."""

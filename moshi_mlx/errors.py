@@ -1,0 +1,60 @@
+"""Everything that this package raises on purpose.
+
+::
+
+    MoshiError
+    ├── ConfigError        a configuration says something unknown, unsupported or contradictory
+    ├── CheckpointError    a file of weights is broken, incomplete or does not fit its configuration
+    ├── DownloadError      a file could not be fetched: network, gate, token, disk space
+    ├── AudioError         samples that the program cannot use: shape, dtype, rate, NaN
+    ├── StateError         a session's state does not fit the model, or a session was used wrongly
+    ├── TokenError         a text token or an audio code outside its range
+    └── CodecError         the codec failed while it ran
+
+Each message names the thing and the way out. ``assert`` is kept for internal invariants.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AudioError",
+    "CheckpointError",
+    "CodecError",
+    "ConfigError",
+    "DownloadError",
+    "MoshiError",
+    "StateError",
+    "TokenError",
+]
+
+
+class MoshiError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class ConfigError(MoshiError, ValueError):
+    """A configuration key or value is unknown, unsupported or contradicts another."""
+
+
+class CheckpointError(MoshiError):
+    """A checkpoint file is broken, incomplete, or does not fit its configuration."""
+
+
+class DownloadError(MoshiError):
+    """A file could not be fetched or found."""
+
+
+class AudioError(MoshiError, ValueError):
+    """Audio samples have a shape, type, rate or value that cannot be used."""
+
+
+class StateError(MoshiError):
+    """A session's state does not fit its model, or a session was used in a wrong order."""
+
+
+class TokenError(MoshiError, ValueError):
+    """A text token or an audio code is outside its range."""
+
+
+class CodecError(MoshiError):
+    """The audio codec failed while it ran."""
