@@ -1,0 +1,302 @@
+"""Text tokens in, text a person can read out.
+
+Moshi's text stream holds one token a frame: the pieces of a word, then padding until the next word. Three things stand
+here, and none of them knows a model, a frame's audio or a terminal:
+
+- :class:`TextTokenizer` wraps a SentencePiece model: ids <-> pieces.
+- :class:`Detokenizer` turns ids into text as they come. Ids 0 to 3 are marks and print nothing; runs of byte pieces
+  (``<0xF0>``...) are gathered until they make a character; ``▁`` becomes a space.
+- :class:`WordTracker` turns (frame, id) into words with a start and an end.
+
+A stream's state is a few bytes and a few letters: it does not grow with time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moshi_mlx.errors import CheckpointError, TokenError
+
+__all__ = ["EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
+
+EPAD = 0
+"""End of padding: a word starts with the next token. In the SentencePiece model this id is ``<unk>``."""
+BOS = 1
+EOS = 2
+PAD = 3
+SILENT_IDS = frozenset({EPAD, BOS, EOS, PAD})
+"""Ids that carry no text in any model of the family."""
+
+FRAME_SECONDS = 0.08
+SPACE = "▁"
+
+
+class TextTokenizer:
+    """A SentencePiece model, read from a file or from bytes.
+
+    Parameters
+    ----------
+    source : str, path or bytes
+        The ``.model`` file's path, or its contents.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, unreadable or not a SentencePiece model.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
+        # Imported here: `import moshi_mlx` stays light for those who never touch text.
+        from sentencepiece import SentencePieceProcessor
+
+        if isinstance(source, bytes):
+            name, contents = "the given bytes", source
+        else:
+            name = os.fspath(source)
+            try:
+                contents = Path(source).read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"cannot read the text tokenizer {name}: {error.strerror}") from error
+        self._model: Any = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(contents)
+            size = int(self._model.GetPieceSize())
+            # Asked once, so that a token costs two list look-ups while a conversation runs.
+            self._pieces: list[str] = [self._model.IdToPiece(i) for i in range(size)]
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second: a piece whose bytes were changed
+            raise CheckpointError(
+                f"{name} ({len(contents)} bytes) is not a SentencePiece model; download or copy it again"
+            ) from error
+        self._bytes: list[int | None] = [
+            int(piece[3:5], 16) if self._model.IsByte(i) else None for i, piece in enumerate(self._pieces)
+        ]
+        self._silent = SILENT_IDS | {i for i in range(size) if self._model.IsControl(i)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces; valid ids are 0 to ``vocab_size - 1``."""
+        return len(self._pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without begin or end marks."""
+        ids: list[int] = self._model.EncodeAsIds(text)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, strip_leading_space: bool = True) -> str:
+        """Text of a whole sequence of ids: what a :class:`Detokenizer` gives for them, in one string."""
+        stream = self.detokenizer(strip_leading_space=strip_leading_space)
+        return "".join([*map(stream.step, ids), stream.flush()])
+
+    def detokenizer(self, *, strip_leading_space: bool = True) -> Detokenizer:
+        """A new stream over this tokenizer."""
+        return Detokenizer(self, strip_leading_space=strip_leading_space)
+
+    def piece(self, token: int) -> str:
+        """The piece as the model writes it: ``▁hello``, ``<0x0A>``, ``<unk>``.
+
+        Raises
+        ------
+        TokenError
+            There is no such id.
+        """
+        return self._pieces[self._checked(token)]
+
+    def byte(self, token: int) -> int | None:
+        """The value of a byte piece, None for every other piece."""
+        return self._bytes[self._checked(token)]
+
+    def is_silent(self, token: int) -> bool:
+        """True for ids that print nothing: 0 to 3 and the model's control symbols."""
+        return self._checked(token) in self._silent
+
+    def _checked(self, token: int) -> int:
+        token = int(token)
+        if not 0 <= token < len(self._pieces):
+            raise TokenError(
+                f"text token {token} is outside this tokenizer's {len(self._pieces)} pieces; "
+                "the tokenizer and the model do not belong together, or an input-only id was passed"
+            )
+        return token
+
+
+class Detokenizer:
+    """Ids of one stream, one at a time, into text.
+
+    A character that a byte piece has begun is held back until it is whole; a byte sequence that is not UTF-8 prints as
+    U+FFFD. The pieces of a stream joined are the same however it is cut, and :meth:`flush` gives what is left.
+
+    Parameters
+    ----------
+    tokenizer : TextTokenizer
+    strip_leading_space : bool
+        Drop the space that the stream's first word brings with it.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, strip_leading_space: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.strip_leading_space = strip_leading_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = strip_leading_space
+
+    def step(self, token: int) -> str:
+        """The text that this token completes, often ``""``.
+
+        Raises
+        ------
+        TokenError
+            There is no such id.
+        """
+        if self.tokenizer.is_silent(token):
+            return ""
+        byte = self.tokenizer.byte(token)
+        if byte is not None:
+            return self._emit(self._utf8.decode(bytes([byte])))
+        # A piece of letters ends a byte sequence, whole or not.
+        return self._emit(self._utf8.decode(b"", final=True) + self.tokenizer.piece(token).replace(SPACE, " "))
+
+    def flush(self) -> str:
+        """End the stream: U+FFFD where a character was left unfinished. The next token starts a new stream."""
+        text = self._emit(self._utf8.decode(b"", final=True))
+        self.reset()
+        return text
+
+    def reset(self) -> None:
+        """Forget everything: the next token starts a new stream."""
+        self._utf8.reset()
+        self._at_start = self.strip_leading_space
+
+    @property
+    def pending(self) -> bool:
+        """True while a byte piece has begun a character that is not whole yet."""
+        return bool(self._utf8.getstate()[0])
+
+    def save(self) -> dict[str, Any]:
+        """The stream's state as plain values; :meth:`restore` takes it back."""
+        return {"pending": self._utf8.getstate()[0], "at_start": self._at_start}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`save` was called, in this stream or another one over the same tokenizer."""
+        self._utf8.setstate((bytes(state["pending"]), 0))
+        self._at_start = bool(state["at_start"])
+
+    def _emit(self, text: str) -> str:
+        if text and self._at_start:
+            self._at_start = False
+            text = text.removeprefix(" ")
+        return text
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and when it was said: ``start`` and ``end`` in seconds from the stream's first frame."""
+
+    text: str
+    start: float
+    end: float
+
+
+class WordTracker:
+    """(frame, id) pairs of one stream into timed words.
+
+    A word starts at the piece that brings a space (``▁``), or at the first piece after EPAD, which marks a word's start
+    in languages that write no spaces. Its start is that piece's frame (of a character made of byte pieces: the first
+    byte's frame). Punctuation and pieces without ``▁`` belong to the word before them.
+
+    Where a word ends is not in the stream: its pieces come one a frame, faster than they are spoken. So a word ends
+    where the next one starts, and at most :attr:`TAIL_FRAMES` frames after its last piece; the last word before a pause
+    therefore often ends a little late. A run without a space or a mark is cut after :attr:`MAX_LETTERS` letters, so
+    that nothing grows with time.
+
+    Parameters
+    ----------
+    tokenizer : TextTokenizer
+    frame_seconds : float
+        Length of a frame, 0.08 for every model of the family.
+    """
+
+    TAIL_FRAMES = 6
+    MAX_LETTERS = 64
+
+    def __init__(self, tokenizer: TextTokenizer, *, frame_seconds: float = FRAME_SECONDS) -> None:
+        self.frame_seconds = frame_seconds
+        self._stream = tokenizer.detokenizer(strip_leading_space=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next pair starts a new stream."""
+        self._stream.reset()
+        self._text = ""  # the word so far; its first and last frame
+        self._start = self._last = 0
+        self._frame = -1  # the frame of the last pair
+        self._hint: int | None = None  # where the word of the next letter began, if before the letter itself
+        self._marked = False
+
+    def step(self, frame: int, token: int) -> list[Word]:
+        """Words that this token ends: none or one, rarely more. Frames left out count as padding.
+
+        Raises
+        ------
+        TokenError
+            There is no such id, or ``frame`` does not come after the one before.
+        """
+        frame = int(frame)
+        if frame <= self._frame:
+            raise TokenError(f"frame {frame} comes after frame {self._frame}: frames must rise within a stream")
+        silent = self._stream.tokenizer.is_silent(token)
+        self._frame = frame
+        words: list[Word] = []
+        if self._text and frame > self._last + self.TAIL_FRAMES:
+            self._close(frame, words)
+        if silent:
+            self._marked = self._marked or token == EPAD
+            if not self._stream.pending:
+                self._hint = None
+            return words
+        if self._marked:
+            self._close(frame, words)
+            self._marked = False
+        text = self._stream.step(token)
+        if self._hint is None:
+            self._hint = frame
+        self._take(text, words)
+        return words
+
+    def flush(self) -> list[Word]:
+        """End the stream: the last word, if there is one. The next pair starts a new stream."""
+        words: list[Word] = []
+        self._take(self._stream.flush(), words)
+        self._close(self._frame + 1 + self.TAIL_FRAMES, words)
+        self.reset()
+        return words
+
+    def _take(self, text: str, words: list[Word]) -> None:
+        """Add decoded letters to the current word; a space ends it."""
+        for letter in text:
+            if letter.isspace():
+                self._close(self._frame, words)
+                self._hint = self._frame
+                continue
+            if not self._text:
+                self._start = self._frame if self._hint is None else self._hint
+            self._text += letter
+            self._last = self._frame
+            if len(self._text) == self.MAX_LETTERS:
+                self._close(self._frame + 1, words)
+        if self._text and not self._stream.pending:
+            self._hint = None
+
+    def _close(self, frame: int, words: list[Word]) -> None:
+        """End the current word, if there is one, at ``frame`` or where its tail is over."""
+        if self._text:
+            end = min(frame, self._last + 1 + self.TAIL_FRAMES)
+            words.append(Word(self._text, self._seconds(self._start), self._seconds(end)))
+        self._text = ""
+        self._hint = None
+
+    def _seconds(self, frame: int) -> float:
+        return round(frame * self.frame_seconds, 6)
