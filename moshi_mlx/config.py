@@ -45,7 +45,7 @@ class ConditionerConfig:
     n_bins : int
         Rows of the table, not counting the last one, which stands for "no value".
     possible_values : tuple of str
-        Names of the rows, in order.
+        Names of the rows, in order. Empty: any text is taken, its row is a hash of it.
     """
 
     type: Literal["lut", "tensor"]
@@ -64,9 +64,7 @@ class ConditionerConfig:
             _expect_keys(f"{where}.lut", body, {"n_bins", "dim", "tokenizer", "possible_values", "init_scale"})
             if body.get("tokenizer", "noop") != "noop":
                 raise ConfigError(f"{where}.lut.tokenizer: only 'noop' is supported, found {body['tokenizer']!r}")
-            values = body.get("possible_values")
-            if not values:
-                raise ConfigError(f"{where}.lut.possible_values is needed: without it values cannot be looked up")
+            values = body.get("possible_values") or ()
             config = cls(
                 "lut",
                 _integer(f"{where}.lut.dim", body.get("dim")),

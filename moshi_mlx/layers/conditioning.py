@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -77,7 +79,7 @@ class ConditionProvider(nn.Module):
     def __init__(self, configs: Mapping[str, ConditionerConfig], fuser: FuserConfig, output_dim: int):
         super().__init__()
         self.conditioners = {name: _Conditioner(config, output_dim) for name, config in configs.items()}
-        self._configs = dict(configs)
+        self._configs = MappingProxyType(dict(configs))  # not a dict: mlx.nn would take it for children
         self._fuser = fuser
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
@@ -121,10 +123,7 @@ class ConditionProvider(nn.Module):
         config = self._configs[name]
         conditioner = self.conditioners[name]
         if config.type == "lut":
-            for value in values:
-                if value is not None and value not in config.possible_values:
-                    raise ConfigError(f"condition {name!r}: {value!r} is not one of {list(config.possible_values)}")
-            ids = [config.n_bins if value is None else config.possible_values.index(value) for value in values]
+            ids = [_row(name, config, value) for value in values]
             mask = np.array([[value is not None] for value in values])
             return conditioner(conditioner.embed(mx.array(ids)[:, None]).astype(mx.float32), mx.array(mask))
         slots = max(1, *(0 if value is None else value.tensor.shape[0] for value in values))
@@ -139,6 +138,19 @@ class ConditionProvider(nn.Module):
             vectors[index, :length] = np.array(mx.array(value.tensor).astype(mx.float32))
             mask[index, :length] = True if value.mask is None else np.asarray(value.mask, bool)
         return conditioner(mx.array(vectors), mx.array(mask))
+
+
+def _row(name: str, config: ConditionerConfig, value: str | None) -> int:
+    """Row of a named value; the last one for None (moshi ``conditioners/text.py``, NoopTokenizer)."""
+    if value is None:
+        return config.n_bins
+    if not isinstance(value, str):
+        raise ConfigError(f"condition {name!r} must be a string or None, found {value!r}")
+    if not config.possible_values:
+        return int(hashlib.sha256(value.encode()).hexdigest(), 16) % config.n_bins
+    if value not in config.possible_values:
+        raise ConfigError(f"condition {name!r}: {value!r} is not one of {list(config.possible_values)}")
+    return config.possible_values.index(value)
 
 
 def _sinusoids(length: int, dim: int) -> mx.array:
