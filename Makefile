@@ -60,9 +60,9 @@ resolve: $(READY)  ## show that every dependency has a wheel, per platform and P
 	$(BIN)/python scripts/check_resolve.py
 
 lowest: scripts/make_venv.py  ## the default tests with the oldest versions that pyproject.toml allows
-	@$(PYTHON) scripts/lowest.py > build-lowest.txt
-	@$(PYTHON) scripts/make_venv.py $(LOWEST) --editable '.[dev]' --constraint build-lowest.txt
-	@rm -f build-lowest.txt
+	@$(PYTHON) scripts/lowest.py > $(LOWEST).txt
+	@$(PYTHON) scripts/make_venv.py $(LOWEST) --editable '.[dev]' --constraint $(LOWEST).txt
+	@rm -f $(LOWEST).txt
 	$(LOWEST)/bin/python -m pytest
 
 wheel-check: $(READY)  ## build the wheel and look at what it would put into site-packages
