@@ -50,7 +50,7 @@ format: $(READY)  ## let ruff format and fix what it can
 $(REFERENCE_READY): pyproject.toml scripts/make_venv.py
 	@$(PYTHON) scripts/make_venv.py $(REFERENCE) --editable '.[dev]' '$(TORCH)' \
 	    einops safetensors sphn aiohttp rustymimi==0.4.1
-	@$(REFERENCE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps moshi==0.2.13
+	@$(REFERENCE)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --no-deps moshi==0.2.13
 	@touch $@
 
 reference: $(REFERENCE_READY)  ## tests/parity against live PyTorch moshi and rustymimi, in an environment of its own

@@ -139,7 +139,7 @@ def main() -> int:
         "numpy",
         "rustymimi",
         "sentencepiece",
-        "huggingface_hub",
+        "huggingface-hub",
         "soundfile",
         "soxr",
         "sounddevice",

@@ -54,7 +54,8 @@ def main(folder, arguments):
                 "On Debian and Ubuntu: apt-get install python3-venv. Elsewhere: pip install virtualenv." % folder
             )
     print("installing %s into %s (the first time takes a few minutes)" % (" ".join(arguments), folder), flush=True)
-    pip = [inside, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    # Twice quiet: errors are shown, the names of a hundred packages are not.
+    pip = [inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
     return subprocess.call([*pip, "install", *arguments])
 
 
