@@ -1,0 +1,296 @@
+"""Tensors from a file of ``torch.save``, without torch and without running anything that the file says.
+
+Such a file is a ZIP archive of uncompressed members: ``data.pkl`` describes a tree of tensors, ``data/N`` are their
+bytes. Python's unpickler would call whatever functions a pickle names; the small machine below knows some thirty
+opcodes and three names, builds dicts, lists, tuples and tensors out of them, and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError
+
+__all__ = ["read_torch_tensors"]
+
+MAX_FILE = 256 * 2**20
+MAX_MEMBERS = 4096
+MAX_PICKLE = 2**20
+MAX_TENSORS = 1024
+_END_RECORD = 22
+_LONGEST_COMMENT = 65535
+
+_STORAGES = {
+    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": np.uint16,
+    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
+    "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+}  # fmt: skip
+
+
+class _Refused(Exception):
+    """The pickle does something that a dict of tensors has no need of."""
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A global that the pickle named; never looked up, only compared."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_REBUILD = _Name("torch._utils", "_rebuild_tensor_v2")
+_ORDERED = _Name("collections", "OrderedDict")
+
+
+def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None = None) -> dict[str, mx.array]:
+    """The dict of tensors in a ``.pt`` file.
+
+    Parameters
+    ----------
+    source : path or bytes
+        The file, or its contents.
+    where : str, optional
+        What to call it in messages.
+
+    Returns
+    -------
+    dict of str to mx.array
+        float64 comes as float32; everything else keeps its type.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is anything but a dict of plain tensors saved by torch 1.6 or later.
+    """
+    where = where or ("the file" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, bytes):
+        path = Path(source)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        if path.stat().st_size > MAX_FILE:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, which is too much for a voice")
+        source = path.read_bytes()
+    try:
+        return _read(BytesIO(source), len(source))
+    except _Refused as error:
+        raise CheckpointError(
+            f"{where}: {error}; only a dict of tensors is read, as safetensors or torch.save"
+        ) from None
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        TypeError,
+        NotImplementedError,
+    ) as error:
+        raise CheckpointError(f"{where} is damaged or not a file of torch.save: {str(error)[:200]}") from None
+
+
+def _read(file: BinaryIO, size: int) -> dict[str, mx.array]:
+    _check_directory(file, size)
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        described = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(described) != 1:
+            raise _Refused(f"it has {len(described)} descriptions (data.pkl), not one")
+        prefix = described[0].removesuffix("data.pkl")
+
+        def member(name: str, limit: int) -> bytes:
+            info = members.get(prefix + name)
+            if info is None:
+                raise _Refused(f"its part {name[:60]!r} is missing")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise _Refused(f"its part {name[:60]!r} is compressed, which torch never does")
+            if info.file_size > limit:
+                raise _Refused(f"its part {name[:60]!r} has {info.file_size} bytes")
+            return archive.read(info)
+
+        if prefix + "byteorder" in members and member("byteorder", 16) != b"little":
+            raise _Refused("its byte order is not little-endian")
+        tree = _Machine().run(member("data.pkl", MAX_PICKLE))
+        if not isinstance(tree, dict) or not tree:
+            raise _Refused(f"it holds a {type(tree).__name__.strip('_').lower()}, not a dict of tensors")
+        if not all(isinstance(key, str) and isinstance(value, _Tensor) for key, value in tree.items()):
+            raise _Refused("it holds other things than tensors")
+        total = sum(math.prod(t.shape) * np.dtype(_STORAGES[t.storage.kind]).itemsize for t in tree.values())
+        if total > size:  # tensors that share bytes have no place in a voice, and could be made to fill the memory
+            raise _Refused("its tensors are larger than the file")
+        return {key: _build(value, member, size) for key, value in tree.items()}
+
+
+def _check_directory(file: BinaryIO, size: int) -> None:
+    """Refuse a ZIP with absurdly many members before Python's reader makes an object of each."""
+    file.seek(max(0, size - _END_RECORD - _LONGEST_COMMENT))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END_RECORD:
+        raise _Refused("it is not a ZIP archive (files of torch before 1.6 are not)")
+    count = int.from_bytes(tail[at + 10 : at + 12], "little")
+    directory = int.from_bytes(tail[at + 12 : at + 16], "little")
+    wide = tail.rfind(b"PK\6\6", 0, at)
+    if wide >= 0:
+        directory = max(
+            directory if directory < 2**32 - 1 else 0, int.from_bytes(tail[wide + 40 : wide + 48], "little")
+        )
+        count = int.from_bytes(tail[wide + 32 : wide + 40], "little")
+    if count > MAX_MEMBERS or directory > MAX_MEMBERS * 128:
+        raise _Refused(f"it has {count} members")
+
+
+def _build(tensor: _Tensor, member: Callable[[str, int], bytes], limit: int) -> mx.array:
+    """The tensor's array, after checking that its strides stay inside its storage."""
+    kind = _STORAGES[tensor.storage.kind]
+    flat: np.ndarray[Any, Any] = np.frombuffer(member(f"data/{tensor.storage.key}", limit), kind)
+    last = tensor.offset + sum((axis - 1) * stride for axis, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 not in tensor.shape and last >= flat.size:
+        raise _Refused("a tensor reaches beyond its bytes")
+    strides = [stride * flat.itemsize for stride in tensor.strides]
+    array = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False).copy()
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    result = mx.array(array)
+    return result.view(mx.bfloat16) if tensor.storage.kind == "BFloat16Storage" else result
+
+
+class _Machine:
+    """Runs the harmless part of the pickle language."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.tensors = 0
+
+    def run(self, program: bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(program):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self._step(opcode.name, argument)
+        raise _Refused("its description has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in ("PROTO", "FRAME"):
+            return
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._since_mark()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            reverse = [self._pop() for _ in range(int(name[-1]))]
+            stack.append(tuple(reverse[::-1]))
+        elif name in ("SETITEM", "SETITEMS"):
+            self._set_items(self._since_mark() if name == "SETITEMS" else [self._pop(), self._pop()][::-1])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self.memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self._name(*argument.split(" ", 1))
+        elif name == "STACK_GLOBAL":
+            attribute, module = self._pop(), self._pop()
+            self._name(module, attribute)
+        elif name == "BINPERSID":
+            stack.append(self._storage(self._pop()))
+        elif name == "REDUCE":
+            arguments, function = self._pop(), self._pop()
+            stack.append(self._call(function, arguments))
+        else:
+            raise _Refused(f"its description uses the instruction {name}")
+
+    def _pop(self) -> Any:
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise _Refused("its description is malformed")
+        return self.stack.pop()
+
+    def _since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise _Refused("its description is malformed")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str):
+                raise _Refused("it has keys that are not strings")
+            target[key] = value
+
+    def _name(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _Refused("its description is malformed")
+        found = _Name(module, name)
+        if found not in (_REBUILD, _ORDERED) and not (found.module == "torch" and found.name in _STORAGES):
+            raise _Refused(f"it wants to use {found.module[:60]}.{found.name[:60]}")
+        self.stack.append(found)
+
+    def _storage(self, identity: Any) -> _Storage:
+        match identity:
+            case ("storage", _Name(module="torch", name=kind), str(key), str(), int()) if key.isalnum():
+                return _Storage(key, kind)
+        raise _Refused("it refers to bytes in an unknown way")
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if function == _ORDERED and arguments == ():
+            return {}
+        if function == _REBUILD and isinstance(arguments, tuple) and len(arguments) >= 4:
+            storage, offset, shape, strides = arguments[:4]
+            self.tensors += 1
+            if (
+                isinstance(storage, _Storage)
+                and all(_naturals(part) for part in ((offset,), shape, strides))
+                and len(shape) == len(strides) <= 8
+                and self.tensors <= MAX_TENSORS
+            ):
+                return _Tensor(storage, offset, shape, strides)
+            raise _Refused("it has an impossible tensor")
+        raise _Refused("it calls something in an unexpected way")
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "NONE": lambda: None,
+    "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+}  # fmt: skip
+_LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT",
+}  # fmt: skip
