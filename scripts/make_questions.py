@@ -1,8 +1,8 @@
 """Synthesize the recording of spoken questions that the program ships: ``questions.wav`` and ``questions.json``.
 
-Eight questions that the small model is taught, in eight voices of flite and espeak-ng, none of them the model's own. After
-each one comes silence, long enough for the answer. The texts come from ``moshi_mlx.training.dialogues``, which is also
-where the expected answers in ``questions.json`` are looked up. Needs the commands ``flite`` and ``espeak-ng``.
+Eight questions that the small model is taught, in eight voices of flite and espeak-ng, none of them the model's own.
+After each one comes silence, long enough for the answer. The texts come from ``moshi_mlx.training.dialogues``, which is
+also where the expected answers in ``questions.json`` are looked up. Needs the commands ``flite`` and ``espeak-ng``.
 
     python scripts/make_questions.py
 """
@@ -26,19 +26,18 @@ ASSETS = ROOT / "app" / "moshi_mlx_app" / "assets"
 SAMPLE_RATE = 24000
 LEVEL_DB = -23.0  # root mean square of each question, dB below full scale: the level of the training speech
 LEAD_SECONDS = 1.0
-PAUSE_SECONDS = 3.2  # "Hello, I am Moshi. How can I help you?" takes just under three seconds
 
-# (voice, question). A voice is the synthesizer's command and its name for the voice. The voices flite/rms,
-# espeak/...+m2 and espeak/...+f5 are never heard in training.
+# (voice, question, seconds of silence after it). A voice is the synthesizer and its name for the voice. flite/rms,
+# espeak/...+m2 and espeak/...+f5 are never heard in training. The longest answer here takes 3.3 s to say.
 QUESTIONS = (
-    ("espeak/en-us+f2", "Hello."),
-    ("flite/awb", "What is your name?"),
-    ("espeak/en-us+m2", "What is the capital of France?"),
-    ("espeak/en+Annie", "What is three plus four?"),
-    ("flite/rms", "What color is the sky?"),
-    ("espeak/en-us+m3", "What comes after Monday?"),
-    ("espeak/en-us+f5", "What does a cat say?"),
-    ("flite/kal16", "Goodbye."),
+    ("espeak/en-us+f2", "Hello.", 4.2),
+    ("flite/awb", "What is your name?", 3.2),
+    ("espeak/en-us+m2", "What is the capital of France?", 3.4),
+    ("espeak/en+Annie", "What is three plus four?", 3.2),
+    ("flite/rms", "What color is the sky?", 3.2),
+    ("espeak/en-us+m3", "What comes after Monday?", 3.4),
+    ("espeak/en-us+f5", "What does a cat say?", 3.2),
+    ("flite/kal16", "Goodbye.", 4.0),
 )
 
 
@@ -74,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
 
     answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
     pieces, entries = [np.zeros(round(LEAD_SECONDS * SAMPLE_RATE), np.float32)], []
-    for voice, text in QUESTIONS:
+    for voice, text, pause in QUESTIONS:
         said = speak(voice, text)
         start = sum(map(len, pieces)) / SAMPLE_RATE
-        pieces += [said, np.zeros(round(PAUSE_SECONDS * SAMPLE_RATE), np.float32)]
+        pieces += [said, np.zeros(round(pause * SAMPLE_RATE), np.float32)]
         entry = {"text": text, "start": round(start, 3), "end": round(start + len(said) / SAMPLE_RATE, 3)}
         entries.append({**entry, "voice": voice, "expected": answers[text]})
     pcm = np.concatenate(pieces)
