@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx.errors import CheckpointError, TokenError
+from .errors import CheckpointError, TokenError
 
 __all__ = ["EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
 
