@@ -7,6 +7,7 @@ and Hugging Face's config.json of the text model Helium.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -64,12 +65,11 @@ class ConditionerConfig:
             _expect_keys(f"{where}.lut", body, {"n_bins", "dim", "tokenizer", "possible_values", "init_scale"})
             if body.get("tokenizer", "noop") != "noop":
                 raise ConfigError(f"{where}.lut.tokenizer: only 'noop' is supported, found {body['tokenizer']!r}")
-            values = body.get("possible_values") or ()
             config = cls(
                 "lut",
-                _integer(f"{where}.lut.dim", body.get("dim")),
-                _integer(f"{where}.lut.n_bins", body.get("n_bins")),
-                tuple(str(value) for value in values),
+                _positive(f"{where}.lut.dim", body.get("dim")),
+                _positive(f"{where}.lut.n_bins", body.get("n_bins")),
+                _strings(f"{where}.lut.possible_values", body.get("possible_values")),
             )
             if len(config.possible_values) > config.n_bins:
                 raise ConfigError(f"{where}.lut: {len(config.possible_values)} values, but n_bins is {config.n_bins}")
@@ -77,7 +77,7 @@ class ConditionerConfig:
         if kind == "tensor":
             body = _mapping(f"{where}.tensor", data.get("tensor"))
             _expect_keys(f"{where}.tensor", body, {"dim"})
-            return cls("tensor", _integer(f"{where}.tensor.dim", body.get("dim")))
+            return cls("tensor", _positive(f"{where}.tensor.dim", body.get("dim")))
         raise ConfigError(f"{where}.type: 'lut' or 'tensor' is supported, found {kind!r}")
 
 
@@ -97,10 +97,10 @@ class FuserConfig:
         if data.get("prepend"):
             raise ConfigError("fuser.prepend is not supported: no published model prepends a condition")
         return cls(
-            tuple(data.get("sum") or ()),
-            tuple(data.get("cross") or ()),
-            bool(data.get("cross_attention_pos_emb", False)),
-            float(data.get("cross_attention_pos_emb_scale", 1.0)),
+            _strings("fuser.sum", data.get("sum")),
+            _strings("fuser.cross", data.get("cross")),
+            _boolean("fuser.cross_attention_pos_emb", data.get("cross_attention_pos_emb", False)),
+            _number("fuser.cross_attention_pos_emb_scale", data.get("cross_attention_pos_emb_scale", 1.0)),
         )
 
 
@@ -211,24 +211,41 @@ class LmConfig:
         return cls(**values)
 
     def _check(self) -> None:
-        positive = ("dim", "text_card", "card", "num_heads", "num_layers", "context", "max_period", "hidden_scale")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, found {getattr(self, name)}")
+        self._check_positive("dim", "text_card", "card", "num_heads", "num_layers", "context", "max_period")
+        if not 0 < self.hidden_scale <= _MOST or not self.hidden:
+            raise ConfigError(f"hidden_scale {self.hidden_scale} gives no usable width of the feed-forward layers")
         for name in ("n_q", "dep_q", "extra_heads_num_heads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}")
+        for name in ("num_layers", "extra_heads_num_heads"):
+            if getattr(self, name) > _MOST:
+                raise ConfigError(f"{name} must be at most {_MOST}, found {getattr(self, name)}")
+        if self.extra_heads_num_heads:
+            self._check_positive("extra_heads_dim")
+        rows = self.text_card + self.text_start_row
+        if not 0 < self.text_out <= rows:
+            raise ConfigError(f"text_card_out {self.text_out}: only tokens below {rows} have an embedding")
+        for name in ("existing_text_padding_id", "existing_text_end_padding_id"):
+            if not 0 <= getattr(self, name) < self.text_card:
+                raise ConfigError(f"{name} must be a text token below {self.text_card}, found {getattr(self, name)}")
         if self.dep_q > self.n_q:
             raise ConfigError(f"dep_q {self.dep_q} predicts more streams than the n_q {self.n_q} that exist")
+        if self.own_q > self.dep_q:
+            raise ConfigError(f"the own voice has {self.own_q} streams, but dep_q predicts only {self.dep_q}")
         if len(self.delays) != self.n_q + 1:
             raise ConfigError(f"delays needs {self.n_q + 1} entries (text and n_q streams), found {len(self.delays)}")
         if min(self.delays) < 0:
             raise ConfigError(f"delays must not be negative: {list(self.delays)}")
+        if max(self.delays) > _MOST:
+            raise ConfigError(f"delays must be at most {_MOST} frames, found {max(self.delays)}")
         if not self.causal:
             raise ConfigError("causal: false is not supported: a conversation cannot read the future")
         _check_heads("", self.dim, self.num_heads, self.kv_repeat)
         if self.gating != "silu" or self.depformer_gating not in (None, "silu"):
             raise ConfigError(f"gating {self.gating!r} / {self.depformer_gating!r} is not supported; only 'silu' is")
+        for name in ("norm", "depformer_norm"):
+            if getattr(self, name) not in (*_NORMS, *((None,) if name == "depformer_norm" else ())):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not supported; use one of {', '.join(_NORMS)}")
         for name in ("positional_embedding", "depformer_pos_emb"):
             if getattr(self, name) not in ("rope", "rope_concat", "none"):
                 raise ConfigError(
@@ -246,7 +263,17 @@ class LmConfig:
         if self.dep_q:
             self._check_depformer()
 
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, found {getattr(self, name)}")
+
     def _check_depformer(self) -> None:
+        self._check_positive("depformer_dim", "depformer_num_heads", "depformer_num_layers", "depth_max_period")
+        if self.depformer_num_layers > _MOST:
+            raise ConfigError(f"depformer_num_layers must be at most {_MOST}, found {self.depformer_num_layers}")
+        if self.depformer_low_rank_embeddings is not None:
+            self._check_positive("depformer_low_rank_embeddings")
         _check_heads("depformer_", self.depformer_dim, self.depformer_num_heads, self.depth_kv_repeat)
         if not self.depformer_weights_per_step or not self.depformer_multi_linear:
             raise ConfigError(
@@ -258,13 +285,15 @@ class LmConfig:
                 raise ConfigError(
                     f"depformer_weights_per_step_schedule needs dep_q = {self.dep_q} entries, found {len(schedule)}"
                 )
-            if sorted(set(schedule)) != list(range(max(schedule) + 1)):
+            if min(schedule) < 0 or len(set(schedule)) != max(schedule) + 1:
                 raise ConfigError(f"depformer_weights_per_step_schedule skips a weight set: {list(schedule)}")
         ff = self.depformer_dim_feedforward
         if isinstance(ff, tuple) and len(ff) != self.num_weight_sets:
             raise ConfigError(
                 f"depformer_dim_feedforward needs {self.num_weight_sets} entries, one per weight set, found {len(ff)}"
             )
+        if min(self.depth_hidden) <= 0:
+            raise ConfigError(f"depformer_dim_feedforward {ff} gives no usable width of the feed-forward layers")
 
     @property
     def num_streams(self) -> int:
@@ -403,7 +432,7 @@ class ModelConfig:
             if rest.get(key) is not None:
                 values["quantization"] = dict(_mapping(key, rest[key]))
             rest.pop(key, None)
-        values["lora"] = bool(rest.pop("lora", False))
+        values["lora"] = _boolean("lora", rest.pop("lora", False))
         values["lora_rank"] = _integer("lora_rank", rest.pop("lora_rank", 128))
         values["lora_scaling"] = _number("lora_scaling", rest.pop("lora_scaling", 2.0))
         if kind == "personaplex" and not rest:
@@ -448,6 +477,10 @@ def gated_hidden(dim: int, feedforward: int) -> int:
     return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
 
 
+_NORMS = ("rms_norm_f32", "rms_norm", "layer_norm", "layer_norm_f32")
+# Far more layers, or frames of delay, than any model has: beyond it, a broken file would only exhaust the machine.
+_MOST = 10_000
+
 _HF_HELIUM_IGNORED = {
     "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
     "initializer_range", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
@@ -466,11 +499,11 @@ def _helium_from_hf(data: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"model_type {data['model_type']!r} in Hugging Face form is not supported; only 'helium' is")
     _expect_keys("config.json", data, read | _HF_HELIUM_IGNORED)
     dim, heads = (
-        _integer("hidden_size", data.get("hidden_size")),
-        _integer("num_attention_heads", data.get("num_attention_heads")),
+        _positive("hidden_size", data.get("hidden_size")),
+        _positive("num_attention_heads", data.get("num_attention_heads")),
     )
-    kv_heads = _integer("num_key_value_heads", data.get("num_key_value_heads", heads))
-    hidden = _integer("intermediate_size", data.get("intermediate_size"))
+    kv_heads = _positive("num_key_value_heads", data.get("num_key_value_heads", heads))
+    hidden = _positive("intermediate_size", data.get("intermediate_size"))
     if data.get("head_dim") not in (None, dim // heads):
         raise ConfigError(f"head_dim {data['head_dim']} is not hidden_size / num_attention_heads = {dim // heads}")
     if heads % kv_heads:
@@ -478,7 +511,7 @@ def _helium_from_hf(data: Mapping[str, Any]) -> ModelConfig:
     for key, supported in (("hidden_act", ("silu",)), ("mlp_bias", (False,)), ("attention_bias", (False,))):
         if key in data and data[key] not in supported:
             raise ConfigError(f"{key} {data[key]!r} is not supported; only {supported[0]!r} is")
-    rope = data.get("rope_parameters") or {}
+    rope = _mapping("rope_parameters", data.get("rope_parameters") or {})
     if data.get("rope_scaling") or rope.get("rope_type", "default") != "default":
         raise ConfigError("rope_scaling is not supported")
     eps = _number("rms_norm_eps", data.get("rms_norm_eps", 1e-8))
@@ -486,7 +519,9 @@ def _helium_from_hf(data: Mapping[str, Any]) -> ModelConfig:
     if eps not in norms:
         raise ConfigError(f"rms_norm_eps {eps} is not supported; only 1e-8 and 1e-5 are")
     feedforward = -(-3 * hidden // 2)
-    vocabulary = _integer("vocab_size", data.get("vocab_size"))
+    if feedforward == 4 * dim:
+        feedforward += 1  # the width that has a rule of its own; one more gives the same when `hidden` is even
+    vocabulary = _positive("vocab_size", data.get("vocab_size"))
     lm = LmConfig(
         dim=dim,
         text_card=vocabulary,
@@ -494,7 +529,7 @@ def _helium_from_hf(data: Mapping[str, Any]) -> ModelConfig:
         dep_q=0,
         num_heads=heads,
         num_layers=_integer("num_hidden_layers", data.get("num_hidden_layers")),
-        hidden_scale=feedforward / dim,
+        hidden_scale=(feedforward + 0.5) / dim,  # a half more, or rounding could lose one
         context=_integer("max_position_embeddings", data.get("max_position_embeddings", 4096)),
         max_period=_number("rope_theta", data.get("rope_theta", rope.get("rope_theta", 100000))),
         norm=norms[eps],
@@ -502,15 +537,19 @@ def _helium_from_hf(data: Mapping[str, Any]) -> ModelConfig:
         delays=(0,),
         text_start_row=False,
     )
+    quantization = data.get("quantization") or data.get("quantization_config")
+    tokenizer = data.get("tokenizer_name", "tokenizer.model")
+    if not isinstance(tokenizer, str):
+        raise ConfigError(f"tokenizer_name must be a file name, found {tokenizer!r}")
     if lm.hidden != hidden:
         raise ConfigError(f"intermediate_size {hidden} cannot be expressed as a gated width of hidden_size {dim}")
     return ModelConfig(
         lm=lm,
         model_type="helium",
         mimi_name=None,
-        tokenizer_name=data.get("tokenizer_name", "tokenizer.model"),
-        quantization=data.get("quantization") or data.get("quantization_config"),
-        tied_text_head=bool(data.get("tie_word_embeddings", False)),
+        tokenizer_name=tokenizer,
+        quantization=dict(_mapping("quantization", quantization)) if quantization else None,
+        tied_text_head=_boolean("tie_word_embeddings", data.get("tie_word_embeddings", False)),
     )
 
 
@@ -532,9 +571,7 @@ def _read_field(key: str, spec: Any, value: Any) -> Any:
             return None
         raise ConfigError(f"{key} is null, but a value is needed (for instance {default!r})")
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ConfigError(f"{key} must be true or false, found {value!r}")
-        return value
+        return _boolean(key, value)
     if "str" in str(spec.type):
         if not isinstance(value, str):
             raise ConfigError(f"{key} must be a string, found {value!r}")
@@ -550,10 +587,32 @@ def _mapping(where: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
+def _boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, found {value!r}")
+    return value
+
+
 def _integer(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise ConfigError(f"{key} must be an integer, found {value!r}")
-    return int(value)
+    number = _number(key, value)
+    if not number.is_integer() or abs(number) >= 2**31:
+        raise ConfigError(f"{key} must be an integer of at most 31 bits, found {number:g}")
+    return int(number)
+
+
+def _positive(key: str, value: Any) -> int:
+    number = _integer(key, value)
+    if number <= 0:
+        raise ConfigError(f"{key} must be positive, found {number}")
+    return number
+
+
+def _strings(key: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{key} must be a list of strings, found {value!r}")
+    return tuple(value)
 
 
 def _optional_integer(key: str, value: Any) -> int | None:
@@ -567,9 +626,15 @@ def _integers(key: str, value: Any) -> tuple[int, ...]:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{key} must be a finite number, found {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer with hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{key} must be a finite number, found {number}")
+    return number
 
 
 def _expect_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
