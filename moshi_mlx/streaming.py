@@ -185,12 +185,18 @@ def load_state(path: str | os.PathLike[str], like: State) -> State:
         raise StateError(f"{source}: no such state file")
     try:
         loaded: Any = mx.load(str(source), format="safetensors", return_metadata=True)
+        arrays, header = loaded
+        mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise StateError(f"{source} is not a readable state file: {error}") from error
-    arrays, header = loaded
     if header.get("format") != _FORMAT:
         raise StateError(f"{source} is not a state written by this package")
-    counters: dict[str, int] = json.loads(header["counters"])
+    try:
+        counters = json.loads(header.get("counters", ""))
+    except ValueError:
+        counters = None
+    if not isinstance(counters, dict):
+        raise StateError(f"{source} is damaged: its counters cannot be read")
     state: State = {}
     leaves: dict[str, Any] = {**arrays, **counters}
     for name, _ in _leaves(like):
