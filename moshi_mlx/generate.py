@@ -12,6 +12,7 @@ Only integers cross to the host, once a frame. This module knows tokens, not sou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,9 @@ class GenerationConfig:
             raise ConfigError(f"repetition_penalty must be above 0, found {self.repetition_penalty}")
         if self.repetition_context < 1:
             raise ConfigError(f"repetition_context must be at least 1, found {self.repetition_context}")
+        for name in ("repetition_penalty", "padding_bonus", "cfg_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -157,15 +161,22 @@ class Generator:
         return self._position
 
     def reset(self, *, text: ArrayLike | None = None, own_codes: ArrayLike | None = None) -> Step:
-        """Begin anew: empty caches, then position 0. Returns what it predicted."""
+        """Begin anew: empty caches, then position 0. Returns what it predicted.
+
+        Raises
+        ------
+        TokenError
+            If a token is out of range or misshapen; the generator is unchanged then.
+        """
         model = self.lm.config
+        forced = self._check_forced(text, own_codes)
         copies = 2 * self.batch if self._guided else self.batch
         self._state = self.lm.init_state(copies, condition=self._condition, kv_bits=self._kv_bits)
         # Column p % columns holds what each stream feeds at position p; -2 where that is not known yet.
         self._inputs = np.full((self.batch, model.num_streams, self._columns), UNGENERATED, np.int32)
         self._recent = np.full((self.batch, self.config.repetition_context), ZERO_TOKEN, np.int32)
         self._position = 0
-        self.first = self._run(text, own_codes)
+        self.first = self._run(*forced)
         return self.first
 
     def step(
@@ -235,14 +246,12 @@ class Generator:
         self._position = mine["position"]
         self.seeds = tuple(mine[f"seed{row}"] for row in range(self.batch))
 
-    def _run(self, text: ArrayLike | None, own_codes: ArrayLike | None) -> Step:
+    def _run(self, text: Ints | None, own_codes: Ints | None) -> Step:
         model, position = self.lm.config, self._position
-        if position == 0:
-            text, own_codes = self._check_forced(text, own_codes)
         if text is not None:
-            self._put(np.asarray(text)[:, None], slice(0, 1), position - model.delays[0])
+            self._put(text[:, None], slice(0, 1), position - model.delays[0])
         if own_codes is not None:
-            self._put(np.asarray(own_codes), slice(1, 1 + model.own_q), position)
+            self._put(own_codes, slice(1, 1 + model.own_q), position)
         started = position > self._delays
         column = np.where(started, self._inputs[:, :, position % self._columns], self._starts)
         if (column == UNGENERATED).any():
@@ -346,24 +355,32 @@ class Generator:
 
     def _check_forced(self, text: ArrayLike | None, own_codes: ArrayLike | None) -> tuple[Ints | None, Ints | None]:
         model = self.lm.config
-        highest = (model.text_card + 1) ** 2 + model.text_card if model.demux_second_stream else model.text_card
+        rows = model.text_card + model.text_start_row
+        highest = (rows + 1) * rows - 1 if model.demux_second_stream else rows - 1
         if text is not None:
-            text = self._tokens("text", np.reshape(np.asarray(text), (-1, 1)), 1, UNGENERATED, highest)[:, 0]
+            text = self._tokens("text", np.reshape(_array("text", text), (-1, 1)), 1, UNGENERATED, highest)[:, 0]
         if own_codes is not None:
             own_codes = self._tokens("own_codes", own_codes, model.own_q, UNGENERATED, model.card)
         return text, own_codes
 
     def _tokens(self, name: str, value: ArrayLike, width: int, lowest: int, highest: int) -> Ints:
-        tokens = np.asarray(value)
+        tokens = _array(name, value)
         if tokens.ndim == 1:
             tokens = tokens[None]
         if tokens.shape != (self.batch, width):
-            raise TokenError(f"{name} must have shape [{self.batch}, {width}], found {list(np.shape(value))}")
+            raise TokenError(f"{name} must have shape [{self.batch}, {width}], found {list(tokens.shape)}")
         if not np.issubdtype(tokens.dtype, np.integer):
             raise TokenError(f"{name} must be integers, found {tokens.dtype}")
         if tokens.size and (tokens.min() < lowest or tokens.max() > highest):
             raise TokenError(f"{name} must be between {lowest} and {highest}, found {tokens.min()} to {tokens.max()}")
         return tokens.astype(np.int32)
+
+
+def _array(name: str, value: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:  # rows of unequal length
+        raise TokenError(f"{name} must be an array of integers: {error}") from error
 
 
 def _override(sampled: mx.array, wanted: Ints) -> mx.array:

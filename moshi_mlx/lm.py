@@ -306,13 +306,20 @@ class Lm(nn.Module):
         kv_bits : {None, 8}
             Precision of the cache.
         """
-        if self.config.cross_attention and (condition is None or condition.cross is None):
-            raise ConfigError("this model attends to a condition: give one")
+        self._check_condition(condition, batch)
         source = None if condition is None or condition.cross is None else condition.cross.astype(self.dtype)
         state: State = {"transformer": self.transformer.init_state(batch, self.dtype, kv_bits, source)}
         if condition is not None and condition.sum is not None:
             state["condition_sum"] = condition.sum.astype(self.dtype)
         return state
+
+    def _check_condition(self, condition: Condition | None, batch: int) -> None:
+        given = [] if condition is None else [part for part in (condition.sum, condition.cross) if part is not None]
+        if self.config.cross_attention and (condition is None or condition.cross is None):
+            raise ConfigError("this model attends to a condition: give one")
+        for part in given:
+            if part.shape[0] != batch:
+                raise ConfigError(f"{batch} sequences need as many conditions, found {part.shape[0]}")
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Summed embeddings [batch, time, dim] of one token per stream ``tokens`` [batch, streams, time]."""
@@ -370,6 +377,7 @@ class Lm(nn.Module):
         batch, streams, time = tokens.shape
         if streams != config.num_streams:
             raise TokenError(f"this model reads {config.num_streams} streams, found {streams}")
+        self._check_condition(condition, batch)
         starts = (config.text_start_id,) + (config.audio_start_id,) * config.n_q
         delayed = delay_tokens(tokens, config.delays, starts)
         x = self.embed(delayed[:, :, :-1])

@@ -44,8 +44,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature must be 0 or more, found {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 or more, found {self.top_k}")
+        if self.top_k < 0 or self.top_k % 1 != 0:
+            raise ConfigError(f"top_k must be a whole number, 0 or more, found {self.top_k}")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, found {getattr(self, name)}")

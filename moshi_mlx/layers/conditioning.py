@@ -126,14 +126,20 @@ class ConditionProvider(nn.Module):
             ids = [_row(name, config, value) for value in values]
             mask = np.array([[value is not None] for value in values])
             return conditioner(conditioner.embed(mx.array(ids)[:, None]).astype(mx.float32), mx.array(mask))
-        slots = max(1, *(0 if value is None else value.tensor.shape[0] for value in values))
+        for value in values:
+            if value is None:
+                continue
+            if not isinstance(value, TensorCondition) or value.tensor.ndim != 2 or value.tensor.shape[1] != config.dim:
+                raise ConfigError(f"condition {name!r} must be a TensorCondition of shape [slots, {config.dim}]")
+            if value.mask is not None and np.shape(value.mask) != value.tensor.shape[:1]:
+                found = list(np.shape(value.mask))
+                raise ConfigError(f"condition {name!r}: the mask must have shape [slots], like its tensor; found {found}")
+        slots = max([1, *(value.tensor.shape[0] for value in values if value is not None)])
         vectors = np.zeros((len(values), slots, config.dim), np.float32)
         mask = np.zeros((len(values), slots), bool)
         for index, value in enumerate(values):
             if value is None:
                 continue
-            if not isinstance(value, TensorCondition) or value.tensor.ndim != 2 or value.tensor.shape[1] != config.dim:
-                raise ConfigError(f"condition {name!r} must be a TensorCondition of shape [slots, {config.dim}]")
             length = value.tensor.shape[0]
             vectors[index, :length] = np.array(mx.array(value.tensor).astype(mx.float32))
             mask[index, :length] = True if value.mask is None else np.asarray(value.mask, bool)
