@@ -133,7 +133,7 @@ class ConditionProvider(nn.Module):
                 raise ConfigError(f"condition {name!r} must be a TensorCondition of shape [slots, {config.dim}]")
             if value.mask is not None and np.shape(value.mask) != value.tensor.shape[:1]:
                 found = list(np.shape(value.mask))
-                raise ConfigError(f"condition {name!r}: the mask must have shape [slots], like its tensor; found {found}")
+                raise ConfigError(f"condition {name!r}: one mask entry per slot, found {found}")
         slots = max([1, *(value.tensor.shape[0] for value in values if value is not None)])
         vectors = np.zeros((len(values), slots, config.dim), np.float32)
         mask = np.zeros((len(values), slots), bool)
