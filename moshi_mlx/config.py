@@ -269,11 +269,12 @@ class LmConfig:
                 raise ConfigError(f"{name} must be positive, found {getattr(self, name)}")
 
     def _check_depformer(self) -> None:
-        self._check_positive("depformer_dim", "depformer_num_heads", "depformer_num_layers", "depth_max_period")
+        self._check_positive("depformer_dim", "depformer_num_heads", "depformer_num_layers")
         if self.depformer_num_layers > _MOST:
             raise ConfigError(f"depformer_num_layers must be at most {_MOST}, found {self.depformer_num_layers}")
-        if self.depformer_low_rank_embeddings is not None:
-            self._check_positive("depformer_low_rank_embeddings")
+        for name in ("depformer_low_rank_embeddings", "depformer_max_period"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
         _check_heads("depformer_", self.depformer_dim, self.depformer_num_heads, self.depth_kv_repeat)
         if not self.depformer_weights_per_step or not self.depformer_multi_linear:
             raise ConfigError(
