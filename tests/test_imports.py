@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet
-config, errors <- streaming <- layers <- mimi, lm <- generate <- model <- realtime
+config, errors <- streaming <- layers <- mimi, lm <- generate <- model <- realtime, loading
 text, sampling, delays, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -40,7 +40,20 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "config", "checkpoint"},
     "codec": {"errors", "config", "streaming", "mimi", "mimi_weights"},
     "generate": {"errors", "config", "streaming", "delays", "sampling", "lm"},
-    "model": {"errors", "config", "streaming", "sampling", "text", "lm", "codec", "generate", "hub", "weights"},
+    "model": {"errors", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "loading": {
+        "errors",
+        "config",
+        "checkpoint",
+        "weights",
+        "hub",
+        "text",
+        "lm",
+        "mimi",
+        "mimi_weights",
+        "codec",
+        "model",
+    },
     "realtime": {"errors", "config", "streaming", "sampling", "text", "codec", "generate", "model"},
 }
 HEAVY = {"huggingface_hub", "mlx_lm", "rustymimi", "sentencepiece", "sounddevice", "soundfile", "torch", "transformers"}
