@@ -1,0 +1,441 @@
+"""A loaded checkpoint, and conversations on it: sound in, sound and text out.
+
+::
+
+    model = moshi_mlx.load("small")
+    session = model.session(seed=0)
+    frame = session.step(pcm)        # 80 ms in; frame.pcm is 80 ms out, frame.text what was said
+
+:class:`Moshi` holds weights only and serves any number of sessions; a :class:`Session` holds everything that changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .config import ModelConfig
+from .errors import AudioError, ConfigError, StateError
+from .generate import GenerationConfig, Generator, Step
+from .lm import Lm
+from .sampling import GREEDY, Sampling
+from .text import TextTokenizer, Word, WordTracker
+
+if TYPE_CHECKING:
+    from .codec import Codec
+
+__all__ = ["Moshi", "Reply", "Session", "SessionFrame", "generation_defaults"]
+
+Pcm = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SessionFrame:
+    """What one frame of a conversation produced.
+
+    Attributes
+    ----------
+    index : int
+        Frame number, from 0.
+    pcm : array [frame_size], float32
+        The model's voice; silence while it has none yet.
+    text : str
+        What the model began to say in this frame, ready for display; mostly empty.
+    words : tuple of Word
+        Words that ended in this frame, with start and end in seconds of the model's voice.
+    step : Step or None
+        Tokens and codes behind it.
+    """
+
+    index: int
+    pcm: Pcm
+    text: str
+    words: tuple[Word, ...]
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a recording.
+
+    Attributes
+    ----------
+    pcm, user_pcm : array [samples], float32
+        The model's voice, and the recording as the model heard it (mono, ``sample_rate``), equally long.
+    sample_rate : int
+        Hertz.
+    text : str
+    words : tuple of Word
+    frames : int
+    seconds_audio, seconds_computed : float
+        Length of the sound, and time taken.
+    """
+
+    pcm: Pcm
+    user_pcm: Pcm
+    sample_rate: int
+    text: str
+    words: tuple[Word, ...]
+    frames: int
+    seconds_audio: float
+    seconds_computed: float
+
+
+class Moshi:
+    """A loaded checkpoint. Made by :func:`moshi_mlx.load`.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    lm : Lm
+    codec : Codec or None
+        None for text models.
+    tokenizer : TextTokenizer or None
+    name : str
+        What to call it.
+    trained : bool
+        False if the weights are random: the sound is noise then.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        lm: Lm,
+        codec: Codec | None,
+        tokenizer: TextTokenizer | None,
+        *,
+        name: str = "moshi",
+        trained: bool = True,
+    ):
+        self.config = config
+        self.lm = lm
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.name = name
+        self.trained = trained
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second, in and out."""
+        return self._codec.sample_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in one frame."""
+        return self._codec.frame_size
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return self._codec.frame_rate
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        lm, trained = self.lm.config, "" if self.trained else ", untrained: its weights are random"
+        return (
+            f"{self.name} ({self.config.model_type}, {lm.dim} x {lm.num_layers} layers, "
+            f"{lm.own_q} own and {lm.user_q} user codebooks{trained})"
+        )
+
+    def session(
+        self,
+        *,
+        seed: int = 0,
+        generation: GenerationConfig | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        null_conditions: Mapping[str, Any] | None = None,
+        kv_bits: int | None = None,
+    ) -> Session:
+        """Begin a conversation.
+
+        Parameters
+        ----------
+        seed : int
+            The same seed, settings and sound give the same answer.
+        generation : GenerationConfig, optional
+            How tokens are chosen; by default what the checkpoint or the reference says.
+        conditions, null_conditions : mapping, optional
+            Values for the model's conditioners.
+        kv_bits : {None, 8}
+            Precision of the cache.
+        """
+        return Session(self, seed, generation, conditions, null_conditions, kv_bits)
+
+    def reply(
+        self,
+        pcm: ArrayLike,
+        sample_rate: int,
+        *,
+        seed: int = 0,
+        generation: GenerationConfig | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        tail: float = 0.0,
+        on_frame: Callable[[SessionFrame], None] | None = None,
+    ) -> Reply:
+        """Play a recording to the model and collect what it says.
+
+        Parameters
+        ----------
+        pcm : array [samples] or [samples, channels], float
+            The recording; channels are averaged.
+        sample_rate : int
+            Its rate in hertz; resampled to the model's.
+        seed, generation, conditions
+            As for :meth:`session`.
+        tail : float
+            Seconds of silence after the recording, so that an answer can end.
+        on_frame : callable, optional
+            Called with every :class:`SessionFrame` as it comes.
+
+        Raises
+        ------
+        AudioError
+            If there are no samples, or some are not finite.
+        """
+        began = time.perf_counter()
+        user = to_mono(pcm, sample_rate, self.sample_rate)
+        delay = float(self.config.stt_config.get("audio_delay_seconds", 0.0))
+        lead = float(self.config.stt_config.get("audio_silence_prefix_seconds", 0.0))
+        if self.config.model_type == "stt":  # the text of the last word comes `delay` after its sound
+            tail = max(tail, delay + 1.0)
+        size = self.frame_size
+        before, after = round(lead * self.sample_rate), round(tail * self.sample_rate)
+        user = np.concatenate([np.zeros(before, np.float32), user, np.zeros(after, np.float32)])
+        user = np.concatenate([user, np.zeros(-len(user) % size, np.float32)])
+        session = self.session(seed=seed, generation=generation, conditions=conditions)
+        voice: list[Pcm] = []
+        text: list[str] = []
+        words: list[Word] = []
+
+        def take(frame: SessionFrame) -> None:
+            if frame.pcm.size:
+                voice.append(frame.pcm)
+            text.append(frame.text)
+            words.extend(frame.words)
+            if on_frame is not None:
+                on_frame(frame)
+
+        with session:
+            for start in range(0, len(user), size):
+                take(session.step(user[start : start + size]))
+            take(session.finish())
+        return Reply(
+            pcm=np.concatenate(voice)[before:],
+            user_pcm=user[before:],
+            sample_rate=self.sample_rate,
+            text="".join(text).strip(),
+            words=tuple(words),
+            frames=len(user) // size,
+            seconds_audio=len(user) / self.sample_rate,
+            seconds_computed=time.perf_counter() - began,
+        )
+
+    def default_conditions(self) -> dict[str, Any] | None:
+        """What the checkpoint's conditioners are set to when nobody says otherwise (as Kyutai's programs do)."""
+        conditioners = self.lm.config.conditioners
+        if not conditioners:
+            return None
+        usual = {"description": "very_good", "control": "ok", "cfg": "2.0"}
+        return {
+            name: usual[name] if usual.get(name) in config.possible_values else None
+            for name, config in conditioners.items()
+        }
+
+    @property
+    def _codec(self) -> Codec:
+        if self.codec is None:
+            raise ConfigError(f"{self.name} is a text model: it has no codec, so it can neither hear nor speak")
+        return self.codec
+
+
+class Session:
+    """One conversation, frame by frame. Made by :meth:`Moshi.session`.
+
+    Belongs to the thread that made it. Use it with ``with``, or call :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        model: Moshi,
+        seed: int,
+        generation: GenerationConfig | None,
+        conditions: Mapping[str, Any] | None,
+        null_conditions: Mapping[str, Any] | None,
+        kv_bits: int | None,
+    ):
+        lm = model.lm.config
+        if model.config.model_type == "tts":
+            raise ConfigError(f"{model.name} turns text into speech: it does not converse")
+        if not lm.n_q:
+            raise ConfigError(f"{model.name} is a text model: it does not converse")
+        self.model = model
+        self._codec = model._codec
+        conditions = model.default_conditions() if conditions is None else conditions
+        self._generator = Generator(
+            model.lm,
+            generation or generation_defaults(model.config),
+            seeds=[seed],
+            conditions=None if conditions is None else [conditions],
+            null_conditions=None if null_conditions is None else [null_conditions],
+            kv_bits=kv_bits,
+        )
+        self._encoder = self._codec.encoder() if lm.user_q else None
+        self._decoder = self._codec.decoder() if lm.own_q else None
+        self._silence = np.zeros(model.frame_size, np.float32)
+        delay = float(model.config.stt_config.get("audio_delay_seconds", 0.0))
+        lead = float(model.config.stt_config.get("audio_silence_prefix_seconds", 0.0))
+        self._shift = delay + lead
+        tokenizer = model.tokenizer
+        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
+        self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / model.frame_rate)
+        self._closed = False
+        self._frames = 0
+        # Position 0 runs before any sound: what it says is shown with the first frame.
+        self._early = self._read(self._generator.first)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def frames(self) -> int:
+        """Frames taken so far."""
+        return self._frames
+
+    @property
+    def generator(self) -> Generator:
+        """The tokens' side of the conversation: its state can be inspected, saved and restored."""
+        return self._generator
+
+    def step(self, pcm: ArrayLike) -> SessionFrame:
+        """Hear one frame, and speak one.
+
+        Parameters
+        ----------
+        pcm : array [frame_size], float32
+            The user's sound, -1 to 1.
+
+        Returns
+        -------
+        SessionFrame
+
+        Raises
+        ------
+        AudioError
+            If the frame has another size or values that are not finite.
+        StateError
+            After :meth:`close`.
+        """
+        if self._closed:
+            raise StateError("this session is closed; begin another with model.session()")
+        samples = np.ascontiguousarray(pcm, dtype=np.float32)
+        if samples.shape != (self.model.frame_size,):
+            raise AudioError(f"a frame is {self.model.frame_size} samples, found shape {list(np.shape(pcm))}")
+        codes = None if self._encoder is None else self._encoder.encode(samples)
+        step = self._generator.step(None if codes is None else codes[: self.model.lm.config.user_q])
+        voice = self._silence
+        if self._decoder is not None and step.codes is not None and step.codes.min() >= 0:
+            voice = self._decoder.decode(step.codes[0])
+        (early_text, early_words), self._early = self._early, ("", ())
+        text, words = self._read(step)
+        frame = SessionFrame(self._frames, voice, early_text + text, early_words + words, step)
+        self._frames += 1
+        return frame
+
+    def finish(self) -> SessionFrame:
+        """The last text and words, which only the end completes; its ``pcm`` is empty."""
+        text = "" if self._detokenizer is None else self._detokenizer.flush()
+        words = () if self._tracker is None else self._shifted(self._tracker.flush())
+        return SessionFrame(self._frames, np.zeros(0, np.float32), text, words)
+
+    def reset(self) -> None:
+        """Begin anew, as after :meth:`Moshi.session`."""
+        first = self._generator.reset()
+        for stream in (self._encoder, self._decoder):
+            if stream is not None:
+                stream.reset()
+        if self._detokenizer is not None:
+            self._detokenizer.reset()
+        if self._tracker is not None:
+            self._tracker.reset()
+        self._closed = False
+        self._frames = 0
+        self._early = self._read(first)
+
+    def close(self) -> None:
+        """End the conversation and let go of its memory."""
+        self._closed = True
+
+    def _read(self, step: Step) -> tuple[str, tuple[Word, ...]]:
+        if self._detokenizer is None or self._tracker is None:
+            return "", ()
+        token = int(step.text[0])
+        index = step.index + 1 - self.model.lm.config.delays[0]
+        if token < 0 or index < 0:
+            return "", ()
+        return self._detokenizer.step(token), self._shifted(self._tracker.step(index, token))
+
+    def _shifted(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        """Words at the time of their sound: speech-to-text writes a word ``audio_delay_seconds`` after it."""
+        if not self._shift:
+            return tuple(words)
+        return tuple(
+            replace(word, start=max(word.start - self._shift, 0.0), end=max(word.end - self._shift, 0.0))
+            for word in words
+        )
+
+
+def generation_defaults(config: ModelConfig) -> GenerationConfig:
+    """What a checkpoint's ``lm_gen_config`` says, over the reference's defaults. Speech-to-text is greedy."""
+    base = GenerationConfig()
+    if config.model_type == "stt":
+        return replace(base, text=GREEDY)
+    saved = config.lm_gen_config
+    text, audio = base.text, base.audio
+    temperature = saved.get("temp_text", saved.get("text_temp"))
+    text = Sampling(
+        text.temperature if temperature is None else float(temperature), int(saved.get("top_k_text", text.top_k))
+    )
+    audio = Sampling(float(saved.get("temp", audio.temperature)), int(saved.get("top_k", audio.top_k)))
+    return replace(base, text=text, audio=audio)
+
+
+def to_mono(pcm: ArrayLike, sample_rate: int, target_rate: int) -> Pcm:
+    """A recording as the model hears it: channels averaged, resampled with soxr's best quality.
+
+    Raises
+    ------
+    AudioError
+        If there are no samples, the shape or rate makes no sense, or some samples are not finite.
+    """
+    samples = np.asarray(pcm)
+    if samples.dtype.kind in "iu":
+        raise AudioError(f"samples must be floats between -1 and 1, found {samples.dtype}: divide by its full scale")
+    if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
+        raise AudioError(f"pcm must be [samples] or [samples, channels], found {samples.dtype} {list(samples.shape)}")
+    if not 1 <= sample_rate <= 1_000_000:
+        raise AudioError(f"a sample rate of {sample_rate} Hz makes no sense")
+    if samples.size == 0:
+        raise AudioError("the recording has no samples")
+    samples = samples.astype(np.float32)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    bad = np.flatnonzero(~np.isfinite(samples))
+    if bad.size:
+        raise AudioError(
+            f"{bad.size} samples are not finite numbers, the first at {bad[0] / sample_rate:.3f} s: "
+            "the file is damaged, or was written with a wrong format"
+        )
+    if sample_rate != target_rate:
+        import soxr
+
+        samples = soxr.resample(samples, sample_rate, target_rate, quality="VHQ").astype(np.float32)
+    return np.ascontiguousarray(samples)
