@@ -1,1 +1,59 @@
-"""Moshi on MLX."""
+"""Moshi, Kyutai's full-duplex spoken dialogue model, on MLX.
+
+::
+
+    import moshi_mlx
+
+    model = moshi_mlx.load("small")
+    session = model.session(seed=0)
+    frame = session.step(pcm)          # 80 ms in; frame.pcm is 80 ms out, frame.text what was said
+"""
+
+from __future__ import annotations
+
+from .config import LmConfig, ModelConfig
+from .errors import (
+    AudioError,
+    CheckpointError,
+    CodecError,
+    ConfigError,
+    DownloadError,
+    MoshiError,
+    StateError,
+    TokenError,
+)
+from .generate import GenerationConfig, Generator, Step
+from .lm import Lm, LmOutput
+from .loading import load
+from .mimi import Mimi, MimiConfig
+from .model import Moshi, Reply, Session, SessionFrame
+from .sampling import Sampling
+from .text import TextTokenizer, Word
+
+__all__ = [
+    "AudioError",
+    "CheckpointError",
+    "CodecError",
+    "ConfigError",
+    "DownloadError",
+    "GenerationConfig",
+    "Generator",
+    "Lm",
+    "LmConfig",
+    "LmOutput",
+    "Mimi",
+    "MimiConfig",
+    "ModelConfig",
+    "Moshi",
+    "MoshiError",
+    "Reply",
+    "Sampling",
+    "Session",
+    "SessionFrame",
+    "StateError",
+    "Step",
+    "TextTokenizer",
+    "TokenError",
+    "Word",
+    "load",
+]

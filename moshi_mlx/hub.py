@@ -1,0 +1,350 @@
+"""From a name to files: a folder, a repository on a model hub at a pinned revision, or a built-in model.
+
+::
+
+    files = resolve("kyutai/moshiko-mlx-q4")             # or "org/repo@revision", "path/to/folder", "small"
+    config = load_config(files.config, files.weights)
+    lm = load_lm(config, files.weights, lora=files.lora)
+
+Only the files that a model needs are fetched. What a configuration from a repository names can lie in that repository
+or in another one (``hf://org/repo/path``), never elsewhere on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlparse
+
+from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
+from .checkpoint.repo import HubRepo, Progress
+from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
+from .errors import CheckpointError, DownloadError
+
+__all__ = ["CheckpointFiles", "builtin_models", "fetch_file", "resolve"]
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+_REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_INDEX = ".index.json"
+# Names that published folders without a config.json use, best first.
+_WEIGHT_NAMES = (
+    DEFAULT_WEIGHTS,
+    DEFAULT_WEIGHTS + _INDEX,
+    "model.q8.safetensors",
+    "model.q6.safetensors",
+    "model.q4.safetensors",
+    "model.q8.gguf",
+)
+_NOT_LM = re.compile(r"(tokenizer|mimi|lora|adapter|voice)", re.IGNORECASE)
+_TOKENIZERS = (DEFAULT_TOKENIZER, "tokenizer_spm_48k_multi6_2.model", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Where the parts of a checkpoint are.
+
+    Attributes
+    ----------
+    source : str
+        As it was asked for.
+    folder : Path
+        Folder of config.json and weights.
+    config : Path or None
+        config.json.
+    weights : tuple of Path
+        The language model: one file, or the index of a sharded one.
+    mimi, mimi_config, tokenizer, lora : Path or None
+        None where the checkpoint has none; ``names`` then says what was looked for.
+    extras : mapping of str to Path
+        Further files that were asked for.
+    names : mapping of str to str
+        The name that was looked for, by part.
+    revision : str or None
+        Commit, for a repository.
+    """
+
+    source: str
+    folder: Path
+    config: Path | None
+    weights: tuple[Path, ...]
+    mimi: Path | None = None
+    mimi_config: Path | None = None
+    tokenizer: Path | None = None
+    lora: Path | None = None
+    extras: Mapping[str, Path] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+
+
+class _Place(Protocol):
+    """Where a checkpoint's files are: names, and a way to have them here."""
+
+    label: str
+    revision: str | None
+
+    def has(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]: ...
+
+    def fetch(self, names: Sequence[str]) -> dict[str, Path]: ...
+
+
+class _Folder:
+    def __init__(self, path: Path):
+        self.path, self.label = path, str(path)
+        self.revision: str | None = None
+
+    def has(self, name: str) -> bool:
+        return inner_path(self.path, name, self.label).is_file()
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+    def fetch(self, names: Sequence[str]) -> dict[str, Path]:
+        paths = {name: inner_path(self.path, name, self.label) for name in names}
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        if missing:
+            raise CheckpointError(f"{self.label} lacks {shown(missing)}")
+        return paths
+
+
+class _Repo:
+    def __init__(self, hub: HubRepo):
+        self.hub = hub
+        self.label = hub.repo if hub.revision is None else f"{hub.repo}@{hub.revision}"
+        self.revision: str | None = hub.commit
+
+    def has(self, name: str) -> bool:
+        inner_path(Path(), name, self.label)
+        return name in self.hub.sizes
+
+    def names(self) -> list[str]:
+        return sorted(self.hub.sizes)
+
+    def fetch(self, names: Sequence[str]) -> dict[str, Path]:
+        return self.hub.fetch(names)
+
+
+def builtin_models() -> list[str]:
+    """Names of the models that come with the package."""
+    if not BUILTIN.is_dir():
+        return []
+    return sorted(path.name for path in BUILTIN.iterdir() if (path / "config.json").is_file())
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    extras: Sequence[str] = (),
+    cache: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> CheckpointFiles:
+    """Find a checkpoint's files, fetching those that are not here.
+
+    Parameters
+    ----------
+    source : str or path
+        A folder; a file of weights in it; ``organisation/name`` on the hub, with ``@revision`` for a branch, tag or
+        commit; or the name of a built-in model.
+    weights : str, optional
+        Which file of weights to take where there are several.
+    extras : sequence of str
+        Further files to find, for instance ``voices.tgz``.
+    cache, offline, progress
+        See :class:`~moshi_mlx.checkpoint.repo.HubRepo`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such folder or file, a name leads outside, or it is not clear which file is meant.
+    DownloadError
+        If a file cannot be fetched.
+    """
+    text = os.fspath(source)
+    options = {"cache": cache, "offline": offline, "progress": progress}
+    place: _Place
+    builtin = isinstance(source, str) and source in builtin_models()
+    if builtin:
+        place = _Folder(BUILTIN / text)
+    elif Path(text).expanduser().is_dir():
+        place = _Folder(Path(text).expanduser())
+    elif Path(text).expanduser().is_file():
+        path = Path(text).expanduser()
+        place, weights = _Folder(path.parent), path.name
+    elif isinstance(source, str) and (match := _REPO.fullmatch(source)):
+        place = _Repo(HubRepo(match[1], match[2], **options))  # type: ignore[arg-type]
+    else:
+        names = ", ".join(builtin_models()) or "none"
+        raise CheckpointError(
+            f"{text!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
+        )
+    return _collect(text, place, weights, extras, options, may_lack_weights=builtin)
+
+
+def fetch_file(
+    reference: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """One file: a path on this machine, or ``hf://organisation/name/path``."""
+    if not reference.startswith("hf://"):
+        path = Path(reference).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        return path
+    repo, name = _split_hub_name(reference)
+    return HubRepo(repo, cache=cache, offline=offline, progress=progress).fetch([name])[name]
+
+
+def _collect(
+    source: str,
+    place: _Place,
+    weights: str | None,
+    extras: Sequence[str],
+    options: dict[str, Any],
+    *,
+    may_lack_weights: bool,
+) -> CheckpointFiles:
+    config: Path | None = None
+    data: dict[str, Any] = {}
+    if place.has("config.json"):
+        config = place.fetch(["config.json"])["config.json"]
+        data = read_json(config)
+    wanted = {part: name for part, name in _part_names(data, place).items() if name is not None}
+    weights_name = _choose_weights(place, weights, data)
+    # A built-in model that is not trained yet has sizes and a tokenizer, and no weights.
+    if may_lack_weights and (weights_name is None or not place.has(weights_name)):
+        weights_name = None
+    elif weights_name is None:
+        raise CheckpointError(
+            f"{place.label} holds no weights: looked for {data.get('moshi_name') or DEFAULT_WEIGHTS}, "
+            f"found {shown(place.names(), 12) or 'nothing'}"
+        )
+    if weights_name is not None:
+        wanted["weights"] = weights_name
+    here = {part: name for part, name in wanted.items() if not _is_reference(name) and place.has(name)}
+    missing = [name for name in extras if not place.has(name)]
+    if missing:
+        raise CheckpointError(f"{place.label} has no {shown(missing)}")
+    # One call for all, so that disk space is checked for the whole.
+    index = weights_name if weights_name is not None and weights_name.endswith(_INDEX) else None
+    shards = _shard_names(place, index) if index else []
+    fetched = place.fetch([*here.values(), *shards, *extras])
+    paths = {part: fetched[name] for part, name in here.items()}
+    for part, name in wanted.items():
+        if _is_reference(name):
+            paths[part] = _fetch_reference(name, place, options)
+    if weights_name is not None and "weights" not in paths:
+        raise CheckpointError(f"{place.label} lacks {wanted['weights']}")
+    folder = config.parent if config is not None else paths["weights"].parent
+    return CheckpointFiles(
+        source=source,
+        folder=folder,
+        config=config,
+        weights=(paths["weights"],) if "weights" in paths else (),
+        mimi=paths.get("mimi"),
+        mimi_config=paths.get("mimi_config"),
+        tokenizer=paths.get("tokenizer"),
+        lora=paths.get("lora"),
+        extras={name: fetched[name] for name in extras},
+        names=wanted,
+        revision=place.revision,
+    )
+
+
+def _part_names(data: Mapping[str, Any], place: _Place) -> dict[str, str | None]:
+    """The names of a checkpoint's other parts, from its configuration or by default."""
+
+    def named(key: str) -> str | None:
+        value = data.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{place.label}: config.json: {key} must be a file name, found {str(value)[:60]!r}")
+        return value or None
+
+    helium = data.get("model_type") == "helium"
+    usual = "tokenizer.model" if helium else DEFAULT_TOKENIZER
+    tokenizer = named("tokenizer_name") or next((name for name in _TOKENIZERS if place.has(name)), usual)
+    lora = named("lora_name")
+    if lora is None and data.get("lora") and place.has("lora.safetensors"):
+        lora = "lora.safetensors"
+    return {
+        "mimi": named("mimi_name") or (None if helium else DEFAULT_MIMI),
+        "mimi_config": named("mimi_config_name"),
+        "tokenizer": tokenizer,
+        "lora": lora,
+    }
+
+
+def _choose_weights(place: _Place, weights: str | None, data: Mapping[str, Any]) -> str | None:
+    """Which file holds the language model."""
+    if weights is not None:
+        if not place.has(weights):
+            raise CheckpointError(f"{place.label} has no {weights}; it has {shown(place.names(), 12)}")
+        return weights
+    named = data.get("moshi_name")
+    if named is not None and not isinstance(named, str):
+        raise CheckpointError(f"{place.label}: config.json: moshi_name must be a file name")
+    if named:
+        if _is_reference(named) or place.has(named):
+            return named
+        if place.has(named + _INDEX):
+            return named + _INDEX
+        if named != DEFAULT_WEIGHTS:
+            raise CheckpointError(
+                f"{place.label}: config.json names {named}, which is missing; there is {shown(place.names(), 12)}"
+            )
+    found = [name for name in _WEIGHT_NAMES if place.has(name)]
+    if found and found[0].startswith(DEFAULT_WEIGHTS):
+        return found[0]
+    if not found:
+        endings = (".safetensors", ".gguf", INDEX_SUFFIX)
+        plain = [name for name in place.names() if "/" not in name and not _NOT_LM.search(name)]
+        found = [name for name in plain if name.endswith(endings)]
+        found = [name for name in found if not re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)]
+    if len(found) > 1:
+        raise CheckpointError(f"{place.label} has several files of weights: {shown(found, 12)}. Name the one to take")
+    return found[0] if found else None
+
+
+def _shard_names(place: _Place, index: str) -> list[str]:
+    path = place.fetch([index])[index]
+    folder = index.rpartition("/")[0]
+    return [f"{folder}/{shard.name}" if folder else shard.name for shard in expand_shards(path)]
+
+
+def _is_reference(name: str) -> bool:
+    return "://" in name
+
+
+def _split_hub_name(reference: str) -> tuple[str, str]:
+    parts = reference.removeprefix("hf://").split("/", 2)
+    if len(parts) != 3 or not _REPO.fullmatch("/".join(parts[:2])):
+        raise CheckpointError(f"{reference!r} should read hf://organisation/name/path")
+    inner_path(Path(), parts[2], reference)
+    return "/".join(parts[:2]), parts[2]
+
+
+def _fetch_reference(name: str, place: _Place, options: dict[str, Any]) -> Path:
+    """A file that a configuration names by ``hf://`` or ``file://``."""
+    if name.startswith("hf://"):
+        repo, inner = _split_hub_name(name)
+        return HubRepo(repo, **options).fetch([inner])[inner]
+    if not name.startswith("file://"):
+        raise CheckpointError(f"{place.label}: {name[:100]!r} is not understood; hf://organisation/name/path is")
+    if not isinstance(place, _Folder):
+        raise DownloadError(f"{place.label} names {name[:100]!r}: a repository may not point at files of this machine")
+    parsed = urlparse(name)
+    path = Path(unquote((parsed.netloc or "") + parsed.path))
+    path = path if path.is_absolute() else inner_path(place.path, path.as_posix(), place.label)
+    if not path.is_file():
+        raise CheckpointError(f"{place.label} names {name[:100]!r}, but there is no such file")
+    return path

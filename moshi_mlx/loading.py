@@ -1,0 +1,124 @@
+"""From the name of a checkpoint to a model that can talk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import mlx.core as mx
+
+from .checkpoint.files import read_json
+from .codec import Codec, MimiCodec, make_codec
+from .config import LmConfig, ModelConfig
+from .errors import CheckpointError, ConfigError
+from .hub import CheckpointFiles, builtin_models, resolve
+from .lm import Lm
+from .mimi import Mimi, MimiConfig
+from .model import Moshi
+from .text import TextTokenizer
+from .weights import load_config, load_lm
+
+__all__ = ["load"]
+
+_UNTRAINED_SEED = 0
+
+
+def load(
+    source: str | os.PathLike[str] = "small",
+    *,
+    codec: Literal["auto", "rust", "mlx"] = "auto",
+    lora: str | os.PathLike[str] | None = None,
+    lora_scaling: float | None = None,
+    dtype: mx.Dtype | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Moshi:
+    """Load a checkpoint: language model, codec and tokenizer.
+
+    Parameters
+    ----------
+    source : str or path
+        A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
+    codec : {"auto", "rust", "mlx"}
+        ``auto`` takes the Rust codec for the published Mimi where its package is installed, MLX otherwise.
+    lora : path, optional
+        ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
+    lora_scaling : float, optional
+        Factor on it; by default what the checkpoint says.
+    dtype : mx.Dtype, optional
+        Type of weights that are not quantized; by default the file's.
+    on_progress : callable, optional
+        Called with a short sentence at each stage.
+
+    Returns
+    -------
+    Moshi
+
+    Raises
+    ------
+    DownloadError
+        If the source cannot be found or fetched.
+    CheckpointError, ConfigError
+        If a file is broken or does not fit.
+    """
+    say = on_progress or (lambda _: None)
+    say(f"looking for {source}")
+    files = resolve(source)
+    config = load_config(files.config, files.weights)
+    builtin = str(source) in builtin_models()
+    say("reading the language model")
+    trained = bool(files.weights)
+    if trained:
+        lm = load_lm(config, files.weights, lora=lora or files.lora, lora_scaling=lora_scaling, dtype=dtype)
+    else:
+        lm = _random_lm(config.lm)
+    say("reading the codec")
+    voice, voice_trained = _load_codec(config, files, codec, builtin)
+    if files.tokenizer is None:
+        raise _lacking(files, "tokenizer", "a SentencePiece model for its text")
+    tokenizer = TextTokenizer(files.tokenizer)
+    if tokenizer.vocab_size != config.lm.text_card:
+        raise CheckpointError(
+            f"{files.tokenizer} has {tokenizer.vocab_size} pieces, but the model's text_card is {config.lm.text_card}: "
+            "it belongs to another model"
+        )
+    name = str(source) if builtin or files.revision is not None else files.folder.name
+    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and voice_trained)
+
+
+def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin: bool) -> tuple[Codec | None, bool]:
+    lm = config.lm
+    codebooks = max(lm.own_q, lm.user_q)
+    if not codebooks:
+        return None, True
+    if lm.own_q not in (0, codebooks):
+        raise ConfigError(f"{lm.own_q} own and {lm.user_q} user codebooks: one codec cannot serve both")
+    sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
+    if sizes.quantizer.bins != lm.card:
+        raise ConfigError(f"the codec has {sizes.quantizer.bins} entries per codebook, the language model {lm.card}")
+    if files.mimi is not None:
+        return make_codec(files.mimi, sizes, codebooks, kind), True
+    if not builtin:
+        raise _lacking(files, "mimi", "the weights of its codec")
+    return MimiCodec(_random_mimi(sizes, codebooks)), False
+
+
+def _lacking(files: CheckpointFiles, part: str, what: str) -> CheckpointError:
+    looked_for = files.names.get(part)
+    hint = f": put {looked_for} beside its weights, or name another file in config.json" if looked_for else ""
+    return CheckpointError(f"{files.folder} lacks {what}{hint}")
+
+
+def _random_lm(config: LmConfig) -> Lm:
+    """Weights for a built-in model that is not trained yet: the same ones every time."""
+    mx.random.seed(_UNTRAINED_SEED)
+    lm = Lm(config)
+    mx.eval(lm.parameters())
+    return lm
+
+
+def _random_mimi(config: MimiConfig, codebooks: int) -> Mimi:
+    mx.random.seed(_UNTRAINED_SEED)
+    mimi = Mimi(config, codebooks)
+    mx.eval(mimi.parameters())
+    return mimi
