@@ -273,12 +273,13 @@ def _kv_group(head_dim: int) -> int:
 def _write(state: State, name: str, new: mx.array, offset: int, context: int) -> None:
     """Put ``new`` [batch, heads, time, ...] into the ring ``state[name]``; its first position is ``offset``."""
     time = new.shape[2]
+    ring = state[name]
+    new = new.astype(ring.dtype)
     if time >= context:
         shift = (offset + time) % context  # slot of the oldest of the last `context` positions
         last = new[:, :, time - context :]
         state[name] = mx.concatenate([last[:, :, context - shift :], last[:, :, : context - shift]], axis=2)
         return
-    ring = state[name]
     start = offset % context
     head = min(time, context - start)
     ring[:, :, start : start + head] = new if head == time else new[:, :, :head]
