@@ -119,7 +119,7 @@ def test_helium_keeps_every_width(dim: int) -> None:
 
 
 def test_feed_forward_rule() -> None:
-    """Two thirds of the nominal width, but 21/8 of the model's where that is four times it (moshi modules/gating.py)."""
+    """Two thirds of the nominal width, but 21/8 of the model's where that is four times it (modules/gating.py)."""
     assert gated_hidden(4096, int(4.125 * 4096)) == 11264
     assert gated_hidden(1024, 4224) == 2816
     assert gated_hidden(1024, 3072) == 2048
