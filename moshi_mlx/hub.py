@@ -173,7 +173,7 @@ def resolve(
     builtin = isinstance(source, str) and source in builtin_models()
     if builtin:
         place = _Folder(BUILTIN / text)
-    elif Path(text).expanduser().is_dir():
+    elif text and Path(text).expanduser().is_dir():
         place = _Folder(Path(text).expanduser())
     elif Path(text).expanduser().is_file():
         path = Path(text).expanduser()

@@ -44,7 +44,7 @@ __all__ = [
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
-_BATCH_BYTES = 256 * 2**20
+_BATCH_BYTES = 16 * 2**20
 _PAD_ROW, _EOS_ROW = 3, 2
 
 
