@@ -1,0 +1,132 @@
+"""The command ``moshi-mlx-local``: picks a verb, runs it, and turns what goes wrong into one line and an exit status.
+
+Exit status: 0 done, 1 an error that the message names, 2 the command line is wrong, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+
+from moshi_mlx.errors import MoshiError
+from moshi_mlx_app.terminal import silence_output, warn
+from moshi_mlx_app.version import DISTRIBUTION, program
+
+__all__ = ["VERBS", "main"]
+
+VERBS = ("file",)
+"""Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
+
+DESCRIPTION = """\
+Moshi, the spoken dialogue model that listens and speaks at the same time, on this computer.
+
+This version answers recordings. The live conversation with microphone and loudspeaker is not built yet.
+"""
+EPILOG = """\
+examples:
+  moshi-mlx-local file question.wav -o answer.wav       answer a recording
+  moshi-mlx-local file --demo -o answer.wav             try it without a recording of your own
+  moshi-mlx-local file --help                           everything that can be set
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=DISTRIBUTION, description=DESCRIPTION, epilog=EPILOG, formatter_class=text, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=program())
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB")
+    for name in VERBS:
+        module = importlib.import_module(f"moshi_mlx_app.verbs.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=module.HELP,
+            description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+            epilog=module.EXAMPLES,
+            formatter_class=text,
+            allow_abbrev=False,
+        )
+        module.add_arguments(verb)
+        # Suppressed: without it, the verb's own default would undo a --debug before the verb.
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        verb.set_defaults(run=module.run, parser=verb)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the program's name; by default the process's.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))
+        # A locale without the letter that a model says must not end the program.
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+    debug = False
+    try:
+        try:
+            parser = build_parser()
+            args, unknown = parser.parse_known_args(argv)
+            debug = args.debug
+            if unknown:  # said with the verb's own usage, not with the program's
+                getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+            if args.verb is None:
+                parser.print_help()
+                warn("the live conversation is not built yet, so name a verb: file", "error")
+                return 2
+            status: int = args.run(args)
+        finally:
+            sys.stdout.flush()
+        return status
+    except SystemExit as end:  # argparse: after --help, --version or a usage error
+        return end.code if isinstance(end.code, int) else 2
+    except KeyboardInterrupt:
+        warn("nothing was written", "stopped")
+        return 130
+    except BrokenPipeError:
+        silence_output()
+        return 0
+    except (MoshiError, OSError) as error:
+        _show(debug)
+        warn(_message(error), "error")
+        return 1
+    except Exception as error:
+        _show(debug)
+        warn(
+            f"something unexpected went wrong: {type(error).__name__}: {error}. This is a fault in {program()}; "
+            "run it again with --debug to see where",
+            "error",
+        )
+        return 1
+
+
+def _show(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+def _message(error: Exception) -> str:
+    """One line: the system's errors as ``file: reason``."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

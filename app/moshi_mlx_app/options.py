@@ -1,0 +1,99 @@
+"""Options that several verbs share, and their translation into the library's settings."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # `--help` needs no MLX
+    from moshi_mlx.generate import GenerationConfig
+
+__all__ = ["add_generation_options", "add_model_options", "bounded", "generation_from"]
+
+
+def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A converter for argparse: a finite number from ``low`` to ``high``; a bad one is a usage error."""
+
+    def convert(text: str) -> float:
+        span = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
+        what = f"{'a whole' if kind is int else 'a'} number" + (f" {span}" if math.isfinite(low) else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, found {text!r}") from None
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {what}, found {text!r}")
+        return value
+
+    return convert
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--model``, ``--codec``."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="small",
+        metavar="M",
+        help="a folder, a hub repository (org/name or org/name@revision) or a built-in model (default: %(default)s)",
+    )
+    group.add_argument(
+        "--codec",
+        choices=("auto", "rust", "mlx"),
+        default="auto",
+        help="what turns sound into codes and back: auto takes Rust where it fits (default: %(default)s)",
+    )
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """``--seed`` and everything about sampling. Options that are not given leave the model's own settings alone."""
+    group = parser.add_argument_group("how the answer is chosen (where not given: as the model's authors say)")
+    number, count = bounded(float, 0, 100), bounded(int, 0, 1_000_000)
+    share = bounded(float, 0, 1)
+    group.add_argument(
+        "--seed",
+        type=bounded(int, 0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="another seed, another answer (default: 0)",
+    )
+    group.add_argument("--greedy", action="store_true", help="always the likeliest word and sound: temperatures of 0")
+    group.add_argument("--text-temperature", type=number, metavar="T", help="0: always the likeliest; 0.7 is usual")
+    group.add_argument("--audio-temperature", type=number, metavar="T", help="the same for the voice; 0.8 is usual")
+    group.add_argument("--text-top-k", type=count, metavar="K", help="choose among the K likeliest words; 0: all")
+    group.add_argument("--audio-top-k", type=count, metavar="K", help="the same for the voice")
+    group.add_argument("--top-p", type=share, metavar="P", help="choose among the likeliest that sum to P; 0: all")
+    group.add_argument("--min-p", type=share, metavar="P", help="drop what is less than P times as likely as the best")
+    group.add_argument(
+        "--repetition-penalty",
+        type=bounded(float, 0.01, 100),
+        metavar="R",
+        help="above 1 words come back less often; 1: off",
+    )
+    group.add_argument(
+        "--padding-bonus",
+        type=bounded(float, -1000, 1000),
+        metavar="B",
+        help="above 0 the model speaks less, below 0 more",
+    )
+
+
+def generation_from(args: argparse.Namespace, base: GenerationConfig) -> GenerationConfig:
+    """``base`` with what the options say instead."""
+    text, audio = base.text, base.audio
+    if args.greedy:
+        text, audio = replace(text, temperature=0.0), replace(audio, temperature=0.0)
+    both = {name: getattr(args, name) for name in ("top_p", "min_p")}
+    return replace(
+        base,
+        text=replace(text, **_given(temperature=args.text_temperature, top_k=args.text_top_k, **both)),
+        audio=replace(audio, **_given(temperature=args.audio_temperature, top_k=args.audio_top_k, **both)),
+        **_given(repetition_penalty=args.repetition_penalty, padding_bonus=args.padding_bonus),
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,212 @@
+"""What a person sees while a recording is answered: words as they come, and how far it is.
+
+Text is the result, so it goes to standard output; everything about the work goes to standard error. On a terminal a
+bar stands at the bottom and finished lines scroll above it; anywhere else the same lines come plainly, with no bar, no
+colour and no control characters. If standard output closes (``| head -1``), the text stops and the work goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Column
+from rich.text import Text
+
+__all__ = ["Face", "Lines", "Loading", "is_terminal", "printable", "say", "silence_output", "warn"]
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """True where a bar can be drawn and moved."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model can spell escape sequences out of byte pieces."""
+    return "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
+
+
+def say(text: str) -> None:
+    """A line on standard output, unless its reader has gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence_output()
+
+
+def silence_output() -> None:
+    """Point standard output at nothing: its reader has gone, and the interpreter would complain at exit."""
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+    except (OSError, ValueError):  # no descriptor behind it (tests, embedding)
+        pass
+
+
+def warn(text: str, label: str = "warning") -> None:
+    """A line on standard error."""
+    print(f"{label}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+class Loading:
+    """One line that says what is being done while a model loads; only on a terminal. Call it with a sentence."""
+
+    def __init__(self, *, shown: bool = True):
+        self._status: Status | None = None
+        if shown and is_terminal(sys.stderr):
+            self._status = Status("", console=Console(stderr=True, highlight=False))
+
+    def __call__(self, doing: str) -> None:
+        if self._status is not None:
+            self._status.update(Text(doing))
+
+    def __enter__(self) -> Loading:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+class Lines:
+    """Text that comes in pieces, cut into lines worth reading: at the end of a sentence, at a pause, or when long.
+
+    ``current`` is the line that is still growing, with the time of its first piece in front.
+    """
+
+    PAUSE = 1.2
+    LONG, LONGEST = 90, 200
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._start = self._last = 0.0
+
+    def feed(self, seconds: float, text: str) -> list[str]:
+        """Take the text of one frame, often ``""``; returns the lines that it ends."""
+        done: list[str] = []
+        text = printable(text)
+        if not self._text:
+            text = text.lstrip()
+        starts_word = text[:1].isspace()
+        ended = self._text.rstrip().endswith((".", "?", "!", "…", "。", "？", "！"))
+        long = len(self._text) >= (self.LONG if starts_word else self.LONGEST)
+        paused = seconds - self._last >= self.PAUSE
+        if self._text and (paused or (text and ((ended and starts_word) or long))):
+            done.append(self.current)
+            self._text, text = "", text.lstrip()
+        if text:
+            if not self._text:
+                self._start = seconds
+            self._text += text
+            self._last = seconds
+        return done
+
+    def flush(self) -> list[str]:
+        """The line that is still growing, if any."""
+        line, self._text = self.current, ""
+        return [line] if line else []
+
+    @property
+    def current(self) -> str:
+        """The unfinished line, ``""`` if there is none."""
+        return f"{self._start:7.1f} s  {self._text.rstrip()}" if self._text else ""
+
+
+class _FactorColumn(ProgressColumn):
+    """Seconds computed by seconds of sound."""
+
+    def render(self, task: Task) -> Text:
+        factor = task.fields["factor"]
+        return Text("real-time factor -.--" if factor is None else f"real-time factor {factor:.2f}")
+
+
+class _Bar(Progress):
+    """A progress bar with the unfinished line of text above it."""
+
+    current = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.current:
+            yield Text(self.current)
+        yield from super().get_renderables()
+
+
+class Face:
+    """Shows one answer as it grows. Use it with ``with``: leaving it clears the bar and prints what is pending.
+
+    Parameters
+    ----------
+    total : float
+        Seconds of sound to answer.
+    text : bool
+        Print the text.
+    bar : bool
+        Draw a bar where standard error is a terminal.
+    """
+
+    def __init__(self, total: float, *, text: bool = True, bar: bool = True):
+        self._total, self._text = total, text
+        self._lines = Lines()
+        self._began = time.perf_counter()
+        self._bar: _Bar | None = None
+        if bar and is_terminal(sys.stderr):
+            self._bar = _Bar(
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
+                _FactorColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True, highlight=False),
+                transient=True,
+                expand=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task("", total=total, factor=None)
+        # Both on one terminal: finished lines must go through the bar, or they would be written over it.
+        self._together = self._bar is not None and text and is_terminal(sys.stdout)
+
+    def __enter__(self) -> Face:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._print(self._lines.flush())
+        if self._bar is not None:
+            self._bar.current = ""
+            self._bar.stop()
+
+    def frame(self, seconds: float, text: str) -> None:
+        """The answer has reached ``seconds``, and this text came with it."""
+        done = self._lines.feed(seconds, text)
+        if self._bar is not None:
+            if self._text:
+                self._bar.current = self._lines.current
+            spent = time.perf_counter() - self._began
+            self._bar.update(self._task, completed=seconds, factor=spent / seconds if seconds else None)
+        self._print(done)
+
+    def _print(self, lines: list[str]) -> None:
+        if not self._text:
+            return
+        for line in lines:
+            if self._together and self._bar is not None:
+                self._bar.console.print(Text(line))
+            else:
+                say(line)

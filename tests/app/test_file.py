@@ -1,0 +1,381 @@
+"""``moshi-mlx-local file`` from its command line to its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from moshi_mlx_app.cli import main
+
+from moshi_mlx.errors import CheckpointError, CodecError
+from moshi_mlx.generate import GenerationConfig
+from tests.app.conftest import FakeModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ask(seconds: float = 2.5, rate: int = 16000, name: str = "q.wav") -> np.ndarray:
+    """Write a question, [samples], whose samples 16 bits can hold."""
+    pcm = np.random.default_rng(0).integers(-9000, 9000, round(seconds * rate)).astype(np.int16)
+    soundfile.write(name, pcm, rate)
+    return (pcm / 32768).astype(np.float32)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_answer_and_transcript(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, the program's main job does not get done: sound, sides, text, words or their times are wrong."""
+    question = ask(2.5)
+    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "1.5", "--seed", "3"]) == 0
+    assert names(here) == {"q.wav", "a.wav", "a.json"}
+
+    pcm, rate = soundfile.read("a.wav", dtype="float32")
+    assert rate == 24000 and pcm.shape == (4 * 24000, 2)
+    user = soxr.resample(question, 16000, 24000, quality="VHQ")
+    assert np.abs(pcm[: len(user), 1] - user).max() < 1e-3 and not pcm[60000:, 1].any()
+    assert np.abs(pcm[:, 0] + 0.5 * pcm[:, 1]).max() < 1e-4  # the fake's voice, in step with the question
+
+    about = json.loads(Path("a.json").read_text())
+    assert about["version"] == 1 and about["complete"] is True and about["trained"] is True
+    assert about["model"] == "fake" and about["seed"] == 3 and about["sample_rate"] == 24000
+    assert about["duration"] == 4.0 and about["text"] == "Hello there. Fine day. Hello end."
+    assert [word["text"] for word in about["words"]] == ["Hello", "there.", "Fine", "day.", "Hello", "end."]
+    starts = [word["start"] for word in about["words"]]
+    assert starts == sorted(starts) and all(word["start"] <= word["end"] for word in about["words"])
+    assert starts[:2] == [0.0, 0.8]
+    assert about["question"] == {"file": "q.wav", "sample_rate": 16000, "channels": 1, "duration": 2.5}
+    assert about["answer"] == {"file": "a.wav", "channels": ["moshi", "user"]}
+    assert about["generation"]["text"]["temperature"] == 0.7 and about["generation"]["tail"] == 1.5
+    assert about["real_time_factor"] >= 0 and about["warnings"] == []
+
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["    0.1 s  Hello there.", "    1.7 s  Fine day.", "    3.3 s  Hello end."]
+    assert "a.wav: 4.0 s" in said.err and "real-time factor" in said.err
+    assert "\x1b" not in said.out + said.err
+    assert model.loaded[0][0] == "small" and model.closed == 1
+
+
+@pytest.mark.parametrize("samples", [1, 1919, 1920, 1921])
+def test_without_a_tail_the_answer_is_as_long_as_the_question(samples: int, here: Path, model: FakeModel) -> None:
+    """If this fails, answers gain or lose part of a frame, and cannot be laid beside their question."""
+    soundfile.write("q.wav", np.full(samples, 0.5), 24000)
+    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
+    pcm, _ = soundfile.read("a.wav")
+    assert pcm.shape == (samples, 2) and np.all(pcm[:, 1] == 0.5) and np.all(pcm[:, 0] == -0.25)
+
+
+def test_options_reach_the_model(here: Path, model: FakeModel) -> None:
+    """If this fails, an option on the command line is taken and ignored."""
+    ask(0.2)
+    options = [
+        "--model",
+        "org/repo@main",
+        "--codec",
+        "mlx",
+        "--seed",
+        "7",
+        "--text-temperature",
+        "0.5",
+        "--top-p",
+        "0.9",
+    ]
+    options += ["--audio-temperature", "0.6", "--text-top-k", "9", "--audio-top-k", "10", "--min-p", "0.05"]
+    options += ["--repetition-penalty", "1.2", "--padding-bonus", "-1.5"]
+    assert main(["file", "q.wav", "-o", "a.wav", *options]) == 0
+    source, given = model.loaded[0]
+    assert source == "org/repo@main" and given["codec"] == "mlx"
+    session = model.sessions[0]
+    assert session.seed == 7
+    text, audio = session.generation.text, session.generation.audio
+    assert (text.temperature, text.top_k, text.top_p, text.min_p) == (0.5, 9, 0.9, 0.05)
+    assert (audio.temperature, audio.top_k, audio.top_p, audio.min_p) == (0.6, 10, 0.9, 0.05)
+    assert (session.generation.repetition_penalty, session.generation.padding_bonus) == (1.2, -1.5)
+
+    assert main(["file", "q.wav", "-o", "b.wav"]) == 0
+    assert model.sessions[1].generation == GenerationConfig()
+    assert main(["file", "q.wav", "-o", "c.wav", "--greedy", "--audio-temperature", "0.3"]) == 0
+    assert model.sessions[2].generation.text.temperature == 0
+    assert model.sessions[2].generation.audio.temperature == 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [], ["q.wav"], ["-o", "a.wav"], ["q.wav", "-o", "a.mp3"], ["q.wav", "-o", "a.wav", "--tail", "-1"],
+        ["q.wav", "-o", "a.wav", "--tail", "nan"], ["q.wav", "-o", "a.wav", "--seed", "1.5"],
+        ["q.wav", "-o", "a.wav", "--seed", "-1"], ["q.wav", "-o", "a.wav", "--top-p", "1.1"],
+        ["q.wav", "-o", "a.wav", "--text-temperature", "inf"], ["q.wav", "-o", "a.wav", "--repetition-penalty", "0"],
+        ["q.wav", "-o", "a.wav", "--codec", "opus"], ["q.wav", "-o", "a.wav", "--transcript", "a.wav"],
+        ["q.wav", "-o", "a.wav", "--demo"], ["q.wav", "-o", "a.wav", "--nonsense"],
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_2(
+    options: list[str], here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, a typing error computes for minutes, or scripts cannot tell it from a failure."""
+    ask(0.1)
+    assert main(["file", *options]) == 2
+    assert "usage: moshi-mlx-local file" in capsys.readouterr().err
+    assert names(here) == {"q.wav"} and not model.loaded
+
+
+def test_bad_questions_are_one_line_and_1(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, somebody who names a wrong file sees a traceback, or waits for a model first."""
+    Path("words.wav").write_text("hello")
+    Path("empty.wav").touch()
+    soundfile.write("nan.wav", np.array([0.0, np.nan]), 24000, subtype="FLOAT")
+    soundfile.write("none.wav", np.zeros(0), 24000)
+    os.mkdir("folder.wav")
+    questions = ["words.wav", "empty.wav", "nan.wav", "none.wav", "folder.wav", "missing.wav", "/dev/zero", "a\nb.wav"]
+    for question in questions:
+        assert main(["file", question, "-o", "out.wav"]) == 1
+        said = capsys.readouterr()
+        (line,) = said.err.splitlines()
+        assert line.startswith(f"error: {question}".replace("\n", " ")), line
+        assert not said.out
+    assert not model.loaded and not any(name.startswith("out") for name in names(here))
+
+
+def test_an_unreadable_question(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a file without read permission ends in a traceback. (Root may read everything: simulated.)"""
+    ask(0.1)
+    real = os.open
+
+    def refuse(path: str, *rest: int) -> int:
+        if path == "q.wav":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert main(["file", "q.wav", "-o", "a.wav"]) == 1
+    assert capsys.readouterr().err == "error: q.wav: Permission denied\n"
+
+
+def test_targets_are_checked_before_any_work(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, an old answer is lost without being asked, or the refusal comes after an hour of work."""
+    ask(0.1)
+    Path("a.wav").write_text("precious")
+    Path("b.json").write_text("precious")
+    os.mkdir("d.wav")
+    os.link("q.wav", "same.wav")
+    for options, words in {
+        ("-o", "a.wav"): "a.wav exists; replace it with --force",
+        ("-o", "b.wav"): "b.json exists; replace it with --force",
+        ("-o", "no/such/a.wav"): "no/such: there is no such folder",
+        ("-o", "c.wav", "--transcript", "no/c.json"): "no: there is no such folder",
+        ("-o", "d.wav", "--force"): "d.wav is a folder",
+        ("-o", "q.wav", "--force"): "q.wav: the answer would be written over the question",
+        ("-o", "same.wav", "--force"): "same.wav: the answer would be written over the question",
+        ("-o", "c.wav", "--transcript", "q.wav", "--force"): "q.wav: the transcript would be written over the question",
+    }.items():
+        assert main(["file", "q.wav", *options]) == 1, options
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
+    assert not model.loaded and Path("a.wav").read_text() == Path("b.json").read_text() == "precious"
+
+    assert main(["file", "q.wav", "-o", "a.wav", "--force", "--transcript", "t.json"]) == 0
+    assert soundfile.info("a.wav").channels == 2 and json.loads(Path("t.json").read_text())["complete"]
+
+
+def test_a_read_only_folder_is_named(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, the answer is lost at its end because nobody looked whether it can be written."""
+    ask(0.1)
+    os.mkdir("locked")
+    os.chmod("locked", stat.S_IRUSR | stat.S_IXUSR)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and Path(path).name != "locked")
+    assert main(["file", "q.wav", "-o", "locked/a.wav"]) == 1
+    assert "locked: the answer cannot be written there" in capsys.readouterr().err
+    assert not model.loaded
+
+
+def test_ctrl_c_keeps_what_there_is(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, a person who stops a long answer loses it, or takes half an answer for a whole one."""
+    ask(4.0)
+    Path("a.wav").write_text("older")
+
+    def stop(index: int) -> None:
+        if index == 25:
+            raise KeyboardInterrupt
+
+    model.on_frame = stop
+    assert main(["file", "q.wav", "-o", "a.wav", "--force"]) == 130
+    assert names(here) == {"q.wav", "a.wav", "a.partial.wav", "a.partial.json"}
+    assert Path("a.wav").read_text() == "older"
+    assert soundfile.info("a.partial.wav").frames == 25 * 1920
+    about = json.loads(Path("a.partial.json").read_text())
+    assert about["complete"] is False and about["duration"] == 2.0 and about["answer"]["file"] == "a.partial.wav"
+    assert [word["text"] for word in about["words"]] == ["Hello", "there.", "Fine"]
+    said = capsys.readouterr()
+    assert "stopped after 2.0 s" in said.err and "a.partial.wav" in said.err
+    assert "Fine" in said.out and "Traceback" not in said.err
+
+    model.on_frame = lambda index: None  # and the next run is not in its way
+    assert main(["file", "q.wav", "-o", "a.wav", "--force"]) == 0
+    assert names(here) == {"q.wav", "a.wav", "a.json"}
+
+
+def test_ctrl_c_while_loading_leaves_nothing(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, giving up during a download leaves empty files or a traceback."""
+    import moshi_mlx
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    ask(0.1)
+    monkeypatch.setattr(moshi_mlx, "load", interrupted)
+    assert main(["file", "q.wav", "-o", "a.wav"]) == 130
+    assert names(here) == {"q.wav"} and "no file was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [CodecError("the codec\nfell over"), OSError(28, "No space left on device")])
+def test_a_failure_on_the_way_keeps_what_there_is(
+    error: Exception, here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, an error after an hour costs the hour."""
+    ask(2.0)
+
+    def fail(index: int) -> None:
+        if index == 12:
+            raise error
+
+    model.on_frame = fail
+    assert main(["file", "q.wav", "-o", "a.wav"]) == 1
+    assert names(here) == {"q.wav", "a.partial.wav", "a.partial.json"}
+    said = capsys.readouterr().err
+    assert "failed after 1.0 s" in said and "Traceback" not in said
+    assert said.splitlines()[-1] in ("error: the codec fell over", "error: No space left on device")
+
+
+def test_a_model_that_cannot_be_loaded(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a broken checkpoint shows a traceback; with --debug it must show one, or nobody can help."""
+    import moshi_mlx
+
+    def broken(*_: object, **__: object) -> None:
+        raise CheckpointError("model.safetensors is cut short; fetch it again")
+
+    ask(0.1)
+    monkeypatch.setattr(moshi_mlx, "load", broken)
+    assert main(["file", "q.wav", "-o", "a.wav"]) == 1
+    assert capsys.readouterr().err == "error: model.safetensors is cut short; fetch it again\n"
+    for arguments in (["--debug", "file", "q.wav", "-o", "a.wav"], ["file", "q.wav", "-o", "a.wav", "--debug"]):
+        assert main(arguments) == 1
+        assert "Traceback" in capsys.readouterr().err
+    assert names(here) == {"q.wav"}
+
+
+def test_an_untrained_model_says_so(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, somebody takes the noise of random weights for what this project can do."""
+    ask(0.1)
+    model.trained = False
+    assert main(["file", "q.wav", "-o", "a.wav", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("notice: ") and "not been trained" in said.err
+    assert not said.out and json.loads(Path("a.json").read_text())["trained"] is False
+
+
+def test_json_is_the_only_output(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, `--json | jq` breaks."""
+    ask(1.0)
+    model.says = [" \u00e9t\u00e9\x1b[2J", " \u4f60\u597d."]
+    assert main(["file", "q.wav", "-o", "a.wav", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(Path("a.json").read_text(encoding="utf-8"))
+    assert said.out.isascii() and "\x1b" not in said.out and said.err == ""
+
+
+def test_odd_recordings_are_remarked_on(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, a damaged or muted recording is answered without a word about it."""
+    soundfile.write("q.wav", np.zeros(1000), 8000)
+    assert main(["file", "q.wav", "-o", "a.wav"]) == 0
+    assert "warning: q.wav: all of it is digital silence" in capsys.readouterr().err
+    assert "digital silence" in json.loads(Path("a.json").read_text())["warnings"][0]
+
+
+def test_speech_to_text_hears_its_silence(here: Path, model: FakeModel) -> None:
+    """If this fails, speech-to-text loses the last words, or every word's time is off by the silence before."""
+    question = ask(1.0, 24000)
+    model.config = SimpleNamespace(
+        stt_config={"audio_silence_prefix_seconds": 1.0, "audio_delay_seconds": 2.5}, model_type="stt", lm_gen_config={}
+    )
+    heard: list[int] = []
+    model.on_frame = heard.append
+    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
+    pcm, _ = soundfile.read("a.wav", dtype="float32")
+    assert len(pcm) == round(4.5 * 24000) and np.array_equal(pcm[:24000, 1], question)
+    assert len(heard) == -(-round(5.5 * 24000) // 1920)
+
+
+def test_the_demo_asks_the_shipped_recording(here: Path, model: FakeModel) -> None:
+    """If this fails, somebody without a recording cannot try the program."""
+    assert main(["file", "--demo", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
+    questions = json.loads((ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.json").read_text())
+    about = json.loads(Path("a.json").read_text())
+    assert about["duration"] == pytest.approx(questions["duration"], abs=0.001)
+    pcm, rate = soundfile.read("a.wav")
+    for question in questions["questions"]:
+        inside = pcm[round(question["start"] * rate) : round(question["end"] * rate), 1]
+        after = pcm[round(question["end"] * rate) + 240 : round((question["end"] + 3) * rate), 1]
+        assert np.sqrt(np.mean(inside**2)) > 0.05 and not after.any()
+
+
+def test_the_shipped_questions_are_the_models_own() -> None:
+    """If this fails, the demo asks what the small model was never taught."""
+    from moshi_mlx.training.dialogues import exchanges
+
+    answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
+    assets = ROOT / "app" / "moshi_mlx_app" / "assets"
+    questions = json.loads((assets / "questions.json").read_text())
+    assert len(questions["questions"]) >= 5
+    for question in questions["questions"]:
+        assert answers[question["text"]] == question["expected"] and "slt" not in question["voice"]
+    info = soundfile.info(assets / "questions.wav")
+    assert (info.samplerate, info.channels, info.subtype) == (24000, 1, "PCM_16")
+    assert info.duration == pytest.approx(questions["duration"], abs=0.001)
+    assert (assets / "questions.wav").stat().st_size < 2_000_000
+
+
+def test_a_reader_that_leaves_does_not_cost_the_answer(here: Path) -> None:
+    """If this fails, `moshi-mlx-local file ... | head -1` loses the answer, or complains about a broken pipe."""
+    ask(40.0)
+    code = (
+        "import sys, moshi_mlx\n"
+        "from tests.app.conftest import FakeModel\n"
+        "fake = FakeModel()\n"
+        "moshi_mlx.load = fake.load\n"
+        "from moshi_mlx_app.cli import main\n"
+        "sys.exit(main(['file', 'q.wav', '-o', 'a.wav']))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "app")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 0, said
+    assert "roken" not in said and "a.wav: 44.0 s" in said
+    assert soundfile.info("a.wav").duration == 44.0
