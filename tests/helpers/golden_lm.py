@@ -24,7 +24,11 @@ FOLDER = Path(__file__).parents[1] / "golden" / "lm"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 HELIUM = [name for name in NAMES if name.startswith("helium")]
 MOSHI = [name for name in NAMES if name not in HELIUM]
-GREEDY_RUNS = [name for name in NAMES if (FOLDER / name / "greedy.safetensors").is_file()]
+
+
+def runs_of(name: str) -> list[str]:
+    """The generation runs of a folder, free and forced."""
+    return sorted(path.stem for path in (FOLDER / name).glob("*.safetensors") if path.stem not in ("golden", "model"))
 
 
 @cache
