@@ -33,7 +33,7 @@ test: $(READY)  ## the default tests: no network, no reference packages
 	$(BIN)/python -m pytest
 
 talk: $(READY)  ## the built-in model answers the recorded questions
-	$(BIN)/moshi-mlx-local file $(QUESTIONS) -o answer.wav
+	$(BIN)/moshi-mlx-local file $(QUESTIONS) -o answer.wav --force
 
 check: $(READY)  ## format, lint, strict types, import direction: the gate before a commit
 	$(BIN)/ruff format --check .
