@@ -29,7 +29,16 @@ from .text import TextTokenizer, Word, WordTracker
 if TYPE_CHECKING:
     from .codec import Codec
 
-__all__ = ["Moshi", "Reply", "Session", "SessionFrame", "generation_defaults"]
+__all__ = [
+    "Moshi",
+    "Reply",
+    "Session",
+    "SessionFrame",
+    "TextReader",
+    "generation_defaults",
+    "make_generator",
+    "to_mono",
+]
 
 Pcm = NDArray[np.float32]
 
@@ -270,34 +279,17 @@ class Session:
         kv_bits: int | None,
     ):
         lm = model.lm.config
-        if model.config.model_type == "tts":
-            raise ConfigError(f"{model.name} turns text into speech: it does not converse")
-        if not lm.n_q:
-            raise ConfigError(f"{model.name} is a text model: it does not converse")
         self.model = model
         self._codec = model._codec
-        conditions = model.default_conditions() if conditions is None else conditions
-        self._generator = Generator(
-            model.lm,
-            generation or generation_defaults(model.config),
-            seeds=[seed],
-            conditions=None if conditions is None else [conditions],
-            null_conditions=None if null_conditions is None else [null_conditions],
-            kv_bits=kv_bits,
-        )
+        self._generator = make_generator(model, seed, generation, conditions, null_conditions, kv_bits)
         self._encoder = self._codec.encoder() if lm.user_q else None
         self._decoder = self._codec.decoder() if lm.own_q else None
         self._silence = np.zeros(model.frame_size, np.float32)
-        delay = float(model.config.stt_config.get("audio_delay_seconds", 0.0))
-        lead = float(model.config.stt_config.get("audio_silence_prefix_seconds", 0.0))
-        self._shift = delay + lead
-        tokenizer = model.tokenizer
-        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
-        self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / model.frame_rate)
+        self._reader = TextReader(model)
         self._closed = False
         self._frames = 0
         # Position 0 runs before any sound: what it says is shown with the first frame.
-        self._early = self._read(self._generator.first)
+        self._early = self._reader.step(self._generator.first)
 
     def __enter__(self) -> Session:
         return self
@@ -345,15 +337,14 @@ class Session:
         if self._decoder is not None and step.codes is not None and step.codes.min() >= 0:
             voice = self._decoder.decode(step.codes[0])
         (early_text, early_words), self._early = self._early, ("", ())
-        text, words = self._read(step)
+        text, words = self._reader.step(step)
         frame = SessionFrame(self._frames, voice, early_text + text, early_words + words, step)
         self._frames += 1
         return frame
 
     def finish(self) -> SessionFrame:
         """The last text and words, which only the end completes; its ``pcm`` is empty."""
-        text = "" if self._detokenizer is None else self._detokenizer.flush()
-        words = () if self._tracker is None else self._shifted(self._tracker.flush())
+        text, words = self._reader.flush()
         return SessionFrame(self._frames, np.zeros(0, np.float32), text, words)
 
     def reset(self) -> None:
@@ -362,29 +353,83 @@ class Session:
         for stream in (self._encoder, self._decoder):
             if stream is not None:
                 stream.reset()
-        if self._detokenizer is not None:
-            self._detokenizer.reset()
-        if self._tracker is not None:
-            self._tracker.reset()
+        self._reader.reset()
         self._closed = False
         self._frames = 0
-        self._early = self._read(first)
+        self._early = self._reader.step(first)
 
     def close(self) -> None:
         """End the conversation and let go of its memory."""
         self._closed = True
 
-    def _read(self, step: Step) -> tuple[str, tuple[Word, ...]]:
-        if self._detokenizer is None or self._tracker is None:
-            return "", ()
+
+def make_generator(
+    model: Moshi,
+    seed: int = 0,
+    generation: GenerationConfig | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    null_conditions: Mapping[str, Any] | None = None,
+    kv_bits: int | None = None,
+) -> Generator:
+    """The tokens' side of one conversation, with the checkpoint's own settings where none are given.
+
+    Raises
+    ------
+    ConfigError
+        If the model cannot converse.
+    """
+    if model.config.model_type == "tts":
+        raise ConfigError(f"{model.name} turns text into speech: it does not converse")
+    if not model.lm.config.n_q:
+        raise ConfigError(f"{model.name} is a text model: it does not converse")
+    conditions = model.default_conditions() if conditions is None else conditions
+    return Generator(
+        model.lm,
+        generation or generation_defaults(model.config),
+        seeds=[seed],
+        conditions=None if conditions is None else [conditions],
+        null_conditions=None if null_conditions is None else [null_conditions],
+        kv_bits=kv_bits,
+    )
+
+
+class TextReader:
+    """Text of a conversation: tokens in, display text and timed words out.
+
+    Parameters
+    ----------
+    model : Moshi
+    """
+
+    def __init__(self, model: Moshi):
+        tokenizer, stt = model.tokenizer, model.config.stt_config
+        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
+        self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / model.frame_rate)
+        self._delay = model.lm.config.delays[0]
+        # Speech-to-text writes a word some time after its sound, which itself comes after the silent prefix.
+        self._shift = float(stt.get("audio_delay_seconds", 0.0)) + float(stt.get("audio_silence_prefix_seconds", 0.0))
+
+    def step(self, step: Step) -> tuple[str, tuple[Word, ...]]:
+        """Text that a position began to say, and the words that it ended."""
         token = int(step.text[0])
-        index = step.index + 1 - self.model.lm.config.delays[0]
-        if token < 0 or index < 0:
+        index = step.index + 1 - self._delay
+        if self._detokenizer is None or self._tracker is None or token < 0 or index < 0:
             return "", ()
         return self._detokenizer.step(token), self._shifted(self._tracker.step(index, token))
 
+    def flush(self) -> tuple[str, tuple[Word, ...]]:
+        """What only the end completes."""
+        if self._detokenizer is None or self._tracker is None:
+            return "", ()
+        return self._detokenizer.flush(), self._shifted(self._tracker.flush())
+
+    def reset(self) -> None:
+        """Begin anew."""
+        if self._detokenizer is not None and self._tracker is not None:
+            self._detokenizer.reset()
+            self._tracker.reset()
+
     def _shifted(self, words: Sequence[Word]) -> tuple[Word, ...]:
-        """Words at the time of their sound: speech-to-text writes a word ``audio_delay_seconds`` after it."""
         if not self._shift:
             return tuple(words)
         return tuple(

@@ -1,0 +1,9 @@
+"""A conversation in real time: rings and worker threads around a loaded model, for an app that has its own audio."""
+
+from __future__ import annotations
+
+from .conversation import Conversation, Event
+from .meters import Meters
+from .ring import Ring
+
+__all__ = ["Conversation", "Event", "Meters", "Ring"]

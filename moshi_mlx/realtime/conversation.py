@@ -1,0 +1,422 @@
+"""A conversation in real time: the only file that wires the stages.
+
+::
+
+    feed > pcm_in > [encoder] > codes_in > [model] > codes_out > [decoder] > pcm_out > read
+           ring     thread      ring       thread    ring        thread      ring
+
+While the model works on frame n, the codec encodes frame n + 1 and decodes frame n - 1. :meth:`Conversation.feed` and
+:meth:`Conversation.read` copy and return; they may be called from audio callbacks. Between the threads go numpy arrays
+only, and each thread makes the MLX arrays that it uses.
+
+If the machine falls behind, what waits to be heard is bounded: beyond ``backlog`` the oldest sound of the user is
+dropped, whole frames of it, and counted. Nothing is of a size that grows with time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import AudioError, MoshiError, StateError
+from ..generate import GenerationConfig
+from ..model import Moshi, TextReader, make_generator
+from ..text import Word
+from .meters import Meters
+from .player import Player
+from .ring import Bell, Ring
+
+__all__ = ["Conversation", "ConversationError", "Event"]
+
+_SECONDS_IN_RINGS = 4.0
+_FRAMES_BETWEEN = 2
+_EVENTS_KEPT = 1000
+_POLL = 0.1
+_STOP_WITHIN = 1.0
+
+
+class ConversationError(MoshiError):
+    """A stage of a conversation failed; its cause is attached."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.
+
+    Attributes
+    ----------
+    kind : str
+        ``text``: the model began to say ``text``. ``word``: it has said ``word``. ``late``: a frame's answer came
+        late. ``dropped``: ``samples`` of the user's sound were dropped. ``reset``: the conversation began anew.
+        ``error``: a stage failed, and the conversation is over.
+    frame : int
+        Frame of the model at which it happened.
+    """
+
+    kind: Literal["text", "word", "late", "dropped", "reset", "error"]
+    frame: int
+    text: str = ""
+    word: Word | None = None
+    samples: int = 0
+    seconds: float = 0.0
+    error: BaseException | None = None
+
+
+class Conversation:
+    """One live conversation on a loaded model.
+
+    Parameters
+    ----------
+    model : Moshi
+        Shared: several conversations may run on it.
+    seed, generation, conditions, kv_bits
+        As for :meth:`Moshi.session`.
+    backlog : float
+        Seconds of the user's sound that may wait for the codec before the oldest is dropped.
+    margin : float
+        Seconds of the model's sound that are kept ready at first; underruns widen it.
+    clock : callable
+        Seconds, monotonic; for tests.
+
+    Examples
+    --------
+    ::
+
+        with Conversation(model) as conversation:
+            conversation.feed(microphone_block)          # any number of float32 samples at model.sample_rate
+            speaker_block = conversation.read(960)       # never waits
+            for event in conversation.events():
+                print(event.text, end="")
+    """
+
+    def __init__(
+        self,
+        model: Moshi,
+        *,
+        seed: int = 0,
+        generation: GenerationConfig | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        kv_bits: int | None = None,
+        backlog: float = 0.32,
+        margin: float = 0.02,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model = model
+        self.meters = Meters()
+        self._clock = clock
+        self._settings: dict[str, Any] = {"seed": seed, "generation": generation, "conditions": conditions, "kv_bits": kv_bits}
+        self._size = model.frame_size
+        self._rate = model.sample_rate
+        self._backlog = max(round(backlog * self._rate) // self._size, 1) * self._size
+        room = max(round(_SECONDS_IN_RINGS * self._rate), 2 * self._backlog)
+        self._pcm_in = Ring(room)
+        self._pcm_out = Ring(room)
+        lm = model.lm.config
+        self._codes_in = Ring(_FRAMES_BETWEEN, dtype=_record(model.codec.num_codebooks if model.codec else 0))
+        self._codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(lm.own_q))
+        self._player = Player(self._pcm_out, self._rate, margin)
+        self._bells = {
+            name: Bell() for name in ("pcm_in", "codes_in", "codes_in_space", "codes_out", "codes_out_space")
+        }
+        self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
+        self._news = Bell()
+        self._threads: list[threading.Thread] = []
+        self._ready = threading.Semaphore(0)
+        self._stopping = False
+        self._paused = False
+        self._muted = False
+        self._resets = 0
+        self._error: ConversationError | None = None
+
+    # ------------------------------------------------------------------------------------------ the owner's side
+
+    def __enter__(self) -> Conversation:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop()
+        if kind is None:
+            self.check()
+
+    def start(self) -> Conversation:
+        """Start the threads and wait until they can take sound.
+
+        Raises
+        ------
+        ConversationError
+            If a stage cannot be made.
+        StateError
+            If it was started before.
+        """
+        if self._threads:
+            raise StateError("a conversation can be started once; make another")
+        stages = [("encoder", self._encode), ("model", self._model), ("decoder", self._decode)]
+        if not self.model.lm.config.own_q:
+            stages.pop()
+        self._threads = [
+            threading.Thread(target=self._guard, args=(name, stage), name=f"moshi {name}", daemon=True)
+            for name, stage in stages
+        ]
+        for thread in self._threads:
+            thread.start()
+        for _ in self._threads:
+            self._ready.acquire()
+        if self._error is not None:
+            self.stop()
+            self.check()
+        return self
+
+    def stop(self) -> bool:
+        """End the conversation. Returns within a second, whatever the threads do.
+
+        Returns
+        -------
+        bool
+            False if a thread is still inside one long computation: it ends after that, and touches nothing more.
+        """
+        self._stopping = True
+        for bell in self._bells.values():
+            bell.ring()
+        until = time.monotonic() + _STOP_WITHIN
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def running(self) -> bool:
+        """Whether sound goes through."""
+        return bool(self._threads) and not self._stopping
+
+    @property
+    def error(self) -> ConversationError | None:
+        """Why it ended by itself, if it did."""
+        return self._error
+
+    def check(self) -> None:
+        """Raise what ended the conversation, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def feed(self, pcm: ArrayLike) -> int:
+        """Hand over the user's sound: any number of samples, from one thread at a time; never waits.
+
+        Parameters
+        ----------
+        pcm : array [samples], float32
+            At the model's sample rate.
+
+        Returns
+        -------
+        int
+            Samples taken; fewer than given only if the threads have stood still for seconds.
+        """
+        samples = np.asarray(pcm, np.float32)
+        if samples.ndim != 1:
+            raise AudioError(f"feed takes one channel [samples], not shape {list(samples.shape)}")
+        if self._paused or self._stopping:
+            return len(samples)
+        taken = self._pcm_in.write(samples)
+        if taken < len(samples):
+            self.meters.dropped_in += len(samples) - taken
+        if self._pcm_in.available >= self._size:
+            self._bells["pcm_in"].ring()
+        return taken
+
+    def read(self, count: int) -> NDArray[np.float32]:
+        """The next ``count`` samples of the model's voice; never waits, silence where there is none."""
+        out = np.empty(count, np.float32)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: NDArray[np.float32]) -> None:
+        """Like :meth:`read`, into ``out`` [samples]: what an audio callback calls. From one thread at a time."""
+        if self._paused:
+            out[:] = 0
+            return
+        self._player.read_into(out)
+        self.meters.underruns = self._player.underruns
+
+    def events(self) -> list[Event]:
+        """What happened since the last call, oldest first; the last thousand at most."""
+        news: list[Event] = []
+        while self._events:
+            news.append(self._events.popleft())
+        return news
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the next event, at most ``timeout`` seconds; False if none came."""
+        return bool(self._events) or self._news.wait(timeout)
+
+    @property
+    def delay(self) -> float:
+        """Seconds of sound that wait inside: to be heard, and to be played."""
+        return (self._pcm_in.available + self._pcm_out.available) / self._rate
+
+    @property
+    def margin(self) -> float:
+        """Seconds of the model's sound that are kept ready."""
+        return self._player.margin
+
+    def pause(self) -> None:
+        """Hear and say nothing; what is fed meanwhile is thrown away."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on where :meth:`pause` stopped."""
+        self._paused = False
+
+    def mute(self, muted: bool = True) -> None:
+        """Let the model hear silence in place of what is fed."""
+        self._muted = muted
+
+    def reset(self) -> None:
+        """Begin anew: the model forgets everything; what waits to be heard or played is thrown away."""
+        self._resets += 1
+        self._bells["pcm_in"].ring()
+
+    # ---------------------------------------------------------------------------------------------- the threads
+
+    def _guard(self, name: str, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BaseException as error:  # whatever it is, the owner has to know
+            failure = ConversationError(f"the {name} of the conversation failed: {error}")
+            failure.__cause__ = error
+            if self._error is None:
+                self._error = failure
+            self._stopping = True
+            self._tell(Event("error", self.meters.frames, error=error))
+            for bell in self._bells.values():
+                bell.ring()
+        finally:
+            self._ready.release()
+
+    def _encode(self) -> None:
+        encoder = self.model.codec.encoder() if self.model.codec and self.model.lm.config.user_q else None
+        self._ready.release()
+        frame = np.zeros(self._size, np.float32)
+        record = np.zeros(1, self._codes_in.dtype)
+        resets = 0
+        while not self._stopping:
+            if resets != self._resets:
+                resets = self._resets
+                self._pcm_in.skip(self._pcm_in.available)
+                if encoder is not None:
+                    encoder.reset()
+                record["reset"] = True
+                self._pass_on(record, "codes_in")
+                record["reset"] = False
+            waiting = self._pcm_in.available
+            if waiting < self._size:
+                self._bells["pcm_in"].wait(_POLL)
+                continue
+            excess = waiting - self._backlog
+            if excess > 0:
+                excess = -(-excess // self._size) * self._size
+                self.meters.dropped_in += self._pcm_in.skip(excess)
+                self._tell(Event("dropped", self.meters.frames, samples=excess))
+                waiting -= excess
+            began = self._clock()
+            record["came"] = began - (waiting - self._size) / self._rate
+            self._pcm_in.read_into(frame)
+            if self._muted:
+                frame[:] = 0
+            self.meters.level_in = _level(frame)
+            if encoder is not None:
+                record["codes"][0] = encoder.encode(np.nan_to_num(frame, copy=False, posinf=1.0, neginf=-1.0))
+            self.meters.encode.add(self._clock() - began)
+            self._pass_on(record, "codes_in")
+
+    def _model(self) -> None:
+        generator = make_generator(self.model, **self._settings)
+        reader = TextReader(self.model)
+        lm = self.model.lm.config
+        self._say(*reader.step(generator.first))
+        self._ready.release()
+        record = np.zeros(1, self._codes_in.dtype)
+        spoken = np.zeros(1, self._codes_out.dtype)
+        while self._take(record, "codes_in"):
+            spoken["reset"] = record["reset"]
+            if record["reset"][0]:
+                first = generator.reset()
+                reader.reset()
+                self._tell(Event("reset", self.meters.frames))
+                self._say(*reader.step(first))
+                self._pass_on(spoken, "codes_out")
+                continue
+            began = self._clock()
+            step = generator.step(record["codes"][0][: lm.user_q] if lm.user_q else None)
+            self.meters.step.add(self._clock() - began)
+            self.meters.frames += 1
+            self._say(*reader.step(step))
+            if step.codes is not None and step.codes.min() >= 0:
+                spoken["came"] = record["came"]
+                spoken["codes"][0] = step.codes[0]
+                self._pass_on(spoken, "codes_out")
+
+    def _decode(self) -> None:
+        assert self.model.codec is not None
+        decoder = self.model.codec.decoder()
+        self._ready.release()
+        record = np.zeros(1, self._codes_out.dtype)
+        late_after = 2 * self._size / self._rate
+        while self._take(record, "codes_out"):
+            if record["reset"][0]:
+                decoder.reset()
+                self._player.clear()
+                continue
+            began = self._clock()
+            frame = decoder.decode(record["codes"][0])
+            self.meters.decode.add(self._clock() - began)
+            self.meters.level_out = _level(frame)
+            self.meters.dropped_out += len(frame) - self._pcm_out.write(frame)
+            lag = self._clock() - float(record["came"][0])
+            self.meters.lag.add(lag)
+            if lag > late_after:
+                self.meters.late += 1
+                self._tell(Event("late", self.meters.frames, seconds=lag))
+
+    def _pass_on(self, record: NDArray[Any], name: str) -> None:
+        ring = self._codes_in if name == "codes_in" else self._codes_out
+        if ring is self._codes_out and not self.model.lm.config.own_q:
+            return
+        while not self._stopping and not ring.write(record):
+            self._bells[f"{name}_space"].wait(_POLL)
+        self._bells[name].ring()
+
+    def _take(self, record: NDArray[Any], name: str) -> bool:
+        """The next record of a ring; False when the conversation is over."""
+        ring = self._codes_in if name == "codes_in" else self._codes_out
+        while not self._stopping:
+            if ring.read_into(record):
+                self._bells[f"{name}_space"].ring()
+                return True
+            self._bells[name].wait(_POLL)
+        return False
+
+    def _say(self, text: str, words: tuple[Word, ...]) -> None:
+        for word in words:
+            self._tell(Event("word", self.meters.frames, word=word))
+        if text:
+            self._tell(Event("text", self.meters.frames, text=text))
+
+    def _tell(self, event: Event) -> None:
+        self._events.append(event)
+        self._news.ring()
+
+
+def _record(codebooks: int) -> np.dtype[Any]:
+    """One frame on its way: its codes, when its last sample came, and whether it says "begin anew" instead."""
+    return np.dtype([("reset", np.bool_), ("came", np.float64), ("codes", np.int32, (codebooks,))])
+
+
+def _level(frame: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(frame))))

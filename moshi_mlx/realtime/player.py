@@ -1,0 +1,143 @@
+"""Plays decoded frames at the loudspeaker's own pace.
+
+The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes blocks
+at its own. In between, a small margin is held: enough that no block finds the ring empty, and no more. Where the two
+clocks drift apart, or the margin should change, sound is played a little faster or slower, by at most half a percent,
+with interpolation: no sample is cut out, so nothing clicks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ring import Ring
+
+__all__ = ["Player"]
+
+_STRETCH = 200  # at most one sample in so many is added or left out
+_STEP = 0.010  # seconds by which an underrun widens the margin
+_WINDOW = 4.0  # seconds over which the lowest filling is taken
+
+
+class Player:
+    """The reading side of the output ring.
+
+    Parameters
+    ----------
+    ring : Ring
+        Samples; written by the decoder.
+    sample_rate : int
+    margin : float
+        Seconds of sound that should be left after a read, at first.
+    most : float
+        Seconds to which underruns may widen the margin. What piles up beyond twice that is skipped.
+    """
+
+    def __init__(self, ring: Ring, sample_rate: int, margin: float = 0.02, most: float = 0.4):
+        self._ring = ring
+        self._rate = sample_rate
+        self._margin = round(margin * sample_rate)
+        self._most = round(most * sample_rate)
+        self._work = np.zeros(0, np.float32)
+        self._lowest = ring.capacity
+        self._since = 0
+        self._correction = 0
+        self._playing = False
+        self._clear_to = 0
+        self.underruns = 0
+        self.skipped = 0
+
+    @property
+    def margin(self) -> float:
+        """Seconds of sound that should be left after a read."""
+        return self._margin / self._rate
+
+    @property
+    def filling(self) -> float:
+        """Seconds of sound waiting to be played."""
+        return self._ring.available / self._rate
+
+    def clear(self) -> None:
+        """Writer's side: what has been written so far shall not be played."""
+        self._clear_to = self._ring.written
+
+    def read_into(self, out: NDArray[np.float32]) -> None:
+        """Reader's side: fill ``out`` [samples]; never waits, silence where there is no sound."""
+        count = len(out)
+        if self._clear_to:
+            self._ring.skip_to(self._clear_to)
+            self._clear_to = 0
+            self._playing = False
+        available = self._ring.available
+        if not self._playing:
+            if available < count + self._margin:
+                out[:] = 0
+                return
+            self._playing, self._lowest, self._since, self._correction = True, available, 0, 0
+        if available < count:
+            got = self._ring.read_into(out)
+            _fade_out(out, got)
+            self._playing = False
+            self.underruns += 1
+            self._margin = min(self._margin + round(_STEP * self._rate), self._most)
+            return
+        excess = available - count - 2 * self._most
+        if excess > self._margin:
+            self.skipped += self._ring.skip(excess)
+            available -= excess
+        shift = self._shift(count, available - count)
+        if shift == 0:
+            self._ring.read_into(out)
+        else:
+            self._read_warped(out, count + shift)
+        self._lowest = min(self._lowest, self._ring.available)
+        self._since += count
+
+    def _shift(self, count: int, left: int) -> int:
+        """Samples to take more (or fewer) than asked for, towards the margin."""
+        if self._since >= _WINDOW * self._rate:
+            self._correction = self._lowest - self._margin
+            if abs(self._correction) < 0.002 * self._rate:
+                self._correction = 0
+            self._lowest, self._since = left, 0
+        limit = max(1, count // _STRETCH)
+        shift = min(max(self._correction, -limit), limit, left)
+        self._correction -= shift
+        return shift
+
+    def _read_warped(self, out: NDArray[np.float32], take: int) -> None:
+        """Fill ``out`` from ``take`` samples, a few more or fewer than it holds, by cubic interpolation."""
+        if len(self._work) < take + 1:
+            self._work = np.zeros(2 * take, np.float32)
+        # One sample beyond the last, if it is there, so that the next block continues the curve.
+        work = self._work[: take + 1]
+        got = self._ring.peek_into(work)
+        if got <= take:
+            work[take] = work[take - 1]
+        self._ring.skip(take)
+        out[:] = _resample(work, len(out))
+
+
+def _resample(samples: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """``count`` values at even steps over ``samples`` without its last one (Catmull-Rom spline)."""
+    take = len(samples) - 1
+    at = np.arange(count) * (take / count)
+    whole = at.astype(np.int64)
+    part: NDArray[np.float32] = (at - whole).astype(np.float32)
+    before = samples[np.maximum(whole - 1, 0)]
+    here, after = samples[whole], samples[whole + 1]
+    later = samples[np.minimum(whole + 2, take)]
+    slope, slope_after = (after - before) / 2, (later - here) / 2
+    rise = after - here
+    curve = 3 * rise - 2 * slope - slope_after
+    twist = slope + slope_after - 2 * rise
+    return np.asarray(here + part * (slope + part * (curve + part * twist)), np.float32)
+
+
+def _fade_out(out: NDArray[np.float32], got: int) -> None:
+    """Silence after ``got`` samples, with a slope of 2 ms at 24 kHz so that the end does not click."""
+    out[got:] = 0
+    ramp = min(got, 48)
+    if ramp:
+        out[got - ramp : got] *= np.linspace(1, 0, ramp, dtype=np.float32)
