@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -79,7 +78,7 @@ class ConditionProvider(nn.Module):
     def __init__(self, configs: Mapping[str, ConditionerConfig], fuser: FuserConfig, output_dim: int):
         super().__init__()
         self.conditioners = {name: _Conditioner(config, output_dim) for name, config in configs.items()}
-        self._configs = MappingProxyType(dict(configs))  # not a dict: mlx.nn would take it for children
+        self._configs = tuple(configs.items())  # not a dict: mlx.nn would take it for children
         self._fuser = fuser
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
@@ -96,15 +95,16 @@ class ConditionProvider(nn.Module):
         ConfigError
             If a value is missing, unknown or misshapen.
         """
+        configs = dict(self._configs)
         for row in rows:
-            unknown = sorted(set(row) - set(self._configs))
-            missing = sorted(set(self._configs) - set(row))
+            unknown = sorted(set(row) - set(configs))
+            missing = sorted(set(configs) - set(row))
             if unknown or missing:
                 raise ConfigError(
-                    f"this model takes the conditions {sorted(self._configs)}: "
+                    f"this model takes the conditions {sorted(configs)}: "
                     + (f"{missing} not given" if missing else f"{unknown} not known")
                 )
-        parts = {name: self._one(name, [row[name] for row in rows]) for name in self._configs}
+        parts = {name: self._one(name, config, [row[name] for row in rows]) for name, config in configs.items()}
         total: mx.array | None = None
         for name in self._fuser.sum:
             if parts[name].shape[1] != 1:
@@ -119,8 +119,7 @@ class ConditionProvider(nn.Module):
             source = source + self._fuser.cross_attention_pos_emb_scale * positions
         return Condition(total, source)
 
-    def _one(self, name: str, values: list[Any]) -> mx.array:
-        config = self._configs[name]
+    def _one(self, name: str, config: ConditionerConfig, values: list[Any]) -> mx.array:
         conditioner = self.conditioners[name]
         if config.type == "lut":
             ids = [_row(name, config, value) for value in values]
