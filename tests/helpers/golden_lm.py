@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
-from moshi_mlx.config import ModelConfig
-from moshi_mlx.generate import Generator
+from moshi_mlx.config import UNGENERATED, LmConfig, ModelConfig
 from moshi_mlx.layers.conditioning import Condition, TensorCondition
 from moshi_mlx.lm import Lm
 from moshi_mlx.weights import load_config, load_lm
@@ -78,13 +78,13 @@ class Run:
     Attributes
     ----------
     tokens : array [positions, batch, 1 + dep_q]
-        What each position predicted, after the hooks.
+        What each position chose, after any forcing.
     frames : array [positions, batch, user streams]
         User frame that was passed at each call: read as token index ``position - 1``.
     data : dict
         All arrays of the file.
     options : dict
-        Arguments for :class:`Generator`: seeds and conditions.
+        Arguments for :class:`moshi_mlx.generate.Generator`: seeds and conditions.
     cfg_coef : float
     """
 
@@ -93,6 +93,11 @@ class Run:
     data: dict[str, np.ndarray]
     options: dict[str, Any]
     cfg_coef: float
+
+    def forcing(self, kind: str) -> np.ndarray:
+        """What was written over [positions, batch] text or [positions, batch, dep_q] codes; -2 where nothing was."""
+        shape = self.tokens.shape[:2] if kind == "text" else (*self.tokens.shape[:2], self.tokens.shape[2] - 1)
+        return self.data.get(f"force_{kind}", np.full(shape, UNGENERATED, np.int32))
 
 
 def run(name: str, file: str) -> Run:
@@ -109,10 +114,43 @@ def run(name: str, file: str) -> Run:
     return Run(tokens, frames, data, options, about(name)[file]["cfg_coef"])
 
 
-def predicted(generator: Generator) -> np.ndarray:
-    """Tokens [batch, 1 + own_q] that the last position predicted, whatever frame they belong to."""
-    streams = 1 + generator.lm.config.own_q
-    return generator._inputs[:, :streams, generator.position % generator._columns].copy()
+def small_model(seed: int = 0, **changes: Any) -> Lm:
+    """A random model whose widths are multiples of 32 and whose logits have a standard deviation of about 2."""
+    mx.random.seed(seed)
+    config = LmConfig.from_dict(SMALL | changes)
+    lm = Lm(config)
+
+    def redraw(name: str, value: mx.array) -> mx.array:
+        if name.endswith("learnt_padding"):
+            return mx.random.normal(value.shape)
+        if value.ndim != 2:
+            return 1 + 0.2 * mx.random.normal(value.shape)
+        gain = 2.0 if name.startswith(("text_linear", "depformer.linear_out", "extra_heads")) else 1.0
+        if "emb" in name and "low_rank" not in name and ".out" not in name:
+            return 0.7 * mx.random.normal(value.shape)
+        return gain * mx.random.normal(value.shape) * value.shape[1] ** -0.5
+
+    lm.load_weights([(name, redraw(name, value)) for name, value in tree_flatten(lm.parameters())])
+    mx.eval(lm.parameters())
+    return lm
+
+
+SMALL: dict[str, Any] = {
+    "dim": 64,
+    "text_card": 40,
+    "n_q": 4,
+    "dep_q": 2,
+    "card": 30,
+    "num_heads": 2,
+    "num_layers": 2,
+    "hidden_scale": 3.0,
+    "context": 12,
+    "depformer_dim": 32,
+    "depformer_dim_feedforward": 96,
+    "depformer_num_heads": 1,
+    "depformer_num_layers": 2,
+    "delays": [0, 0, 1, 0, 1],
+}
 
 
 def relative_error(ours: Any, reference: Any) -> float:
