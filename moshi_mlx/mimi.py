@@ -193,6 +193,7 @@ _SECTIONS: dict[str, type] = {
     "transformer": MimiTransformerConfig,
 }
 _OPTIONAL = ("n_q_semantic",)
+_WORDS = {int: "whole number", bool: "truth value", str: "string"}
 
 
 def _read(cls: type[_Config], data: Mapping[str, Any], where: str) -> _Config:
@@ -227,7 +228,7 @@ def _value(name: str, value: Any, default: Any, section: type | None) -> Any:
     if name in ("frame_rate", "transformer.max_period", "transformer.layer_scale"):
         good, wanted = number and math.isfinite(value), "number"
     else:
-        good, wanted = type(value) is type(default), type(default).__name__
+        good, wanted = type(value) is type(default), _WORDS[type(default)]
     if not good:
         raise ConfigError(f"{name} must be a {wanted}, not {value!r}")
     return value

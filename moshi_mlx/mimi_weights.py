@@ -15,10 +15,11 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .checkpoint.files import read_safetensors, read_safetensors_header
 from .errors import CheckpointError
 from .mimi import Mimi, MimiConfig
 
-__all__ = ["load_mimi", "mimi_weights", "published_mimi_weights"]
+__all__ = ["is_published_layout", "load_mimi", "mimi_weights", "published_mimi_weights"]
 
 
 class _Row(NamedTuple):
@@ -227,7 +228,7 @@ def load_mimi(path: str | os.PathLike[str], config: MimiConfig | None = None, nu
         If the file cannot be read or does not fit the configuration.
     """
     mimi = Mimi(config, num_codebooks)
-    weights = mimi_weights(_read_safetensors(path), config, num_codebooks)
+    weights = mimi_weights(read_safetensors(path)[0], config, num_codebooks)
     mimi.update(tree_unflatten(list(weights.items())))
     # Once, here: kernels in the order in which they are read, and nothing lazy left for another thread.
     for name, array in list(weights.items()):
@@ -237,13 +238,9 @@ def load_mimi(path: str | os.PathLike[str], config: MimiConfig | None = None, nu
     return mimi
 
 
-def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    try:
-        arrays = mx.load(os.fspath(path), format="safetensors")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a readable safetensors file: {error}") from error
-    assert isinstance(arrays, dict)
-    return arrays
+def is_published_layout(path: str | os.PathLike[str]) -> bool:
+    """Whether a file names its tensors as the published one does."""
+    return "encoder.model.0.conv.conv.bias" in read_safetensors_header(path)[0]
 
 
 def _float32(name: str, array: mx.array) -> mx.array:

@@ -26,7 +26,7 @@ class Codebook(nn.Module):
         self._measured: tuple[mx.array, mx.array] | None = None
 
     def half_norms(self) -> mx.array:
-        """``|e|^2 / 2`` of each entry, [bins]; computed once per embedding, not lazily, so that any thread may read it."""
+        """``|e|^2 / 2`` of each entry, [bins]; computed once per embedding and at once: any thread may read it."""
         embedding = self.embedding
         if self._measured is None or self._measured[0] is not embedding:
             norms = 0.5 * mx.sum(mx.square(embedding), axis=-1)

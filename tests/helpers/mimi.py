@@ -7,7 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from moshi_mlx.layers.conv import CausalConv, CausalConvTranspose
 from moshi_mlx.mimi import Mimi, MimiConfig
+from tests.helpers.signal import speechlike
 
 TINY: dict[str, Any] = {
     "sample_rate": 24000,
@@ -57,12 +59,18 @@ def tiny_mimi(seed: int = 0, **changes: Any) -> Mimi:
     mx.random.seed(seed)
     config = MimiConfig.from_dict({**TINY, **changes})
     mimi = Mimi(config)
-    for stage in (*mimi.encoder.stages, mimi.encoder):  # what a training would do for the loudness
-        for conv in (stage.resample,) if hasattr(stage, "resample") else (stage.first, stage.last):
-            conv.weight = 2.5 * conv.weight
+    convs = [module for module in mimi.modules() if isinstance(module, (CausalConv, CausalConvTranspose))]
+    for conv in convs:  # what training would do, or the signal fades on its way
+        conv.weight = 2 * conv.weight
+    signal = mx.array(speechlike(40 * config.frame_size, config.sample_rate, seed))
+    latent = mimi.latent(signal[None, None])[0]
     for group in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+        residual = group.input_proj(latent)
         for codebook in group.codebooks:
-            codebook.embedding = 0.4 * codebook.embedding
+            mean = residual.mean(0)
+            mixture = mx.random.normal((len(codebook.embedding), len(residual))) / len(residual) ** 0.5
+            codebook.embedding = mean + 0.7 * mixture @ (residual - mean)
+            residual = residual - codebook.decode(codebook.encode(residual))
     mx.eval(mimi.parameters())
     return mimi
 

@@ -1,8 +1,9 @@
 """Mimi in PyTorch with random weights that behave like trained ones. Needs torch and the package `moshi` 0.2.13.
 
 Freshly initialized, Mimi's activations fade to nothing and all frames get the same code. Here each convolution gets
-the gain that gives its output a deviation of one on a given signal, and codebooks are drawn from the residuals that
-they will have to quantize, so that codes are as diverse as those of a trained codec.
+the gain that gives its output a deviation of one on a given signal, and codebooks are drawn with the covariance of the
+residuals that they will have to quantize. So codes are as diverse as those of a trained codec, and each codebook takes
+away a part of the residual, as there.
 """
 
 from __future__ import annotations
@@ -75,16 +76,15 @@ def _set_gains(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _fill_codebooks(group: Any, latent: torch.Tensor) -> None:
-    """Each entry lies between two residuals of the signal, with some noise."""
+    """Entries are random mixtures of the residuals of the signal, nearer to their mean than they."""
     group.output_proj.weight.normal_(0, group.dimension**-0.5)
     group.input_proj.weight.normal_(0, latent.shape[1] ** -0.5)
     residual = group.input_proj(latent).transpose(1, 2).flatten(0, 1)
     for layer in group.vq.layers:
         book = layer._codebook
-        bins, count = book.codebook_size, len(residual)
-        pair = residual[torch.randint(count, (bins,))] + residual[torch.randint(count, (bins,))]
-        entries = 0.5 * pair + 0.3 * residual.std() * torch.randn(bins, group.dimension)
-        usage = 0.5 + 3 * torch.rand(bins)
+        mean = residual.mean(0)
+        entries = mean + 0.4 * torch.randn(book.codebook_size, len(residual)) @ (residual - mean) / len(residual) ** 0.5
+        usage = 0.5 + 3 * torch.rand(len(entries))
         book.cluster_usage.copy_(usage)
         book.embedding_sum.copy_(entries * usage[:, None])
         book._initialized.fill_(1)
