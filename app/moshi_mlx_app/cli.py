@@ -1,6 +1,7 @@
 """The command ``moshi-mlx-local``: picks a verb, runs it, and turns what goes wrong into one line and an exit status.
 
 Exit status: 0 done, 1 an error that the message names, 2 the command line is wrong, 130 stopped with Ctrl-C.
+Only the standard library is imported before :func:`main` runs: Ctrl-C in the first second is no traceback either.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import os
 import sys
 import traceback
 
-from moshi_mlx.errors import MoshiError
-from moshi_mlx_app.terminal import silence_output, warn
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
@@ -21,15 +20,17 @@ VERBS = ("file",)
 """Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
 
 DESCRIPTION = """\
-Moshi, the spoken dialogue model that listens and speaks at the same time, on this computer.
+Moshi, the spoken dialogue model that listens and speaks at the same time, on
+this computer.
 
-This version answers recordings. The live conversation with microphone and loudspeaker is not built yet.
+This version answers recordings. The live conversation with microphone and
+loudspeaker is not built yet.
 """
 EPILOG = """\
 examples:
-  moshi-mlx-local file question.wav -o answer.wav       answer a recording
-  moshi-mlx-local file --demo -o answer.wav             try it without a recording of your own
-  moshi-mlx-local file --help                           everything that can be set
+  moshi-mlx-local file question.wav -o answer.wav    answer a recording
+  moshi-mlx-local file --demo -o answer.wav          the questions that come along
+  moshi-mlx-local file --help                        everything that can be set
 """
 
 
@@ -53,8 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(verb)
-        # Suppressed: without it, the verb's own default would undo a --debug before the verb.
-        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        verb.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
         verb.set_defaults(run=module.run, parser=verb)
     return parser
 
@@ -78,54 +78,56 @@ def main(argv: list[str] | None = None) -> int:
         # A locale without the letter that a model says must not end the program.
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="replace")
-    debug = False
+    arguments = sys.argv[1:] if argv is None else argv
     try:
         try:
-            parser = build_parser()
-            args, unknown = parser.parse_known_args(argv)
-            debug = args.debug
-            if unknown:  # said with the verb's own usage, not with the program's
-                getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
-            if args.verb is None:
-                parser.print_help()
-                warn("the live conversation is not built yet, so name a verb: file", "error")
-                return 2
-            status: int = args.run(args)
+            return _run(arguments)
         finally:
             sys.stdout.flush()
-        return status
     except SystemExit as end:  # argparse: after --help, --version or a usage error
         return end.code if isinstance(end.code, int) else 2
     except KeyboardInterrupt:
-        warn("nothing was written", "stopped")
+        print("stopped: nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        from moshi_mlx_app.terminal import silence_output
+
         silence_output()
         return 0
-    except (MoshiError, OSError) as error:
-        _show(debug)
-        warn(_message(error), "error")
-        return 1
     except Exception as error:
-        _show(debug)
-        warn(
-            f"something unexpected went wrong: {type(error).__name__}: {error}. This is a fault in {program()}; "
-            "run it again with --debug to see where",
-            "error",
-        )
-        return 1
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
 
 
-def _show(debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+def _run(arguments: list[str]) -> int:
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said with the verb's own usage, not with the program's
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.verb is None:
+        parser.print_help()
+        print("error: the live conversation is not built yet, so name a verb: file", file=sys.stderr)
+        return 2
+    status: int = args.run(args)
+    return status
 
 
-def _message(error: Exception) -> str:
-    """One line: the system's errors as ``file: reason``."""
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong; the system's errors as ``file: reason``."""
+    from moshi_mlx.errors import MoshiError
+    from moshi_mlx_app.terminal import warn
+
+    message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif not isinstance(error, (MoshiError, OSError)):
+        message = (
+            f"something unexpected went wrong: {type(error).__name__}: {message}. This is a fault in {program()}; "
+            "run it again with --debug to see where"
+        )
+    warn(message, "error")
+    return 1
 
 
 if __name__ == "__main__":

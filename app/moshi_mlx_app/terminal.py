@@ -8,6 +8,7 @@ colour and no control characters. If standard output closes (``| head -1``), the
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 import unicodedata
@@ -18,7 +19,6 @@ from typing import TextIO
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.status import Status
-from rich.table import Column
 from rich.text import Text
 
 __all__ = ["Face", "Lines", "Loading", "is_terminal", "printable", "say", "silence_output", "warn"]
@@ -27,6 +27,14 @@ __all__ = ["Face", "Lines", "Loading", "is_terminal", "printable", "say", "silen
 def is_terminal(stream: TextIO) -> bool:
     """True where a bar can be drawn and moved."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _is_pipe(stream: TextIO) -> bool:
+    """True where the text may come out on the same terminal after all, as with ``| tee``."""
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def printable(text: str) -> str:
@@ -88,7 +96,7 @@ class Lines:
     """
 
     PAUSE = 1.2
-    LONG, LONGEST = 90, 200
+    LONG, LONGEST = 60, 160
 
     def __init__(self) -> None:
         self._text = ""
@@ -162,16 +170,16 @@ class Face:
         self._lines = Lines()
         self._began = time.perf_counter()
         self._bar: _Bar | None = None
-        if bar and is_terminal(sys.stderr):
+        if bar and is_terminal(sys.stderr) and not (text and _is_pipe(sys.stdout)):
             self._bar = _Bar(
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                # Not as wide as the terminal: the echo of ^C would wrap and shift everything by a line.
+                BarColumn(bar_width=20),
                 TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
                 _FactorColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True, highlight=False),
                 transient=True,
-                expand=True,
                 redirect_stdout=False,
                 redirect_stderr=False,
             )

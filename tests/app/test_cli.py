@@ -64,6 +64,16 @@ def test_python_dash_m() -> None:
     assert done.returncode == 2 and "invalid choice: 'talk'" in done.stderr
 
 
+def test_nothing_heavy_is_imported_before_main() -> None:
+    """If this fails, Ctrl-C in the program's first second shows a traceback."""
+    heavy = {"mlx", "moshi_mlx", "numpy", "rich", "soundfile"}
+    code = f"import sys, moshi_mlx_app.cli; print(sorted({heavy} & set(sys.modules)))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "app")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "[]\n"
+
+
 def test_a_fault_of_our_own_asks_to_be_reported(
     here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

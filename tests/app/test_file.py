@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_what_there_is(here: Path, model: FakeModel, capsys: pytest
     assert about["complete"] is False and about["duration"] == 2.0 and about["answer"]["file"] == "a.partial.wav"
     assert [word["text"] for word in about["words"]] == ["Hello", "there.", "Fine"]
     said = capsys.readouterr()
-    assert "stopped after 2.0 s" in said.err and "a.partial.wav" in said.err
+    assert "stopped: the first 2.0 s" in said.err and "a.partial.wav" in said.err
     assert "Fine" in said.out and "Traceback" not in said.err
 
     model.on_frame = lambda index: None  # and the next run is not in its way
@@ -242,7 +242,7 @@ def test_ctrl_c_while_loading_leaves_nothing(
     ask(0.1)
     monkeypatch.setattr(moshi_mlx, "load", interrupted)
     assert main(["file", "q.wav", "-o", "a.wav"]) == 130
-    assert names(here) == {"q.wav"} and "no file was written" in capsys.readouterr().err
+    assert names(here) == {"q.wav"} and "stopped: nothing was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [CodecError("the codec\nfell over"), OSError(28, "No space left on device")])
@@ -260,7 +260,7 @@ def test_a_failure_on_the_way_keeps_what_there_is(
     assert main(["file", "q.wav", "-o", "a.wav"]) == 1
     assert names(here) == {"q.wav", "a.partial.wav", "a.partial.json"}
     said = capsys.readouterr().err
-    assert "failed after 1.0 s" in said and "Traceback" not in said
+    assert "kept: the first 1.0 s" in said and "Traceback" not in said
     assert said.splitlines()[-1] in ("error: the codec fell over", "error: No space left on device")
 
 

@@ -28,12 +28,13 @@ HELP = "answer a recording: write Moshi's voice to a wav file and print its word
 EXAMPLES = """\
 examples:
   moshi-mlx-local file question.wav -o answer.wav
-  moshi-mlx-local file --demo -o answer.wav             the recorded questions that come with the program
-  ffmpeg -i memo.m4a -f wav - | moshi-mlx-local file - -o answer.wav
+  moshi-mlx-local file --demo -o answer.wav          the questions that come along
   moshi-mlx-local file question.flac -o answer.wav --seed 7 --tail 10 --json
+  ffmpeg -i memo.m4a -f wav - | moshi-mlx-local file - -o answer.wav
 
-The wav is stereo at 24 kHz: Moshi on the left, the question on the right. While it grows it is called
-answer.partial.wav; Ctrl-C keeps it. Words and their times go to answer.json.
+The wav is stereo at 24 kHz: Moshi on the left, the question on the right. While
+it grows it is called answer.partial.wav; Ctrl-C keeps it. Words and their times
+go to answer.json.
 """
 UNTRAINED = (
     "the model {name!r} has random weights: it has not been trained, so what it says is noise and nonsense. "
@@ -93,12 +94,12 @@ def _answer(args: argparse.Namespace, question: str) -> int:
         try:
             answer.compute()
         except KeyboardInterrupt:
-            warn(answer.keep("stopped"), "stopped")
+            warn(answer.keep(), "stopped")
             return 130
         except (MoshiError, OSError):
-            kept = answer.keep("failed")
+            kept = answer.keep()
             if answer.seconds:
-                warn(kept)
+                warn(kept, "kept")
             raise
         answer.finish()
     return 0
@@ -167,22 +168,23 @@ class _Answer:
             print(
                 f"{self.output}: {about.duration:.1f} s, left Moshi, right the question; words in {self.transcript}\n"
                 f"computed in {about.seconds_computed:.1f} s: real-time factor {factor:.2f} "
-                f"({'keeps' if factor < 1 else 'would not keep'} up with a conversation)",
+                f"(1: as fast as speech)",
                 file=sys.stderr,
             )
 
-    def keep(self, how: str) -> str:
+    def keep(self) -> str:
         """Leave what there is in valid files; returns a sentence that says where."""
         kept = None if self._file is None else self._file.keep()
         if kept is None or self._about is None:
-            return f"{how} before anything was answered; no file was written"
+            return "nothing was written"
         words = partial_name(self.transcript)
         self._about.answer["file"] = _name(kept)
+        said = f"the first {self.seconds:.1f} s of the answer are in {kept}"
         try:
             write_json(words, self._about.as_dict())
         except OSError as error:
-            return f"{how} after {self.seconds:.1f} s; they are in {kept}, but the words could not be written: {error}"
-        return f"{how} after {self.seconds:.1f} s of the answer; they are in {kept}, the words in {words}"
+            return f"{said}, but the words could not be written: {error}"
+        return f"{said}, the words in {words}"
 
     def _begin(self, model: Moshi, generation: Any) -> Transcript:
         recording = self.recording
