@@ -134,11 +134,11 @@ class Lines:
 
 
 class _FactorColumn(ProgressColumn):
-    """Seconds computed by seconds of sound."""
+    """The real-time factor: seconds computed by seconds of sound."""
 
     def render(self, task: Task) -> Text:
         factor = task.fields["factor"]
-        return Text("real-time factor -.--" if factor is None else f"real-time factor {factor:.2f}")
+        return Text("RTF -.--" if factor is None else f"RTF {factor:.2f}")
 
 
 class _Bar(Progress):
@@ -176,8 +176,8 @@ class Face:
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
                 _FactorColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
                 console=Console(stderr=True, highlight=False),
                 transient=True,
                 redirect_stdout=False,

@@ -93,7 +93,7 @@ def test_on_a_terminal_there_is_a_bar_and_every_line(tmp_path: Path) -> None:
     """If this fails, the bar writes over the words, or a person sees nothing until the end."""
     shown, status = on_a_terminal(tmp_path)
     assert status == 0
-    assert re.search(r"of 42\.6 s .*real-time factor \d\.\d\d", shown) and "\x1b[" in shown
+    assert re.search(r"of 42\.6 s .*RTF \d\.\d\d", shown) and "\x1b[" in shown
     # What stays: a line that is followed by a line break, and not by the cursor going back over it.
     for start in ("    0.1 s  Hello there.", "    1.7 s  Fine day."):
         assert re.search(re.escape(start) + r"\s*\r\n", shown), start
