@@ -17,12 +17,20 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .checkpoint.files import read_json, read_shapes, read_tensors, shown
-from .checkpoint.layouts import detect_layout, from_internal, stored_names, to_internal, to_mlx_layout, to_torch_layout
+from .checkpoint.layouts import (
+    MISMATCH,
+    detect_layout,
+    from_internal,
+    stored_names,
+    to_internal,
+    to_mlx_layout,
+    to_torch_layout,
+)
 from .checkpoint.lora import merge_lora
 from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
 from .checkpoint.voices import VoicePrompt, list_voices, load_speaker, load_voice_prompt
 from .config import LmConfig, ModelConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, MoshiError
 from .lm import Lm
 
 __all__ = [
@@ -137,7 +145,7 @@ def fit_lm(
     params = to_internal(tensors, layout, whole.lm)
     if update is not None:
         params = merge_lora(params, update, whole.lora_scaling if lora_scaling is None else lora_scaling, whole.lm)
-    model = Lm(whole.lm)
+    model = _build(whole.lm, len(tensors))
     if whole.tied_text_head and not any(name.startswith("text_linear.") for name in params):
         params.update(
             {f"text_linear.{name.split('.', 1)[1]}": v for name, v in params.items() if name.startswith("text_emb.")}
@@ -163,6 +171,26 @@ def fit_lm(
 def flat_parameters(model: Lm) -> dict[str, mx.array]:
     """The model's tensors by name, quantized parts included: what the ``to_..._layout`` functions take."""
     return dict(tree_flatten(model.parameters()))
+
+
+def _build(config: LmConfig, count: int) -> Lm:
+    """The model without weights, unless its configuration is too large for a file with ``count`` tensors to fill."""
+    sizes = {
+        "num_layers": config.num_layers,
+        "n_q": config.n_q,
+        "extra_heads_num_heads": config.extra_heads_num_heads,
+        "depformer_num_layers": config.depformer_num_layers * config.num_weight_sets,
+    }
+    for key, size in sizes.items():
+        if size > count:
+            raise CheckpointError(f"the file has {count} tensors, too few for {key} in config.json{MISMATCH}")
+    try:
+        return Lm(config)
+    except MoshiError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ConfigError(f"config.json describes a model of impossible sizes ({reason})") from error
 
 
 def _file_dtype(params: Mapping[str, mx.array], quantized: bool) -> mx.Dtype:
@@ -210,7 +238,7 @@ def _check_fit(params: Mapping[str, mx.array], model: Lm, quantized: set[str], f
     if wrong:
         problems.append(f"{len(wrong)} tensors should be floats: {shown(wrong)}")
     if problems:
-        raise CheckpointError("; ".join(problems) + ". Do config.json and the weights belong together?")
+        raise CheckpointError("; ".join(problems) + MISMATCH)
 
 
 def _pad_ends_the_text(params: dict[str, mx.array]) -> None:

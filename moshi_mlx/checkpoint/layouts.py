@@ -34,6 +34,8 @@ __all__ = [
     "to_torch_layout",
 ]
 
+MISMATCH = ". Do config.json and the weights belong together?"
+
 Tensors = Mapping[str, mx.array]
 Rows = list[tuple[str, str]]
 
@@ -230,11 +232,11 @@ def to_internal(tensors: Tensors, layout: str, config: LmConfig) -> dict[str, mx
         else:
             result[ours] = value
     if unknown:
-        raise CheckpointError(f"{len(unknown)} tensors are not part of this model: {shown(unknown)}")
+        raise CheckpointError(f"{len(unknown)} tensors are not part of this model: {shown(unknown)}{MISMATCH}")
     if layout in ("mlx", "candle"):
         lost = {copy for ours in result for copy in stored_names(ours, layout, config)} - plain.keys()
         if lost:
-            raise CheckpointError(f"{len(lost)} tensors are missing: {shown(lost)}")
+            raise CheckpointError(f"{len(lost)} tensors are missing: {shown(lost)}{MISMATCH}")
     return result
 
 

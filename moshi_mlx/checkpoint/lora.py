@@ -35,7 +35,7 @@ def merge_lora(
     Returns
     -------
     dict of str to mx.array
-        Merged in float32, in the types of ``params``.
+        Merged matrices are float32; everything else keeps its type.
 
     Raises
     ------
@@ -74,5 +74,5 @@ def merge_lora(
                 f"the update of {target}, {list(b.shape)} times {list(a.shape)}, does not fit {list(weight.shape)}"
             )
         product = b.astype(mx.float32) @ a.astype(mx.float32)
-        result[target] = (weight.astype(mx.float32) + scaling * product).astype(weight.dtype)
+        result[target] = weight.astype(mx.float32) + scaling * product
     return result
