@@ -170,7 +170,6 @@ class HubRepo:
     def _download_resumably(self, name: str) -> None:
         """Put the file's bytes where the cache keeps them (``blobs/<etag>``), going on with what is there already."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.file_download import http_get
 
         utils = _hub_utils()
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
@@ -192,21 +191,28 @@ class HubRepo:
             if resumed > remote.size:
                 resumed = 0
             with partial.open("r+b" if resumed else "wb") as file:
-                file.seek(resumed)
-                target: Any = file if self.progress is None else _Counted(file, name, remote.size, self.progress)
-                http_get(
-                    remote.location,
-                    target,
-                    resume_size=resumed,
-                    headers=headers,
-                    expected_size=remote.size,
-                    displayed_filename=name,
-                )
+                self._get(remote.location, file, remote.size, name, headers)
             broken = partial.stat().st_size != remote.size or (resumed and not _matches(partial, remote.etag))
             if broken:
                 partial.unlink()
                 raise DownloadError(f"{name} of {self._label} arrived damaged and was thrown away: start it again")
             os.replace(partial, blob)
+
+    def _get(self, url: str, file: Any, size: int, name: str, headers: dict[str, str]) -> None:
+        """Fetch to the end of the file; after a broken connection again, as long as every try brings something."""
+        from huggingface_hub.file_download import http_get
+
+        target = file if self.progress is None else _Counted(file, name, size, self.progress)
+        while True:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                http_get(
+                    url, target, resume_size=start, headers=headers, expected_size=size, displayed_filename=name
+                )  # fmt: skip
+                return
+            except Exception as error:
+                if not _is_network(error) or file.seek(0, os.SEEK_END) <= start:
+                    raise
 
     @contextmanager
     def _bars(self) -> Iterator[None]:
