@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint.files import read_safetensors, read_safetensors_header
@@ -229,10 +230,11 @@ def load_mimi(path: str | os.PathLike[str], config: MimiConfig | None = None, nu
     """
     mimi = Mimi(config, num_codebooks)
     weights = mimi_weights(read_safetensors(path)[0], config, num_codebooks)
-    mimi.update(tree_unflatten(list(weights.items())))
-    # Once, here: kernels in the order in which they are read, and nothing lazy left for another thread.
-    for name, array in list(weights.items()):
-        weights[name] = mx.contiguous(array)
+    # Once, here: everything in the order in which it is read, and nothing lazy left for another thread. Linear layers
+    # multiply by a transpose; MLX's CPU product is faster by a sixth if that is what lies in memory.
+    linear = {f"{name}.weight" for name, module in mimi.named_modules() if isinstance(module, nn.Linear)}
+    for name, array in weights.items():
+        weights[name] = mx.contiguous(array.T).T if name in linear else mx.contiguous(array)
     mimi.update(tree_unflatten(list(weights.items())))
     mx.eval(mimi.parameters())
     return mimi
