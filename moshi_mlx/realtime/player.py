@@ -44,6 +44,7 @@ class Player:
         self._since = 0
         self._correction = 0
         self._playing = False
+        self._held = 0
         self._clear_to = 0
         self.underruns = 0
         self.skipped = 0
@@ -70,11 +71,16 @@ class Player:
             self._clear_to = 0
             self._playing = False
         available = self._ring.available
+        # A frame may come just after a block was taken, or just before: a block's length makes no difference then.
+        margin = max(self._margin, count + count // 4)
         if not self._playing:
-            if available < count + self._margin:
+            # Frames come in bursts: begin a margin after the first, and the next will be in time by as much.
+            self._held = self._held + count if available else 0
+            if self._held <= margin or available < count:
                 out[:] = 0
                 return
-            self._playing, self._lowest, self._since, self._correction = True, available, 0, 0
+            self._playing, self._held = True, 0
+            self._lowest, self._since, self._correction = available, 0, 0
         if available < count:
             got = self._ring.read_into(out)
             _fade_out(out, got)
@@ -83,10 +89,10 @@ class Player:
             self._margin = min(self._margin + round(_STEP * self._rate), self._most)
             return
         excess = available - count - 2 * self._most
-        if excess > self._margin:
+        if excess > margin:
             self.skipped += self._ring.skip(excess)
             available -= excess
-        shift = self._shift(count, available - count)
+        shift = self._shift(count, available - count, margin)
         if shift == 0:
             self._ring.read_into(out)
         else:
@@ -94,10 +100,10 @@ class Player:
         self._lowest = min(self._lowest, self._ring.available)
         self._since += count
 
-    def _shift(self, count: int, left: int) -> int:
+    def _shift(self, count: int, left: int, margin: int) -> int:
         """Samples to take more (or fewer) than asked for, towards the margin."""
         if self._since >= _WINDOW * self._rate:
-            self._correction = self._lowest - self._margin
+            self._correction = self._lowest - margin
             if abs(self._correction) < 0.002 * self._rate:
                 self._correction = 0
             self._lowest, self._since = left, 0
