@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.utils._http
 import pytest
 
 from moshi_mlx import hub
@@ -39,6 +40,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", "")
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        # The variable was read when huggingface_hub was imported, perhaps by another test.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        for reset in ("reset_sessions", "close_session"):
+            getattr(huggingface_hub.utils._http, reset, lambda: None)()
         yield hub
 
 
@@ -166,6 +171,9 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "BUILTIN", tmp_path)
     assert builtin_models() == ["tiny"]
     assert resolve("tiny").folder == tmp_path / "tiny"
+    assert resolve("tiny").weights == (tmp_path / "tiny" / "model.safetensors",)
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    assert resolve("tiny").weights == ()  # not trained yet
     monkeypatch.setattr(hub, "BUILTIN", tmp_path / "none")
     assert builtin_models() == []
 

@@ -202,7 +202,7 @@ class HubRepo:
         """Fetch to the end of the file; after a broken connection again, as long as every try brings something."""
         from huggingface_hub.file_download import http_get
 
-        target = file if self.progress is None else _Counted(file, name, size, self.progress)
+        target: Any = file if self.progress is None else _Counted(file, name, size, self.progress)
         while True:
             start = file.seek(0, os.SEEK_END)
             try:
