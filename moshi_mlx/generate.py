@@ -145,6 +145,9 @@ class Generator:
         self._kv_bits = kv_bits
         self._columns = 2 * max(model.delays) + 3
         self._delays = np.array(model.delays)
+        words = model.text_card + model.text_start_row
+        text_ids = (words + 1) * words if model.demux_second_stream else words
+        self._highest = np.array([text_ids - 1] + [model.card] * model.n_q)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)
         self._state: State = {}
         self.first = self.reset(text=text, own_codes=own_codes)
@@ -240,8 +243,11 @@ class Generator:
         """
         mine = self.snapshot()
         update_state(mine, snapshot)
+        inputs = np.array(mine["inputs"])
+        if mine["position"] < 1 or (inputs < UNGENERATED).any() or (inputs > self._highest[:, None]).any():
+            raise StateError("the snapshot is damaged: it holds tokens that this model does not have")
         self._state = mine["lm"]
-        self._inputs = np.array(mine["inputs"])
+        self._inputs = inputs
         self._recent = np.array(mine["recent"])
         self._position = mine["position"]
         self.seeds = tuple(mine[f"seed{row}"] for row in range(self.batch))
@@ -258,8 +264,9 @@ class Generator:
             raise StateError(f"position {position}: a stream has no token; was the state restored from another model?")
         wanted = self._inputs[:, : 1 + model.own_q, (position + 1) % self._columns]
         tokens, heads = self._predict(column, wanted)
-        # Forced tokens do not depend on the caches: evaluate those too, or their graph would grow.
-        mx.eval(tokens, state_arrays(self._state), *([] if heads is None else [heads]))
+        # Tokens that are all forced do not depend on the caches, whose graph would grow if nobody evaluated it.
+        caches = [] if (wanted == UNGENERATED).any() else state_arrays(self._state)
+        mx.eval(tokens, *caches, *([] if heads is None else [heads]))
         produced = np.array(tokens)
         wanted[:] = produced  # a view: what this position predicts is what the next one reads
         self._remember(produced[:, 0])
@@ -355,10 +362,10 @@ class Generator:
 
     def _check_forced(self, text: ArrayLike | None, own_codes: ArrayLike | None) -> tuple[Ints | None, Ints | None]:
         model = self.lm.config
-        rows = model.text_card + model.text_start_row
-        highest = (rows + 1) * rows - 1 if model.demux_second_stream else rows - 1
         if text is not None:
-            text = self._tokens("text", np.reshape(_array("text", text), (-1, 1)), 1, UNGENERATED, highest)[:, 0]
+            text = self._tokens(
+                "text", np.reshape(_array("text", text), (-1, 1)), 1, UNGENERATED, int(self._highest[0])
+            )[:, 0]
         if own_codes is not None:
             own_codes = self._tokens("own_codes", own_codes, model.own_q, UNGENERATED, model.card)
         return text, own_codes
