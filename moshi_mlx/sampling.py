@@ -44,6 +44,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature must be 0 or more, found {self.temperature}")
+        if 0 < self.temperature < 1e-6:
+            raise ConfigError(f"temperature {self.temperature} is too small to divide by; 0 takes the likeliest token")
         if self.top_k < 0 or self.top_k % 1 != 0:
             raise ConfigError(f"top_k must be a whole number, 0 or more, found {self.top_k}")
         for name in ("top_p", "min_p"):
