@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -212,7 +211,7 @@ def _cast(name: str, value: mx.array, quantized: set[str], target: mx.Dtype) -> 
     return value.astype(target)
 
 
-def _check_fit(params: Mapping[str, mx.array], model: Lm, quantized: set[str], file_name: Any) -> None:
+def _check_fit(params: Mapping[str, mx.array], model: Lm, quantized: set[str], file_name: Callable[[str], str]) -> None:
     """Compare names, shapes and types with the model's."""
     expected = flat_parameters(model)
     missing = [file_name(name) for name in expected.keys() - params.keys()]

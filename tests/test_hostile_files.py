@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.checkpoint.files import read_json, read_safetensors, read_tensors
+from moshi_mlx.checkpoint.files import read_json, read_safetensors, read_tensors, write_safetensors
 from moshi_mlx.checkpoint.gguf import read_gguf
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
 from moshi_mlx.errors import CheckpointError, MoshiError
@@ -156,6 +156,26 @@ def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
     header = {"empty": entry("F32", (0, 5), 0, 0), "scalar": entry("F32", (), 0, 4)}
     tensors, _ = read_safetensors(safetensors(tmp_path / "x.safetensors", header, struct.pack("<f", 2.5)))
     assert tensors["empty"].shape == (0, 5) and tensors["scalar"].item() == 2.5
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken: an interrupted or failed save destroys the file that was there, or leaves half a file behind."""
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": mx.ones((3,))}, {"made": "here"})
+    tensors, metadata = read_safetensors(path)
+    assert tensors["a"].tolist() == [1, 1, 1] and metadata == {"format": "mlx", "made": "here"}
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_safetensors(tmp_path / "missing" / "x.safetensors", {"a": mx.ones((3,))})
+
+    def fail_halfway(name: str, *_: Any) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", fail_halfway)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_safetensors(path, {"a": mx.zeros((3,))})
+    assert read_safetensors(path)[0]["a"].tolist() == [1, 1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("layout", ["mlx", "torch", "candle", "sharded", "gguf"])
@@ -523,7 +543,7 @@ def evaluated(path: Path) -> None:
 def test_fuzzed_safetensors(tmp_path: Path) -> None:
     """Broken: some damage to a safetensors file escapes the checks and ends in a traceback or a crash."""
     path = tmp_path / "x.safetensors"
-    mx.save_safetensors(str(path), {f"layer.{i}.weight": mx.ones((3, i)) for i in range(8)}, {"format": "mlx"})
+    mx.save_safetensors(str(path), {f"layer.{i}.weight": mx.ones((3, i)) for i in range(1, 9)}, {"format": "mlx"})
     assert fuzz(path, evaluated, 1, 250) > 150
 
 

@@ -7,7 +7,7 @@ config.json, as mlx-lm writes it, is believed first, and must agree with the sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,10 @@ class Quantization:
 
 
 def find_quantization(
-    tensors: Mapping[str, mx.array], widths: Mapping[str, int], block: Mapping[str, Any] | None, layout_names: Any
+    tensors: Mapping[str, mx.array],
+    widths: Mapping[str, int],
+    block: Mapping[str, Any] | None,
+    layout_names: Callable[[str], list[str]],
 ) -> dict[str, Quantization]:
     """Bits, group size and mode of every module that has scales.
 
