@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
 
 from .checkpoint.files import read_json
+from .checkpoint.repo import Progress
 from .codec import Codec, MimiCodec, make_codec
 from .config import LmConfig, ModelConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, CodecError, ConfigError
 from .hub import CheckpointFiles, builtin_models, resolve
 from .lm import Lm
 from .mimi import Mimi, MimiConfig
@@ -48,7 +50,7 @@ def load(
     dtype : mx.Dtype, optional
         Type of weights that are not quantized; by default the file's.
     on_progress : callable, optional
-        Called with a short sentence at each stage.
+        Called with a short sentence at each stage, and as files come in.
 
     Returns
     -------
@@ -63,7 +65,7 @@ def load(
     """
     say = on_progress or (lambda _: None)
     say(f"looking for {source}")
-    files = resolve(source)
+    files = resolve(source, progress=_telling(on_progress))
     config = load_config(files.config, files.weights)
     builtin = str(source) in builtin_models()
     say("reading the language model")
@@ -74,10 +76,10 @@ def load(
         lm = _random_lm(config.lm)
     say("reading the codec")
     voice, voice_trained = _load_codec(config, files, codec, builtin)
-    if files.tokenizer is None:
+    tokenizer = None if files.tokenizer is None else TextTokenizer(files.tokenizer)
+    if tokenizer is None and voice is not None:
         raise _lacking(files, "tokenizer", "a SentencePiece model for its text")
-    tokenizer = TextTokenizer(files.tokenizer)
-    if tokenizer.vocab_size != config.lm.text_card:
+    if tokenizer is not None and tokenizer.vocab_size != config.lm.text_card:
         raise CheckpointError(
             f"{files.tokenizer} has {tokenizer.vocab_size} pieces, but the model's text_card is {config.lm.text_card}: "
             "it belongs to another model"
@@ -100,7 +102,24 @@ def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin:
         return make_codec(files.mimi, sizes, codebooks, kind), True
     if not builtin:
         raise _lacking(files, "mimi", "the weights of its codec")
+    if kind == "rust":
+        raise CodecError("the Rust codec knows the published Mimi only: use codec='mlx' for this model")
     return MimiCodec(_random_mimi(sizes, codebooks)), False
+
+
+def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:
+    """Downloads as sentences, a few a second at most."""
+    if on_progress is None:
+        return None
+    said: dict[str, float] = {}
+
+    def tell(name: str, here: int, size: int) -> None:
+        now = time.monotonic()
+        if here >= size or now - said.get(name, -1.0) >= 0.2:
+            said[name] = now
+            on_progress(f"{name}: {here / 1e6:,.1f} of {size / 1e6:,.1f} MB")
+
+    return tell
 
 
 def _lacking(files: CheckpointFiles, part: str, what: str) -> CheckpointError:

@@ -209,12 +209,8 @@ class Moshi:
         """
         began = time.perf_counter()
         user = to_mono(pcm, sample_rate, self.sample_rate)
-        delay = float(self.config.stt_config.get("audio_delay_seconds", 0.0))
-        lead = float(self.config.stt_config.get("audio_silence_prefix_seconds", 0.0))
-        if self.config.model_type == "stt":  # the text of the last word comes `delay` after its sound
-            tail = max(tail, delay + 1.0)
         size = self.frame_size
-        before, after = round(lead * self.sample_rate), round(tail * self.sample_rate)
+        before, after = self.silence(tail)
         user = np.concatenate([np.zeros(before, np.float32), user, np.zeros(after, np.float32)])
         user = np.concatenate([user, np.zeros(-len(user) % size, np.float32)])
         session = self.session(seed=seed, generation=generation, conditions=conditions)
@@ -244,6 +240,17 @@ class Moshi:
             seconds_audio=len(user) / self.sample_rate,
             seconds_computed=time.perf_counter() - began,
         )
+
+    def silence(self, tail: float = 0.0) -> tuple[int, int]:
+        """Samples of silence to play before and after a recording: what the checkpoint asks for, and ``tail`` seconds.
+
+        Speech-to-text writes a word some time after its sound, so the last one needs that time, and a second to end.
+        """
+        stt = self.config.stt_config
+        if self.config.model_type == "stt":
+            tail = max(tail, float(stt.get("audio_delay_seconds", 0.0)) + 1.0)
+        lead = float(stt.get("audio_silence_prefix_seconds", 0.0))
+        return round(lead * self.sample_rate), round(tail * self.sample_rate)
 
     def default_conditions(self) -> dict[str, Any] | None:
         """What the checkpoint's conditioners are set to when nobody says otherwise (as Kyutai's programs do)."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.model import SessionFrame
+from moshi_mlx.model import Moshi, SessionFrame
 from moshi_mlx.text import Word
 
 
@@ -61,6 +61,8 @@ class FakeModel:
     def load(self, source: str = "small", **options: Any) -> FakeModel:
         self.loaded.append((source, options))
         return self
+
+    silence = Moshi.silence  # the real one: it looks at the configuration only
 
     def session(self, *, seed: int = 0, generation: Any = None) -> FakeSession:
         self.sessions.append(FakeSession(self, seed, generation))

@@ -125,7 +125,7 @@ class _Answer:
         if not model.trained:
             warn(UNTRAINED.format(name=model.name), "notice")
         rate, size = model.sample_rate, model.frame_size
-        lead, tail = _silence(model, args.tail)
+        lead, tail = model.silence(args.tail)
         generation = generation_from(args, generation_defaults(model.config))
         samples = self.recording.length(rate) + tail
         self._file = AnswerFile(self.output, rate, samples)
@@ -205,15 +205,6 @@ class _Answer:
             generation={**asdict(generation), "tail": self.args.tail},
             warnings=recording.warnings,
         )
-
-
-def _silence(model: Moshi, tail: float) -> tuple[int, int]:
-    """Samples of silence before and after the question; speech-to-text models ask for some of their own."""
-    wanted = model.config.stt_config
-    lead = float(wanted.get("audio_silence_prefix_seconds", 0.0))
-    if wanted:
-        tail = max(tail, float(wanted.get("audio_delay_seconds", 0.0)) + 1.0)
-    return round(lead * model.sample_rate), round(tail * model.sample_rate)
 
 
 def _targets(args: argparse.Namespace, question: str) -> tuple[Path, Path]:
