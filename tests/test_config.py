@@ -92,6 +92,8 @@ def test_personaplex_with_architecture() -> None:
     """A PersonaPlex config.json that does state its sizes is read, and half of its streams are the user's."""
     lm = ModelConfig.from_dict(read(TESTS / "golden" / "lm" / "personaplex" / "config.json")).lm
     assert (lm.dep_q, lm.own_q, lm.user_q) == (4, 2, 2)
+    with pytest.raises(ConfigError, match="own voice has 2 streams, but dep_q predicts only 1"):
+        ModelConfig.from_dict(read(TESTS / "golden" / "lm" / "personaplex" / "config.json") | {"dep_q": 1})
 
 
 def test_helium_from_hugging_face() -> None:

@@ -754,24 +754,27 @@ def resident() -> int:
 FRAMES = int(os.environ.get("MOSHI_TEST_FRAMES", "5000"))
 
 
+TINY: dict[str, Any] = {
+    "dim": 32,
+    "num_heads": 1,
+    "num_layers": 1,
+    "n_q": 2,
+    "dep_q": 1,
+    "delays": [0, 0, 1],
+    "context": 16,
+    "depformer_dim": 8,
+    "depformer_num_layers": 1,
+    "depformer_dim_feedforward": 12,
+}
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is read from /proc")
 def test_memory_stays_flat() -> None:
     """Something grows with every frame: all of them must not take more memory than the first fifth.
 
-    MOSHI_TEST_FRAMES=20000 makes it 27 minutes of talk: not a byte was added by them.
+    MOSHI_TEST_FRAMES=20000 makes it 27 minutes of talk: from frame 4,000 on not a byte was added.
     """
-    lm = small_model(
-        dim=32,
-        num_heads=1,
-        num_layers=1,
-        n_q=2,
-        dep_q=1,
-        delays=[0, 0, 1],
-        context=16,
-        depformer_dim=8,
-        depformer_num_layers=1,
-        depformer_dim_feedforward=12,
-    )
+    lm = small_model(**TINY)
     generator = Generator(lm, PENALIZED)
     frames = draw_frames(lm, 1, 100)
     marks = []
@@ -781,3 +784,15 @@ def test_memory_stays_flat() -> None:
             marks.append((resident(), mx.get_active_memory()))
     assert len({active for _, active in marks}) == 1
     assert marks[-1][0] - marks[0][0] < 500_000
+
+
+def test_memory_stays_flat_while_all_is_forced() -> None:
+    """With every token given, nothing reads the caches: unless evaluated, their graph grows with every frame."""
+    lm = small_model(**TINY)
+    generator = Generator(lm, PENALIZED)
+    marks = []
+    for call, frame in enumerate(draw_frames(lm, 1, 400)):
+        generator.step(frame, text=call % 40, own_codes=[call % 30])
+        if call % 100 == 99:
+            marks.append(mx.get_active_memory())
+    assert len(set(marks)) == 1
