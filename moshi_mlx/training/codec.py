@@ -1,0 +1,321 @@
+"""Train the codec: everything at once, from waveforms and phone labels.
+
+    python -m moshi_mlx.training.codec runs/data runs/codec
+
+runs until stopped (Ctrl-C, SIGTERM) and goes on where it stopped when run again. The learning rate is constant; a
+run with ``--finish-in 20`` lowers it to nothing over 20 minutes and ends.
+
+Two workers with one thread each take steps on copies of one shared model and apply them to it under a lock, each
+gradient at most a step or two behind. On a machine with other things to do this is many times faster than two threads
+in one process, which wait for each other at every operation (docs/training.md has the figures).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import queue
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moshi_mlx.training import checkpoint
+from moshi_mlx.training.data import FRAME_SAMPLES, SAMPLE_RATE, Corpus
+from moshi_mlx.training.losses import spectral_loss
+from moshi_mlx.training.mimi_torch import Mimi
+from moshi_mlx.training.process import Stop, keep_memory
+
+WAVE, COMMITMENT, PHONE = 1.0, 0.5, 1.0  # weights beside the spectral loss
+BYPASS_STEPS, WARMUP_STEPS = 300, 200  # nothing is quantized at first
+BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
+LOG_EVERY = 200  # steps
+DECODER_CROPS, DECODER_SKIP = ((5, 14), (3, 22)), 2  # frames
+CROPS = ((5, 12), (3, 20))  # (batch, frames)
+
+
+def perplexities(model: Mimi) -> list[int]:
+    """How many entries each codebook uses, as the exponential of its entropy."""
+    out = []
+    for book in (*model.first.books, *model.rest.books):
+        share = book.cluster_usage / book.cluster_usage.sum()
+        out.append(round(float((-(share * (share + 1e-9).log()).sum()).exp())))
+    return out
+
+
+def step_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], books: int, bypass: bool) -> dict[str, Tensor]:
+    """Every loss of one batch (heard, target [batch, samples], labels [batch, frames, 2])."""
+    heard, target, labels = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        said, commitment, phones = model(heard[:, None], books, bypass)
+    said, phones = said.float()[:, 0], phones.float()
+    spectral, mel = spectral_loss(said, target)
+    return {
+        "spectral": spectral,
+        "wave": (said - target).abs().mean(),
+        "commitment": commitment,
+        "phone": F.cross_entropy(phones.flatten(0, 2), labels.flatten()),
+        "mel": mel,
+        "phones_right": (phones.argmax(-1) == labels).float().mean(),
+    }
+
+
+def freeze_codes(model: Mimi) -> None:
+    """Leave only what is behind the codes to learn: projections back, upsampling, transformer and decoder."""
+    behind = (model.first.output_proj, model.rest.output_proj, model.upsample, model.decoder_transformer, model.decoder)
+    model.requires_grad_(False)
+    for module in behind:
+        module.requires_grad_(True)
+
+
+def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """Losses of the decoder alone; the first frames lack their left context and are left out."""
+    heard, target, _ = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            z = model.latent(heard[:, None])
+            points = [rvq.quantize(rvq.project(z))[0] for rvq in (model.first, model.rest)]
+        mixed = model.first.back(points[0], len(heard)) + model.rest.back(points[1], len(heard))
+        said = model.synthesize(mixed)
+    skipped = DECODER_SKIP * FRAME_SAMPLES
+    said, target = said.float()[:, 0, skipped:], target[:, skipped:]
+    spectral, mel = spectral_loss(said, target)
+    return {"spectral": spectral, "wave": (said - target).abs().mean(), "mel": mel}
+
+
+@dataclass
+class Shared:
+    """What the workers have in common: the model and optimizer in shared memory, counters and a lock."""
+
+    model: Mimi
+    moments: list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
+    lock: Any
+    steps: Any  # steps taken
+    begun: Any  # steps handed out; each has a batch of its own
+    level: Any  # learning rate, as a share of the full one
+    stop: Any
+
+
+def apply_step(shared: Shared, local: Mimi, before: dict[str, Tensor], options: argparse.Namespace) -> None:
+    """AdamW on the shared parameters with a worker's gradients; its codebooks' movement is added to the shared ones."""
+    step = shared.steps.value + 1
+    rate = options.rate * min(1.0, step / WARMUP_STEPS) * max(shared.level.value, 0.01)
+    beta1, beta2 = BETAS
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    with torch.no_grad():
+        for (mean, square), mine, theirs in zip(
+            shared.moments, local.parameters(), shared.model.parameters(), strict=True
+        ):
+            gradient = mine.grad
+            if gradient is None:
+                continue
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            if theirs.ndim > 1:  # kernels and matrices decay, vectors do not
+                theirs.mul_(1 - rate * WEIGHT_DECAY)
+            theirs.addcdiv_(mean, square.div(correction2).sqrt_().add_(1e-8), value=-rate / correction1)
+        for name, mine in local.named_buffers():
+            shared.model.get_buffer(name).add_(mine - before[name])
+            if name.endswith("cluster_usage"):
+                shared.model.get_buffer(name).clamp_min_(1e-4)
+    shared.steps.value = step
+
+
+@torch.no_grad()
+def fit_codebooks(model: Mimi, corpus: Corpus, options: argparse.Namespace) -> None:
+    """Place every codebook on some 5,000 latents of the model as it is."""
+    rng, (size, frames) = np.random.default_rng([options.seed, 1 << 40]), CROPS[0]
+    latents = []
+    for _ in range(40):
+        heard = torch.from_numpy(corpus.batch(size, frames, rng, options.answer_share)[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(model.latent(heard[:, None]).float())
+    z = torch.cat(latents)
+    for quantizer in (model.first, model.rest):
+        quantizer.fit(quantizer.project(z), usage=60 / model.shape.bins)
+
+
+def work(number: int, shared: Shared, results: Any, options: argparse.Namespace) -> None:
+    """One worker: one thread, one step after the other on a copy of the model, until told to stop."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    corpus, local, refreshed, parent = Corpus(options.data), Mimi(), time.monotonic(), os.getppid()
+    crops = CROPS
+    if options.stage == "decoder":
+        freeze_codes(local.eval())
+        crops = DECODER_CROPS
+    else:
+        local.train()
+    while not shared.stop.value and os.getppid() == parent:  # an orphan would train for ever
+        with shared.lock:
+            step = shared.begun.value
+            shared.begun.value += 1
+            if options.stage == "codec" and step >= BYPASS_STEPS and not shared.model.first.books[0]._initialized:
+                fit_codebooks(shared.model, corpus, options)
+            local.load_state_dict(shared.model.state_dict())
+        before = {name: buffer.clone() for name, buffer in local.named_buffers()}
+        torch.manual_seed(options.seed * 1_000_003 + step)
+        rng = np.random.default_rng([options.seed, step])
+        size, frames = crops[int(rng.integers(len(crops)))]
+        books = local.shape.n_q if rng.random() < 0.7 else int(rng.integers(1, local.shape.n_q))
+        heard, target, labels = (torch.from_numpy(a) for a in corpus.batch(size, frames, rng, options.answer_share))
+        batch = heard, target, labels
+        if options.stage == "decoder":
+            books = local.shape.n_q
+            losses = decoder_losses(local, batch)
+            loss = losses["spectral"] + WAVE * losses["wave"]
+        else:
+            losses = step_losses(local, batch, books, step < BYPASS_STEPS)
+            loss = (
+                losses["spectral"] + WAVE * losses["wave"] + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
+            )
+        local.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(local.parameters(), 3.0))
+        with shared.lock:
+            if math.isfinite(norm):
+                apply_step(shared, local, before, options)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if books < local.shape.n_q:
+            del values["mel"]  # report it of the whole codec
+        results.put((heard.numel() / SAMPLE_RATE, values | {"norm": norm, f"worker{number}": 1.0}))
+        if time.monotonic() - refreshed > 120:
+            corpus.refresh()
+            refreshed = time.monotonic()
+
+
+def train(options: argparse.Namespace) -> None:
+    """Start the workers; log, save and stop them."""
+    torch.set_num_threads(1)
+    context = torch.multiprocessing.get_context("spawn")
+    stop, path = Stop(), options.run / ("codec.pt" if options.stage == "codec" else "finetuned.pt")
+    Corpus(options.data)  # complains here, once, if there is nothing to learn from
+    torch.manual_seed(options.seed)
+    model = Mimi()
+    step, heard_seconds, level = 0, 0.0, 1.0
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    if path.exists():
+        state = checkpoint.load(path)
+        model.load_state_dict(state["model"])
+        step, heard_seconds, level = state["step"], state["heard_seconds"], state["level"]
+        for (mean, square), (saved_mean, saved_square) in zip(moments, state["moments"], strict=True):
+            mean.copy_(saved_mean)
+            square.copy_(saved_square)
+        print(f"going on from step {step}, {heard_seconds / 3600:.2f} h heard", flush=True)
+    elif options.stage == "decoder":
+        model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
+    model.share_memory()
+    for pair in moments:
+        for tensor in pair:
+            tensor.share_memory_()
+    shared = Shared(
+        model,
+        [(mean.detach(), square.detach()) for mean, square in moments],
+        context.Lock(),
+        context.Value("q", step, lock=False),
+        context.Value("q", step, lock=False),
+        context.Value("d", level, lock=False),
+        context.Value("b", 0, lock=False),
+    )
+    results = context.Queue()
+    workers = [
+        context.Process(target=work, args=(number, shared, results, options), daemon=True)
+        for number in range(options.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    log = checkpoint.Log(path.with_suffix(".jsonl"))
+    began = saved = noted = time.monotonic()
+    level_at_start, heard_at_note, taken = level, heard_seconds, 0
+
+    def save() -> None:
+        with shared.lock:
+            state = {
+                **checkpoint.model_state(model),
+                "moments": shared.moments,
+                "step": shared.steps.value,
+                "heard_seconds": heard_seconds,
+                "level": shared.level.value,
+            }
+            checkpoint.save(path, state)
+
+    while not stop:
+        if options.finish_in:
+            shared.level.value = level_at_start * max(0.0, 1 - (time.monotonic() - began) / 60 / options.finish_in)
+            if shared.level.value == 0:
+                break
+        if any(not worker.is_alive() for worker in workers):
+            print("a worker died; stopping the others", flush=True)
+            break
+        try:
+            seconds, values = results.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        heard_seconds += seconds
+        taken += 1
+        log.add(**{name: value for name, value in values.items() if not name.startswith("worker")})
+        now = time.monotonic()
+        if taken % LOG_EVERY == 0 or (taken < LOG_EVERY and taken % 10 == 0):
+            log.write(
+                step=shared.steps.value,
+                hours_heard=round(heard_seconds / 3600, 3),
+                rate=round(options.rate * shared.level.value, 7),
+                times_real=round((heard_seconds - heard_at_note) / (now - noted), 2),
+                clock=time.strftime("%H:%M:%S"),
+                books=perplexities(model),
+            )
+            noted, heard_at_note = now, heard_seconds
+        if now - saved > 60 * options.save_every:
+            save()
+            saved = now
+    shared.stop.value = 1
+    deadline = time.monotonic() + 30
+    for worker in workers:
+        while worker.is_alive() and time.monotonic() < deadline:
+            while not results.empty():  # a worker cannot end while its results wait in the pipe
+                heard_seconds += results.get()[0]
+            worker.join(0.2)
+        worker.kill()
+    save()
+    print(f"saved {path} at step {shared.steps.value}, {heard_seconds / 3600:.2f} h heard", flush=True)
+
+
+def parser_for(module: str, description: str, rate: float, answer_share: float) -> argparse.ArgumentParser:
+    """The options both trainers have."""
+    parser = argparse.ArgumentParser(prog=f"python -m moshi_mlx.training.{module}", description=description)
+    parser.add_argument("data", type=Path, help="folder of shards")
+    parser.add_argument("run", type=Path, help="folder of the checkpoints and logs; an existing run goes on")
+    parser.add_argument(
+        "--finish-in", type=float, metavar="MINUTES", help="lower the learning rate to nothing, then end"
+    )
+    parser.add_argument("--rate", type=float, default=rate, help=f"learning rate ({rate})")
+    parser.add_argument(
+        "--answer-share", type=float, default=answer_share, help=f"share of the answering voice ({answer_share})"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (2)")
+    parser.add_argument(
+        "--save-every", type=float, default=3, metavar="MINUTES", help="minutes between checkpoints (3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the batches and the first weights (0)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_for("codec", __doc__.split("\n")[0], 5e-4, 0.5)
+    options = parser.parse_args(arguments)
+    options.stage = "codec"
+    keep_memory()
+    train(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Tune the decoder to the answering voice; what makes the codes stays as it is.
+
+    python -m moshi_mlx.training.finetune runs/data runs/codec
+
+starts from ``codec.pt`` and writes ``finetuned.pt``. Codes made before stay valid, so a language model can be trained
+meanwhile. A share of other voices keeps their resynthesis intelligible. Stops, goes on and finishes as the codec's
+training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moshi_mlx.training.codec import parser_for, train
+from moshi_mlx.training.process import keep_memory
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser_for("finetune", __doc__.split("\n")[0], 4e-4, 0.8).parse_args(arguments)
+    options.stage = "decoder"
+    keep_memory()
+    train(options)
+
+
+if __name__ == "__main__":
+    main()
