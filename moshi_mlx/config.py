@@ -212,6 +212,8 @@ class LmConfig:
 
     def _check(self) -> None:
         self._check_positive("dim", "text_card", "card", "num_heads", "num_layers", "context", "max_period")
+        if self.context > _LONGEST:
+            raise ConfigError(f"context must be at most {_LONGEST} positions, found {self.context}")
         if not 0 < self.hidden_scale <= _MOST or not self.hidden:
             raise ConfigError(f"hidden_scale {self.hidden_scale} gives no usable width of the feed-forward layers")
         for name in ("n_q", "dep_q", "extra_heads_num_heads"):
@@ -481,6 +483,7 @@ def gated_hidden(dim: int, feedforward: int) -> int:
 _NORMS = ("rms_norm_f32", "rms_norm", "layer_norm", "layer_norm_f32")
 # Far more layers, or frames of delay, than any model has: beyond it, a broken file would only exhaust the machine.
 _MOST = 10_000
+_LONGEST = 1_000_000
 
 _HF_HELIUM_IGNORED = {
     "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",

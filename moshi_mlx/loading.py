@@ -29,6 +29,7 @@ _UNTRAINED_SEED = 0
 def load(
     source: str | os.PathLike[str] = "small",
     *,
+    weights: str | None = None,
     codec: Literal["auto", "rust", "mlx"] = "auto",
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
@@ -41,6 +42,8 @@ def load(
     ----------
     source : str or path
         A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
+    weights : str, optional
+        Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
     codec : {"auto", "rust", "mlx"}
         ``auto`` takes the Rust codec for the published Mimi where its package is installed, MLX otherwise.
     lora : path, optional
@@ -65,7 +68,7 @@ def load(
     """
     say = on_progress or (lambda _: None)
     say(f"looking for {source}")
-    files = resolve(source, progress=_telling(on_progress))
+    files = resolve(source, weights=weights, progress=_telling(on_progress))
     config = load_config(files.config, files.weights)
     builtin = str(source) in builtin_models()
     say("reading the language model")
