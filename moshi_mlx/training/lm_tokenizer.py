@@ -52,7 +52,9 @@ def tokenizer_bytes(pieces: int = PIECES) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.lm_tokenizer", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moshi_mlx.training.lm_tokenizer", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("file", type=Path, help="where the tokenizer goes")
     options = parser.parse_args(arguments)
     contents = tokenizer_bytes()
