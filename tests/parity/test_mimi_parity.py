@@ -80,7 +80,7 @@ def test_the_fixture_is_worth_comparing(run: Run) -> None:
 def test_streamed_codes_equal_pytorch(run: Run) -> None:
     """If this fails, models trained on PyTorch's codes hear something else from ours."""
     differ = run.streamed != run.codes
-    report(f"differing codes {differ.sum()} of {differ.size}, in {differ.any(axis=0).sum()} frames; all near-ties")
+    report(f"differing codes {differ.sum()} of {differ.size}, in {differ.any(axis=0).sum()} frames")
     assert unproven_differences(run.mimi, run.pcm, run.streamed, run.codes) == []
     assert differ.any(axis=0).mean() < 0.05, "too many near-ties to be chance"
 
@@ -107,11 +107,9 @@ def test_pytorch_streams_differ_by_their_ring_alone(run: Run, monkeypatch: pytes
     from moshi.modules import transformer
 
     as_is, spoken = encode_stream(run.model, run.pcm), decode_stream(run.model, run.codes)
-    assert (
-        unproven_differences(run.mimi, run.pcm, run.streamed, as_is)[:1] == []
-        or (run.streamed[:, :FULL_RING] == as_is[:, :FULL_RING]).mean() > 0.99
-    )
     before = FULL_RING * run.mimi.frame_size
+    early = run.streamed[:, :FULL_RING], as_is[:, :FULL_RING]
+    assert unproven_differences(run.mimi, run.pcm[:before], *early) == []
     assert np.abs(spoken - run.spoken)[:before].max() < 1e-4
     later = np.abs(spoken - run.spoken)[before:].max()
     original = transformer.RingKVCache.__init__
