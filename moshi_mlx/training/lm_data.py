@@ -39,7 +39,7 @@ UNKNOWN_SHARE = 0.08
 BEFORE, AFTER = 8, 8  # frames of room around a question
 DROPPED = 5  # of them, frames at the start whose codes still feel the beginning of the clip
 ROOMS, ROOM_FRAMES, DEAD_ROOMS = 32, 500, 4  # rooms 0 to 3 are digital silence
-ANSWER_BEFORE, ANSWER_AFTER = 40, 24  # frames of silence around an answer when it is encoded
+ANSWER_BEFORE, ANSWER_AFTER = 32, 24  # frames of silence around an answer when it is encoded
 SHARD = 500  # questions
 FLITE_SHARE = 0.35  # of the training questions; espeak-ng's voices are many but alike
 USERS = tuple(voice for voice in TRAINING if voice != ANSWERING_VOICE)
@@ -54,6 +54,11 @@ def heard_words() -> dict[str, int]:
     """Index of every word of the questions; 0 stands for any other. Teaches listening; not part of the model."""
     names = {word for question in dialogues.questions() for word in dialogues.words(question)}
     return {name: index for index, name in enumerate(sorted(names), start=1)}
+
+
+def taught() -> int:
+    """A digest of what is asked and answered: data made for other sentences must not be used."""
+    return zlib.crc32(repr(dialogues.exchanges()).encode())
 
 
 def through_room(pcm: Pcm, room: int, rng: np.random.Generator) -> Pcm:
@@ -186,7 +191,7 @@ def speak_answers(folder: Path) -> None:
     clips = [answer_clip(answer) for answer in dialogues.answers()]
     starts = _flat([np.array(clip[2]) for clip in clips])
     _write(path, {**_flat([clip[0] for clip in clips]), "frames": np.array([clip[1] for clip in clips]),
-                  "starts": starts["data"], "start_count": starts["count"]})  # fmt: skip
+                  "starts": starts["data"], "start_count": starts["count"], "taught": np.array(taught())})  # fmt: skip
 
 
 def speak_rooms(folder: Path) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from moshi_mlx.text import EPAD, PAD, TextTokenizer
 from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_data import BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat
+from moshi_mlx.training.lm_data import BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
 
 LEAD = 2  # frames by which a word's first token comes before its sound
 GAP = (5, 8)  # frames from the end of a question to the first sound of its answer: 5, 6 or 7
@@ -118,6 +118,8 @@ class Pieces:
         self.folder, self.sets = folder, sets
         loaded = self._load("answers.npz")
         self.codec = str(loaded["codec"])
+        if int(loaded["taught"]) != taught():
+            raise ValueError(f"{folder} was made for other questions and answers: make it again in an empty folder")
         texts = dialogues.answers()
         self.answers = [
             Answer(codes, int(frames), answer_tokens(text, starts.tolist(), tokenizer))

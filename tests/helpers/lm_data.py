@@ -34,6 +34,7 @@ def write_data(folder: Path, sets: tuple[str, ...] = ("train-0000",), size: int 
         starts=np.concatenate(starts),
         start_count=[len(s) for s in starts],
         codec="random",
+        taught=data.taught(),
     )
     rooms = np.full((data.ROOMS * data.ROOM_FRAMES, BOOKS), QUIET, np.uint16)
     np.savez(folder / "rooms.npz", data=rooms, count=[data.ROOM_FRAMES] * data.ROOMS, codec="random")
