@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moshi_mlx.training import checkpoint
 from moshi_mlx.training.data import FRAME_SAMPLES, SAMPLE_RATE, Corpus
-from moshi_mlx.training.losses import spectral_loss
+from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
 from moshi_mlx.training.process import Stop, keep_memory
 
@@ -51,21 +51,23 @@ def perplexities(model: Mimi) -> list[int]:
     return out
 
 
-def step_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], books: int, bypass: bool) -> dict[str, Tensor]:
+def step_losses(
+    model: Mimi, batch: tuple[Tensor, Tensor, Tensor], books: int, bypass: bool, which: Sequence[int]
+) -> dict[str, Tensor]:
     """Every loss of one batch (heard, target [batch, samples], labels [batch, frames, 2])."""
     heard, target, labels = batch
     with torch.autocast("cpu", torch.bfloat16):
         said, commitment, phones = model(heard[:, None], books, bypass)
     said, phones = said.float()[:, 0], phones.float()
-    spectral, mel = spectral_loss(said, target)
-    return {
+    spectral, mel = spectral_loss(said, target, which)
+    losses = {
         "spectral": spectral,
         "wave": (said - target).abs().mean(),
         "commitment": commitment,
         "phone": F.cross_entropy(phones.flatten(0, 2), labels.flatten()),
-        "mel": mel,
         "phones_right": (phones.argmax(-1) == labels).float().mean(),
     }
+    return losses if mel is None else losses | {"mel": mel}
 
 
 def freeze_codes(model: Mimi) -> None:
@@ -76,7 +78,7 @@ def freeze_codes(model: Mimi) -> None:
         module.requires_grad_(True)
 
 
-def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], which: Sequence[int]) -> dict[str, Tensor]:
     """Losses of the decoder alone; the first frames lack their left context and are left out."""
     heard, target, _ = batch
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,8 +89,9 @@ def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor]) -> dict[st
         said = model.synthesize(mixed)
     skipped = DECODER_SKIP * FRAME_SAMPLES
     said, target = said.float()[:, 0, skipped:], target[:, skipped:]
-    spectral, mel = spectral_loss(said, target)
-    return {"spectral": spectral, "wave": (said - target).abs().mean(), "mel": mel}
+    spectral, mel = spectral_loss(said, target, which)
+    losses = {"spectral": spectral, "wave": (said - target).abs().mean()}
+    return losses if mel is None else losses | {"mel": mel}
 
 
 @dataclass
@@ -167,14 +170,15 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
         rng = np.random.default_rng([options.seed, step])
         size, frames = crops[int(rng.integers(len(crops)))]
         books = local.shape.n_q if rng.random() < 0.7 else int(rng.integers(1, local.shape.n_q))
+        which = rng.choice(len(RESOLUTIONS), 2, replace=False)  # half the cost, the same on average
         heard, target, labels = (torch.from_numpy(a) for a in corpus.batch(size, frames, rng, options.answer_share))
         batch = heard, target, labels
         if options.stage == "decoder":
             books = local.shape.n_q
-            losses = decoder_losses(local, batch)
+            losses = decoder_losses(local, batch, which)
             loss = losses["spectral"] + WAVE * losses["wave"]
         else:
-            losses = step_losses(local, batch, books, step < BYPASS_STEPS)
+            losses = step_losses(local, batch, books, step < BYPASS_STEPS, which)
             loss = (
                 losses["spectral"] + WAVE * losses["wave"] + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
             )
@@ -186,7 +190,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
                 apply_step(shared, local, before, options)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if books < local.shape.n_q:
-            del values["mel"]  # report it of the whole codec
+            values.pop("mel", None)  # report it of the whole codec
         results.put((heard.numel() / SAMPLE_RATE, values | {"norm": norm, f"worker{number}": 1.0}))
         if time.monotonic() - refreshed > 120:
             corpus.refresh()

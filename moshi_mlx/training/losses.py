@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -45,7 +46,9 @@ class _Magnitude(torch.autograd.Function):
         half, hop = size // 2, size // 4
         frames = F.pad(pcm[:, None], (half, half), mode="reflect")[:, 0].unfold(-1, size, hop) * _window(size)
         spectrum = torch.fft.rfft(frames)
-        magnitude = spectrum.abs()
+        magnitude = (
+            spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag).sqrt_()
+        )  # abs() takes six times as long
         ctx.save_for_backward(spectrum, magnitude)
         ctx.size, ctx.samples = size, pcm.shape[-1]
         return magnitude
@@ -82,14 +85,14 @@ def mel_distance(said: Tensor, meant: Tensor) -> Tensor:
     return (logs[0] - logs[1]).abs().mean()
 
 
-def spectral_loss(said: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
-    """Training loss and the reported mel distance, of pcm [batch, samples].
+def spectral_loss(said: Tensor, meant: Tensor, which: Sequence[int] = (0, 1, 2, 3)) -> tuple[Tensor, Tensor | None]:
+    """Training loss, and the mel distance if its resolution is among ``which``, of pcm [batch, samples].
 
-    Over the resolutions, the mean of the log-mel distance and 0.3 of the spectral convergence (the norm of the
+    The mean over these resolutions of the log-mel distance and 0.3 of the spectral convergence (the norm of the
     difference over the norm of what was meant; Yamamoto et al., arXiv 1910.11480).
     """
-    loss, reported = said.new_zeros(()), said.new_zeros(())
-    for window, bands in RESOLUTIONS:
+    loss, reported = said.new_zeros(()), None
+    for window, bands in (RESOLUTIONS[index] for index in which):
         linear, mel = magnitudes(said, window, bands)
         with torch.no_grad():
             linear_meant, mel_meant = magnitudes(meant, window, bands)
@@ -99,4 +102,4 @@ def spectral_loss(said: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
         if window == REPORTED:
             with torch.no_grad():
                 reported = ((mel + FLOOR).log() - (mel_meant + FLOOR).log()).abs().mean()
-    return loss / len(RESOLUTIONS), reported
+    return loss / len(which), reported

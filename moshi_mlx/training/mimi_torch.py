@@ -173,6 +173,28 @@ class _OverlapProduct(torch.autograd.Function):
         return (flat @ matrix.T).view(batch, time, size), x.reshape(-1, size).T @ flat, bias
 
 
+class _Elu(torch.autograd.Function):
+    """ELU whose gradient is taken from its result, which spares the second exponential."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = F.elu(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (out,) = ctx.saved_tensors
+        result: Tensor = torch.ops.aten.elu_backward(gradient, 1.0, 1.0, 1.0, True, out)
+        return result
+
+
+class Elu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Elu.apply(x)  # type: ignore[no-untyped-call]
+        return out
+
+
 def compute_type(x: Tensor) -> torch.dtype:
     """bfloat16 under autocast, else the tensor's own type."""
     device = x.device.type
@@ -263,7 +285,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = channels // 2
-        self.block = nn.Sequential(nn.ELU(), CausalConv(channels, hidden, 3), nn.ELU(), CausalConv(hidden, channels, 1))
+        self.block = nn.Sequential(Elu(), CausalConv(channels, hidden, 3), Elu(), CausalConv(hidden, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.block(x)
@@ -274,9 +296,9 @@ def seanet_encoder(shape: MimiShape) -> nn.Module:
     channels = shape.n_filters
     layers: list[nn.Module] = [CausalConv(1, channels, 7)]
     for ratio in reversed(shape.ratios):
-        layers += [ResidualBlock(channels), nn.ELU(), CausalConv(channels, 2 * channels, 2 * ratio, ratio)]
+        layers += [ResidualBlock(channels), Elu(), CausalConv(channels, 2 * channels, 2 * ratio, ratio)]
         channels *= 2
-    layers += [nn.ELU(), CausalConv(channels, shape.dimension, 3)]
+    layers += [Elu(), CausalConv(channels, shape.dimension, 3)]
     return Holder(model=nn.Sequential(*layers))
 
 
@@ -285,12 +307,12 @@ def seanet_decoder(shape: MimiShape) -> nn.Module:
     layers: list[nn.Module] = [CausalConv(shape.dimension, channels, 7)]
     for ratio in shape.ratios:
         layers += [
-            nn.ELU(),
+            Elu(),
             CausalConvTranspose(channels, channels // 2, 2 * ratio, ratio),
             ResidualBlock(channels // 2),
         ]
         channels //= 2
-    layers += [nn.ELU(), CausalConv(channels, 1, 3, gain=OUTPUT_GAIN)]
+    layers += [Elu(), CausalConv(channels, 1, 3, gain=OUTPUT_GAIN)]
     return Holder(model=nn.Sequential(*layers))
 
 
