@@ -111,7 +111,12 @@ class Conversation:
         self.model = model
         self.meters = Meters()
         self._clock = clock
-        self._settings: dict[str, Any] = {"seed": seed, "generation": generation, "conditions": conditions, "kv_bits": kv_bits}
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "generation": generation,
+            "conditions": conditions,
+            "kv_bits": kv_bits,
+        }
         self._size = model.frame_size
         self._rate = model.sample_rate
         self._backlog = max(round(backlog * self._rate) // self._size, 1) * self._size
