@@ -6,7 +6,7 @@
 ``speak`` needs the synthesizers and no codec: it writes spoken questions by many voices (``train-NNNN``), new
 renderings by the same voices (``known``) and by voices never used in training (``held``), the answers in the
 answering voice, and empty rooms. ``encode`` turns them into codes. Both keep what is there, so they can be stopped and
-run again; every set depends on its name and number alone. Conversations are put together from these pieces while
+run again; what is said, by whom and when depends on a set's name alone. Conversations are put together from these pieces while
 training (`lm_dialogue`), so a question is heard after many silences, interruptions and other questions.
 
 A clip of a question begins with room and ends with room; the room goes on in ``rooms``, of which every clip names one.
