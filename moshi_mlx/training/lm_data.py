@@ -1,13 +1,13 @@
 """What the language model hears and says, as codes on disk.
 
-    python -m moshi_mlx.training.lm_data speak  runs/lm --questions 12000
-    python -m moshi_mlx.training.lm_data encode runs/lm --codec runs/codec/codec.pt
+    python -m moshi_mlx.training.lm_data speak  runs/lm/data --questions 14000
+    python -m moshi_mlx.training.lm_data encode runs/lm/data --codec runs/codec/codec.pt
 
 ``speak`` needs the synthesizers and no codec: it writes spoken questions by many voices (``train-NNNN``), new
 renderings by the same voices (``known``) and by voices never used in training (``held``), the answers in the
-answering voice, and empty rooms. ``encode`` turns them into codes. Both keep what is there, so they can be stopped and
-run again; what is said, by whom and when depends on a set's name alone. Conversations are put together from these pieces while
-training (`lm_dialogue`), so a question is heard after many silences, interruptions and other questions.
+answering voice, and empty rooms. ``encode`` turns them into codes. Both keep what is there, so they can be stopped
+and run again; what is said, by whom and when depends on a set's name alone. Conversations are put together from these
+pieces while training (`lm_dialogue`), so a question is heard after many silences, interruptions and other questions.
 
 A clip of a question begins with room and ends with room; the room goes on in ``rooms``, of which every clip names one.
 """
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encode = commands.add_parser("encode", help="turn waveforms into codes")
     for command in (speak, encode):
         command.add_argument("folder", type=Path, help="where the sets are; those already there are kept")
-    speak.add_argument("--questions", type=int, default=12000, help="spoken questions to train on (12000)")
+    speak.add_argument("--questions", type=int, default=14000, help="spoken questions to train on (14000)")
     speak.add_argument("--evaluated", type=int, default=200, help="questions of each kind to evaluate on (200)")
     encode.add_argument("--codec", type=Path, required=True, help="a PyTorch checkpoint of the codec")
     encode.add_argument("--threads", type=int, default=1)
