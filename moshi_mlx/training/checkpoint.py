@@ -38,7 +38,8 @@ def load(path: Path) -> dict[str, Any]:
 def load_model(path: Path) -> Mimi:
     """The model of a checkpoint, in evaluation mode."""
     state = load(path)
-    model = Mimi(MimiShape(**{k: tuple(v) if k == "ratios" else v for k, v in state["shape"].items()}))
+    shape: dict[str, Any] = {**state["shape"], "ratios": tuple(state["shape"]["ratios"])}
+    model = Mimi(MimiShape(**shape))
     model.load_state_dict(state["model"])
     return model.eval()
 

@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moshi_mlx.training import checkpoint
-from moshi_mlx.training.data import FRAME_SAMPLES, SAMPLE_RATE, Corpus
+from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
 from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
 from moshi_mlx.training.process import Stop, keep_memory
+from moshi_mlx.training.speech import SAMPLE_RATE
 
 WAVE, COMMITMENT, PHONE = 1.0, 0.5, 1.0  # weights beside the spectral loss
 BYPASS_STEPS, WARMUP_STEPS = 300, 200  # nothing is quantized at first
@@ -170,7 +171,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
         rng = np.random.default_rng([options.seed, step])
         size, frames = crops[int(rng.integers(len(crops)))]
         books = local.shape.n_q if rng.random() < 0.7 else int(rng.integers(1, local.shape.n_q))
-        which = rng.choice(len(RESOLUTIONS), 2, replace=False)  # half the cost, the same on average
+        which = rng.choice(len(RESOLUTIONS), 2, replace=False).tolist()  # half the cost, the same on average
         heard, target, labels = (torch.from_numpy(a) for a in corpus.batch(size, frames, rng, options.answer_share))
         batch = heard, target, labels
         if options.stage == "decoder":

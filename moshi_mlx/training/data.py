@@ -115,7 +115,7 @@ class Corpus:
         pcm, labels = self.shards[kind][int(rng.integers(len(self.shards[kind])))]
         start = int(rng.integers(len(labels) - 2 * frames))
         samples = slice(start * LABEL_SAMPLES, (start + 2 * frames) * LABEL_SAMPLES)
-        return pcm[samples].astype(np.float32) / 32768, labels[start : start + 2 * frames]
+        return pcm[samples].astype(np.float32) / np.float32(32768), labels[start : start + 2 * frames]
 
     def batch(
         self, size: int, frames: int, rng: np.random.Generator, answer_share: float = 0.5

@@ -434,7 +434,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor, usage: float, rounds: int = 8) -> None:
         """k-means on points x [points, size], of which each entry will see ``usage`` a step."""
-        entries = x[torch.randperm(len(x), device=x.device)[: len(self.cluster_usage)]].clone()
+        bins = len(self.cluster_usage)
+        first = torch.randperm(len(x))[:bins] if len(x) >= bins else torch.randint(0, len(x), (bins,))
+        entries = x[first.to(x.device)].clone()
         for _ in range(rounds):
             index = ((entries**2).sum(-1) / 2 - x @ entries.T).argmin(-1)
             counts = torch.zeros(len(entries), device=x.device).index_add_(0, index, torch.ones_like(x[:, 0]))

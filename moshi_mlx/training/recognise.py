@@ -49,7 +49,7 @@ class Recogniser:
 
     def hear(self, pcm: NDArray[np.floating]) -> str:
         """The sentence in pcm [samples] at 24 kHz, or an empty string."""
-        x = resample(np.asarray(pcm, np.float32), SAMPLE_RATE, _RATE)
+        x: NDArray[np.floating] = resample(np.asarray(pcm, np.float32), SAMPLE_RATE, _RATE)
         x = x * (10 ** (LEVEL_DB / 20) / max(1e-4, float(np.sqrt(np.mean(x**2)))))
         x = np.concatenate([np.zeros(_RATE // 5), x, np.zeros(_RATE // 5)])
         x = x + 1e-4 * np.random.default_rng(0).standard_normal(len(x))
