@@ -2,8 +2,8 @@
 
 A shard is two files, read through memory maps: ``<kind>-NNNN.pcm`` (int16, 24 kHz) and ``<kind>-NNNN.lab`` (one uint8
 phone for each 960 samples). ``answer`` shards hold the answering voice alone, ``user`` shards every other training
-speaker. A shard depends on its kind and number only, so a corpus can grow while a trainer runs: it looks again at
-every resume and every few hundred steps.
+speaker. What a shard says, and who says it, depends on its kind and number only, so a corpus can grow while a trainer
+runs: it looks again every two minutes.
 
     python -m moshi_mlx.training.data runs/data --minutes 60
 """

@@ -98,6 +98,11 @@ def load_library(*names: str) -> C.CDLL:
     raise SpeechUnavailable(f"no shared library {' or '.join(names)} was found: {_INSTALL}")
 
 
+def seed_noise(seed: int) -> None:
+    """Unvoiced sounds are made with the C library's rand(): seeded, a sentence repeats exactly."""
+    C.CDLL(None).srand(seed)
+
+
 class _Wave(C.Structure):  # flite's cst_wave
     _fields_ = [
         ("type", C.c_char_p),
@@ -145,7 +150,6 @@ class Flite:
         ):
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
-        self.libc = C.CDLL(None)
         lib.flite_init()
         self.voices: dict[str, Any] = {}
 
@@ -160,9 +164,8 @@ class Flite:
             self.voices[name] = pointer
         return self.voices[name]
 
-    def say(self, text: str, voice: str, stretch: float, seed: int) -> _Raw:
+    def say(self, text: str, voice: str, stretch: float) -> _Raw:
         lib, voice_pointer = self.lib, self.voice(voice)
-        self.libc.srand(seed)  # unvoiced sounds are excited with rand(): seeded, a sentence repeats exactly
         features = C.cast(voice_pointer, C.POINTER(_Voice)).contents.features
         lib.feat_set_float(features, b"duration_stretch", stretch)  # kept by the voice: set it every time
         utterance = lib.flite_synth_text(text.encode("ascii", "ignore"), voice_pointer)
@@ -368,12 +371,17 @@ def say(text: str, voice: str = ANSWERING_VOICE, rng: np.random.Generator | None
     r = rng if rng is not None else np.random.default_rng(0)
     with _LOCK:
         if engine == "flite":
-            raw = flite().say(text, name, float(r.uniform(0.85, 1.25)) if vary else 1.0, int(r.integers(1 << 30)))
+            stretch = float(r.uniform(0.85, 1.25)) if vary else 1.0
+            seed_noise(int(r.integers(1 << 30)))
+            raw = flite().say(text, name, stretch)
             phones = [(_FROM_FLITE.get(p, p) if p in _FROM_FLITE or p in PHONE_INDEX else "pau", t)
                       for p, t in raw.phones]  # fmt: skip
         elif engine == "espeak":
             accent = ESPEAK_ACCENTS[int(r.integers(len(ESPEAK_ACCENTS)))] if vary else "en-us"
             rate, pitch, intonation = r.integers((125, 30, 30), (191, 71, 71)) if vary else (155, 50, 50)
+            if name not in (*ESPEAK_TRAINING, *ESPEAK_HELD_OUT):  # espeak-ng itself ignores a variant it does not know
+                raise SpeechUnavailable(f"no speaker {voice!r}: {', '.join((*TRAINING, *HELD_OUT))}")
+            seed_noise(int(r.integers(1 << 30)))
             raw = espeak().say(text, f"{accent}+{name}", int(rate), int(pitch), int(intonation))
             phones = [(espeak_phone(p), t) for p, t in raw.phones]
         else:
