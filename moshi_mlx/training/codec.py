@@ -3,7 +3,7 @@
     python -m moshi_mlx.training.codec runs/data runs/codec
 
 runs until stopped (Ctrl-C, SIGTERM) and goes on where it stopped when run again. The learning rate is constant; a
-run with ``--finish-in 20`` lowers it to nothing over 20 minutes and ends.
+run with ``--finish-in 20`` lowers it to nothing over 20 minutes and ends; run again, it starts at the full rate.
 
 Two workers with one thread each take steps on copies of one shared model and apply them to it under a lock, each
 gradient at most a step or two behind. On a machine with other things to do this is many times faster than two threads
@@ -29,15 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moshi_mlx.training import checkpoint
+from moshi_mlx.training.adversary import Judge, losses_of
 from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
 from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
 from moshi_mlx.training.process import Stop, keep_memory
 from moshi_mlx.training.speech import SAMPLE_RATE
 
+Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
 WAVE, COMMITMENT, PHONE = 1.0, 0.5, 1.0  # weights beside the spectral loss
 BYPASS_STEPS, WARMUP_STEPS = 300, 200  # nothing is quantized at first
 BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
+JUDGE_RATE, JUDGE_WARMUP = 3e-4, 500  # the judge's opinion counts in full after so many steps
 LOG_EVERY = 200  # steps
 DECODER_CROPS, DECODER_SKIP = ((5, 14), (3, 22)), 2  # frames
 CROPS = ((5, 12), (3, 20))  # (batch, frames)
@@ -79,9 +82,8 @@ def freeze_codes(model: Mimi) -> None:
         module.requires_grad_(True)
 
 
-def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], which: Sequence[int]) -> dict[str, Tensor]:
-    """Losses of the decoder alone; the first frames lack their left context and are left out."""
-    heard, target, _ = batch
+def decode_again(model: Mimi, heard: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What the decoder makes of the codes, and what it should, less the first frames, which lack their left context."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             z = model.latent(heard[:, None])
@@ -89,7 +91,11 @@ def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], which: Seq
         mixed = model.first.back(points[0], len(heard)) + model.rest.back(points[1], len(heard))
         said = model.synthesize(mixed)
     skipped = DECODER_SKIP * FRAME_SAMPLES
-    said, target = said.float()[:, 0, skipped:], target[:, skipped:]
+    return said.float()[:, 0, skipped:], target[:, skipped:]
+
+
+def plain_losses(said: Tensor, target: Tensor, which: Sequence[int]) -> dict[str, Tensor]:
+    """The decoder's losses without a judge, of pcm [batch, samples]."""
     spectral, mel = spectral_loss(said, target, which)
     losses = {"spectral": spectral, "wave": (said - target).abs().mean()}
     return losses if mel is None else losses | {"mel": mel}
@@ -97,40 +103,68 @@ def decoder_losses(model: Mimi, batch: tuple[Tensor, Tensor, Tensor], which: Seq
 
 @dataclass
 class Shared:
-    """What the workers have in common: the model and optimizer in shared memory, counters and a lock."""
+    """What the workers have in common: models and optimizer states in shared memory, counters and a lock."""
 
     model: Mimi
-    moments: list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
+    moments: Moments
+    judge: Judge | None  # of the adversarial training, if there is one
+    judge_moments: Moments
     lock: Any
     steps: Any  # steps taken
     begun: Any  # steps handed out; each has a batch of its own
+    judged: Any  # steps the judge has taken
     level: Any  # learning rate, as a share of the full one
     stop: Any
 
 
-def apply_step(shared: Shared, local: Mimi, before: dict[str, Tensor], options: argparse.Namespace) -> None:
-    """AdamW on the shared parameters with a worker's gradients; its codebooks' movement is added to the shared ones."""
-    step = shared.steps.value + 1
-    rate = options.rate * min(1.0, step / WARMUP_STEPS) * max(shared.level.value, 0.01)
+def no_moments(model: torch.nn.Module) -> Moments:
+    return [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+
+
+@torch.no_grad()
+def adamw(theirs: torch.nn.Module, mine: torch.nn.Module, moments: Moments, step: int, rate: float) -> None:
+    """One step of AdamW on ``theirs`` with the gradients of ``mine``; ``step`` counts from 1."""
     beta1, beta2 = BETAS
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    for (mean, square), local, shared in zip(moments, mine.parameters(), theirs.parameters(), strict=True):
+        gradient = local.grad
+        if gradient is None:
+            continue
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if shared.ndim > 1:  # kernels and matrices decay, vectors do not
+            shared.mul_(1 - rate * WEIGHT_DECAY)
+        shared.addcdiv_(mean, square.div(correction2).sqrt_().add_(1e-8), value=-rate / correction1)
+
+
+def apply_step(shared: Shared, local: Mimi, before: dict[str, Tensor], options: argparse.Namespace) -> None:
+    """A worker's gradients move the shared parameters; its codebooks' movement is added to the shared ones."""
+    step = shared.steps.value + 1
+    rate = options.rate * min(1.0, step / WARMUP_STEPS) * max(shared.level.value, 0.01)
+    adamw(shared.model, local, shared.moments, step, rate)
     with torch.no_grad():
-        for (mean, square), mine, theirs in zip(
-            shared.moments, local.parameters(), shared.model.parameters(), strict=True
-        ):
-            gradient = mine.grad
-            if gradient is None:
-                continue
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            if theirs.ndim > 1:  # kernels and matrices decay, vectors do not
-                theirs.mul_(1 - rate * WEIGHT_DECAY)
-            theirs.addcdiv_(mean, square.div(correction2).sqrt_().add_(1e-8), value=-rate / correction1)
         for name, mine in local.named_buffers():
             shared.model.get_buffer(name).add_(mine - before[name])
             if name.endswith("cluster_usage"):
                 shared.model.get_buffer(name).clamp_min_(1e-4)
     shared.steps.value = step
+
+
+def push_apart(
+    judge: Judge, loss: Tensor, said: Tensor, meant: Tensor, share: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient of ``loss`` and the judge's opinion with respect to ``said``, and the judge's own gradients.
+
+    The opinion's gradient is scaled to ``share`` of the norm of the loss's, so neither can run away with the decoder.
+    """
+    (plain,) = torch.autograd.grad(loss, said)
+    opinion, own = losses_of(judge, said, meant)
+    (judged,) = torch.autograd.grad(opinion, said, retain_graph=True)
+    judge.zero_grad()
+    own.backward(inputs=list(judge.parameters()))
+    torch.nn.utils.clip_grad_norm_(judge.parameters(), 3.0)
+    scale = share * plain.norm() / judged.norm().clamp_min(1e-12)
+    return plain + scale * judged, {"opinion": opinion, "judge": own}
 
 
 @torch.no_grad()
@@ -153,7 +187,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
         signal.signal(name, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     corpus, local, refreshed, parent = Corpus(options.data), Mimi(), time.monotonic(), os.getppid()
-    crops = CROPS
+    crops, judge = CROPS, None if shared.judge is None else Judge()
     if options.stage == "decoder":
         freeze_codes(local.eval())
         crops = DECODER_CROPS
@@ -166,6 +200,8 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             if options.stage == "codec" and step >= BYPASS_STEPS and not shared.model.first.books[0]._initialized:
                 fit_codebooks(shared.model, corpus, options)
             local.load_state_dict(shared.model.state_dict())
+            if judge is not None and shared.judge is not None:
+                judge.load_state_dict(shared.judge.state_dict())
         before = {name: buffer.clone() for name, buffer in local.named_buffers()}
         torch.manual_seed(options.seed * 1_000_003 + step)
         rng = np.random.default_rng([options.seed, step])
@@ -173,22 +209,33 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
         books = local.shape.n_q if rng.random() < 0.7 else int(rng.integers(1, local.shape.n_q))
         which = rng.choice(len(RESOLUTIONS), 2, replace=False).tolist()  # half the cost, the same on average
         heard, target, labels = (torch.from_numpy(a) for a in corpus.batch(size, frames, rng, options.answer_share))
-        batch = heard, target, labels
+        local.zero_grad()
         if options.stage == "decoder":
             books = local.shape.n_q
-            losses = decoder_losses(local, batch, which)
+            said, meant = decode_again(local, heard, target)
+            leaf = said.detach().requires_grad_()
+            losses = plain_losses(leaf, meant, which)
             loss = losses["spectral"] + WAVE * losses["wave"]
+            if judge is None:
+                (gradient,) = torch.autograd.grad(loss, leaf)
+            else:
+                share = options.adversarial * min(1.0, shared.judged.value / JUDGE_WARMUP)
+                gradient, opinions = push_apart(judge, loss, leaf, meant, share)
+                losses |= opinions
+            said.backward(gradient)
         else:
-            losses = step_losses(local, batch, books, step < BYPASS_STEPS, which)
+            losses = step_losses(local, (heard, target, labels), books, step < BYPASS_STEPS, which)
             loss = (
                 losses["spectral"] + WAVE * losses["wave"] + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
             )
-        local.zero_grad()
-        loss.backward()
+            loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(local.parameters(), 3.0))
         with shared.lock:
             if math.isfinite(norm):
                 apply_step(shared, local, before, options)
+                if judge is not None and shared.judge is not None:
+                    shared.judged.value += 1
+                    adamw(shared.judge, judge, shared.judge_moments, shared.judged.value, JUDGE_RATE)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if books < local.shape.n_q:
             values.pop("mel", None)  # report it of the whole codec
@@ -207,29 +254,37 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     model = Mimi()
     step, heard_seconds, level = 0, 0.0, 1.0
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    moments = no_moments(model)
+    judge = Judge() if options.stage == "decoder" and options.adversarial else None
+    judge_moments, judged = [] if judge is None else no_moments(judge), 0
     if path.exists():
         state = checkpoint.load(path)
         model.load_state_dict(state["model"])
-        step, heard_seconds, level = state["step"], state["heard_seconds"], state["level"]
-        for (mean, square), (saved_mean, saved_square) in zip(moments, state["moments"], strict=True):
-            mean.copy_(saved_mean)
-            square.copy_(saved_square)
+        step, heard_seconds, level = state["step"], state["heard_seconds"], state["level"] or 1.0
+        moments = state["moments"]
+        if judge is not None and "judge" in state:
+            judge.load_state_dict(state["judge"])
+            judge_moments, judged = state["judge_moments"], state["judged"]
         print(f"going on from step {step}, {heard_seconds / 3600:.2f} h heard", flush=True)
     elif options.stage == "decoder":
         model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
     model.share_memory()
-    for pair in moments:
+    if judge is not None:
+        judge.share_memory()
+    for pair in (*moments, *judge_moments):
         for tensor in pair:
             tensor.share_memory_()
     shared = Shared(
         model,
-        [(mean.detach(), square.detach()) for mean, square in moments],
-        context.Lock(),
-        context.Value("q", step, lock=False),
-        context.Value("q", step, lock=False),
-        context.Value("d", level, lock=False),
-        context.Value("b", 0, lock=False),
+        moments,
+        judge,
+        judge_moments,
+        lock=context.Lock(),
+        steps=context.Value("q", step, lock=False),
+        begun=context.Value("q", step, lock=False),
+        judged=context.Value("q", judged, lock=False),
+        level=context.Value("d", level, lock=False),
+        stop=context.Value("b", 0, lock=False),
     )
     results = context.Queue()
     workers = [
@@ -251,6 +306,8 @@ def train(options: argparse.Namespace) -> None:
                 "heard_seconds": heard_seconds,
                 "level": shared.level.value,
             }
+            if judge is not None:
+                state |= {"judge": judge.state_dict(), "judge_moments": judge_moments, "judged": shared.judged.value}
             checkpoint.save(path, state)
 
     while not stop:

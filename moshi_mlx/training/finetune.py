@@ -16,7 +16,15 @@ from moshi_mlx.training.process import keep_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser_for("finetune", __doc__.split("\n")[0], 4e-4, 0.8).parse_args(arguments)
+    parser = parser_for("finetune", __doc__.split("\n")[0], 4e-4, 0.8)
+    parser.add_argument(
+        "--adversarial",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="train against a judge of spectrograms, whose gradient has this share of the plain loss's (0: none)",
+    )
+    options = parser.parse_args(arguments)
     options.stage = "decoder"
     keep_memory()
     train(options)
