@@ -325,9 +325,9 @@ class Lm(nn.Module):
         """Summed embeddings [batch, time, dim] of one token per stream ``tokens`` [batch, streams, time]."""
         total: mx.array | None = None
         for stream, table in enumerate(self.audio_embs, start=1):
-            vectors = _embed(table, tokens[:, stream])
+            vectors = _embed(table, tokens[:, stream]).astype(self.dtype)  # MLX's float formats come as bfloat16
             total = vectors if total is None else total + vectors
-        text = _embed(self.text_emb, tokens[:, 0])
+        text = _embed(self.text_emb, tokens[:, 0]).astype(self.dtype)
         return text if total is None else total + text
 
     def step(self, tokens: mx.array, state: State) -> mx.array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 
-__all__ = ["GgufTensor", "read_gguf", "read_gguf_header"]
+__all__ = ["GgufTensor", "iterate_gguf", "read_gguf", "read_gguf_header"]
 
 MAX_TENSORS = 100_000
 MAX_STRING = 1 << 20
@@ -156,8 +157,12 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, mx.array]:
 
     Tensors are read one by one in small pieces, so that memory holds hardly more than the result.
     """
+    return dict(iterate_gguf(path))
+
+
+def iterate_gguf(path: str | os.PathLike[str]) -> Iterator[tuple[str, mx.array]]:
+    """Like :func:`read_gguf`, tensor by tensor: nothing is kept between two of them."""
     tensors, _ = read_gguf_header(path)
-    result: dict[str, mx.array] = {}
     try:
         with Path(path).open("rb") as file:
             for tensor in tensors:
@@ -166,12 +171,11 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, mx.array]:
                     stem = _stem(tensor.name, path)
                     parts = _read_q8(file, tensor)
                     for part, array in zip(("weight", "scales", "biases"), parts, strict=True):
-                        result[stem + part] = array
+                        yield stem + part, array
                 else:
-                    result[tensor.name] = _read_plain(file, tensor)
+                    yield tensor.name, _read_plain(file, tensor)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return result
 
 
 def _stem(name: str, path: str | os.PathLike[str]) -> str:

@@ -1,17 +1,194 @@
-"""The command ``moshi-mlx-quantize``. Writing quantized checkpoints is planned, not built."""
+"""The command ``moshi-mlx-quantize``: a checkpoint in, a smaller one out, and what that cost.
+
+Exit status: 0 done, 1 an error that the message names, 2 the command line is wrong, 130 stopped with Ctrl-C.
+Only the standard library is imported before :func:`main` runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import traceback
+from typing import Any
+
+__all__ = ["main"]
+
+DISTRIBUTION = "moshi-mlx-local"
+MODE_NAMES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+DTYPES = ("float16", "bfloat16", "float32")
+
+DESCRIPTION = """\
+Write a smaller copy of a Moshi checkpoint, and say what it cost.
+
+SOURCE is a folder, a file of weights, or organisation/name[@revision] on the hub,
+in PyTorch's, candle's (also GGUF) or MLX's layout, quantized or not. DEST is a
+folder that must not exist yet. Memory holds one tensor at a time.
+"""
+EPILOG = """\
+examples:
+  moshi-mlx-quantize kyutai/moshiko-mlx-bf16 moshiko-q4 --recipe q4
+  moshi-mlx-quantize moshiko moshiko-mixed --q-bits 4 --rule 'depformer=8' --rule 'text head=keep'
+  moshi-mlx-quantize moshiko-q8 moshiko-bf16 --dequantize
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="moshi-mlx-quantize",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", nargs="?", metavar="SOURCE", help="the checkpoint to read")
+    add("dest", nargs="?", metavar="DEST", help="the folder to write")
+    add("--hf-path", "--model", dest="hf_path", metavar="SOURCE", help="SOURCE, as mlx_lm.convert calls it")
+    add("--mlx-path", metavar="DEST", help="DEST, as mlx_lm.convert calls it")
+    add("--weights", metavar="FILE", help="which file of weights to read where SOURCE has several")
+
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("-q", "--quantize", action="store_true", help="quantize: what happens anyway unless --dequantize is given")
+    add("--recipe", "--quant-predicate", metavar="NAME", help="a named recipe; see --list-recipes")
+    add("--q-bits", type=int, metavar="N", help="bits per weight: 2, 3, 4, 5, 6 or 8 (default 4)")
+    add("--q-group-size", type=int, metavar="N", help="weights per scale: 32, 64 or 128 (default 64)")
+    add("--q-mode", choices=MODE_NAMES, help="affine (default), or one of the float formats")
+    add("--rule", action="append", default=[], metavar="PATTERN=BITS[:GROUP[:MODE]]",
+        help="exception for the modules that PATTERN names (a name, a part of the model, * and ?); "
+             "PATTERN=keep leaves them dense; may be repeated, the last one wins")  # fmt: skip
+    add("-d", "--dequantize", action="store_true", help="write a dense checkpoint instead")
+    add("--dtype", choices=DTYPES, help="type of what is not quantized (default: the source's)")
+    add("--lora", metavar="FILE", help="merge lora.safetensors of moshi-finetune first")
+    add("--lora-scaling", type=float, metavar="X", help="factor on it (default: the checkpoint's)")
+
+    out = parser.add_argument_group("result")
+    add = out.add_argument
+    add("--force", action="store_true", help="replace DEST; the old one stays until the new one is whole")
+    add("--reference-files", action="store_true",
+        help="name codec and tokenizer of a hub repository in config.json instead of copying them")  # fmt: skip
+
+    rest = parser.add_argument_group("other")
+    add = rest.add_argument
+    add("--list-recipes", action="store_true", help="show the named recipes")
+    add("--quiet", action="store_true", help="print errors and warnings only")
+    add("--debug", action="store_true", help="show the whole traceback of an error")
+    add("--version", action="version", version=_program())
+    return parser
+
+
+def _program() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{DISTRIBUTION} {version(DISTRIBUTION)}"
+    except PackageNotFoundError:
+        return f"{DISTRIBUTION} (not installed)"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Say that the command does nothing yet; the exit status is 2 so that no script takes it for success."""
-    parser = argparse.ArgumentParser(prog="moshi-mlx-quantize", description=__doc__)
-    parser.parse_args(argv)
-    print(
-        "moshi-mlx-quantize: not built yet. Quantized checkpoints that others published load as they are.",
-        file=sys.stderr,
-    )
-    return 2
+    """Run the program.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the program's name; by default the process's.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    previous: Any = None
+    try:
+        previous = signal.signal(signal.SIGTERM, _terminated)
+    except ValueError:  # not in the main thread: whoever runs it there handles signals
+        pass
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:  # argparse: after --help, --version or a usage error; or terminated
+        return end.code if isinstance(end.code, int) else 2
+    except KeyboardInterrupt:
+        print("stopped: nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(143)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.list_recipes:
+        from .recipes import RECIPES
+
+        for recipe in RECIPES.values():
+            print(f"{recipe.name:14} {recipe.text}")
+        return 0
+    _check_arguments(parser, args)
+    from .run import run
+
+    return run(args)
+
+
+def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, with the usage and status 2."""
+    if args.hf_path is not None:
+        if args.source is not None and args.dest is None and args.mlx_path is None:
+            args.dest = args.source
+        elif args.source is not None:
+            parser.error("SOURCE and --hf-path are the same thing: give one")
+        args.source = args.hf_path
+    if args.mlx_path is not None:
+        if args.dest is not None:
+            parser.error("DEST and --mlx-path are the same thing: give one")
+        args.dest = args.mlx_path
+    if args.source is None:
+        parser.error("SOURCE is missing: the checkpoint to read")
+    if args.dest is None:
+        parser.error("DEST is missing: the folder to write")
+    numbers = args.q_bits is not None or args.q_group_size is not None or args.q_mode is not None
+    if args.recipe and numbers:
+        parser.error("a recipe says bits, groups and mode itself: leave out --recipe, or --q-bits and its like")
+    if args.dequantize and (args.quantize or args.recipe or numbers or args.rule):
+        parser.error("--dequantize goes with no recipe, bits or rules")
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong; the system's errors as ``file: reason``."""
+    from moshi_mlx.errors import MoshiError
+
+    from .terminal import warn
+
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif not isinstance(error, (MoshiError, OSError)):
+        message = (
+            f"something unexpected went wrong: {type(error).__name__}: {message}. This is a fault in {_program()}; "
+            "run it again with --debug to see where"
+        )
+    warn(message, "error")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

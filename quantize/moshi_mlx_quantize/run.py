@@ -1,0 +1,135 @@
+"""What the command does, once its arguments are in order."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from moshi_mlx.errors import ConfigError
+from moshi_mlx.hub import CheckpointFiles, resolve
+
+from .aside import Aside, check_target
+from .convert import Result, check, check_space, planned_entries, write_checkpoint
+from .recipes import PARTS, RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
+from .source import Source, open_source, scratch_bytes
+from .terminal import Bar, say, table, warn
+from .writer import entry_bytes
+
+__all__ = ["choose_plan", "find_recipe", "run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, check, and move into place; returns the exit status."""
+    began = time.perf_counter()
+    dest = Path(args.dest).expanduser()
+    check_target(dest, args.force)
+    recipe = _recipe(args)
+    rules = [Rule.parse(text) for text in args.rule]
+    with Bar(shown=not args.quiet) as bar:
+        bar.stage(f"looking for {args.source}")
+        files = resolve(args.source, weights=args.weights)
+        _check_apart(files, dest)
+        with Aside(dest, force=args.force) as aside:
+            check_space(aside.folder, scratch_bytes(files))
+            source = _open(args, files, aside.folder)
+            plan = choose_plan(source.modules, recipe, rules)
+            requantized = bool(source.quantized) and recipe is not None
+            result = write_and_check(source, plan, files, aside.folder, args, bar)
+            aside.commit()
+    if not args.quiet:
+        _summary(dest, plan, result, source.modules, time.perf_counter() - began)
+    if requantized:
+        warn(f"{args.source} is quantized already: its errors stay in the result. A bf16 source gives a better one")
+    return 0
+
+
+def write_and_check(
+    source: Source, plan: Plan, files: CheckpointFiles, folder: Path, args: argparse.Namespace, bar: Bar
+) -> Result:
+    """The result in ``folder``, loaded strictly and run for one frame."""
+    made = {"source": files.source, "revision": files.revision or ""}
+    bar.stage("quantizing" if plan.name != "dense" else "writing", entry_bytes(planned_entries(source, plan).values()))
+    result = write_checkpoint(
+        source, plan, files, folder, reference=args.reference_files, made=made, progress=bar.advance
+    )
+    (folder / "unpacked.safetensors").unlink(missing_ok=True)
+    bar.stage("checking")
+    check(folder, result.weights)
+    return result
+
+
+def _open(args: argparse.Namespace, files: CheckpointFiles, scratch: Path) -> Source:
+    dtype = None if args.dtype is None else getattr(mx, args.dtype)
+    return open_source(files, scratch, lora=args.lora, lora_scaling=args.lora_scaling, dtype=dtype)
+
+
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """None: everything dense."""
+    if args.dequantize:
+        return None
+    if args.recipe is not None:
+        return find_recipe(args.recipe)
+    q = uniform(args.q_bits, args.q_group_size, args.q_mode or "affine")
+    return Recipe(describe(q).replace(":", "-bit-g") if q.mode == "affine" else q.mode, "uniform", q)
+
+
+def find_recipe(name: str) -> Recipe:
+    """A named recipe, or ``BITS:GROUP`` or a mode as one.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    try:
+        q = Rule.parse(f"*={name}").q
+    except ConfigError:
+        q = None
+    if q is None:
+        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and BITS:GROUP, as in 4:64")
+    return Recipe(name, "uniform", q)
+
+
+def choose_plan(modules: Sequence[Module], recipe: Recipe | None, rules: Sequence[Rule]) -> Plan:
+    """The recipe with its exceptions; without a recipe everything is dense."""
+    if recipe is None:
+        return Plan("dense", {module.name: None for module in modules})
+    return make_plan(modules, recipe, rules, recipe.name + (" with rules" if rules else ""))
+
+
+def _check_apart(files: CheckpointFiles, dest: Path) -> None:
+    """Source and result must not be the same folder, nor one inside the other."""
+    source, target = files.folder.resolve(), dest.resolve()
+    if source == target or target in source.parents:
+        raise ConfigError(f"{dest} holds the source itself: write to another folder")
+
+
+def _summary(dest: Path, plan: Plan, result: Result, modules: Sequence[Module], seconds: float) -> None:
+    say(parts_table(plan, result, modules))
+    before, after = result.bytes_before / 1e6, result.bytes_after / 1e6
+    say(
+        f"{dest / result.weights}: {after:,.1f} MB instead of {before:,.1f} MB, "
+        f"{result.bits_per_weight:.2f} bits per weight, {seconds:.0f} s"
+    )
+    for name, reason in sorted(plan.skipped.items()):
+        say(f"dense: {name} ({reason})")
+
+
+def parts_table(plan: Plan, result: Result, modules: Sequence[Module]) -> str:
+    """Size, bits per weight and relative error of every part."""
+    rows = []
+    for part in PARTS:
+        if part not in result.parts:
+            continue
+        size, weights, lost, norm = result.parts[part]
+        kinds = {plan.choices.get(module.name) for module in modules if module.part == part}
+        how = ", ".join(sorted({describe(kind) for kind in kinds})) or "dense"
+        error = f"{(lost / norm) ** 0.5:.4f}" if norm and lost else "-"
+        rows.append([part, how, f"{size / 1e6:,.2f}", f"{8 * size / max(1, weights):.2f}", error])
+    return table(["part", "bits:group", "MB", "bits/weight", "rel. error"], rows)
