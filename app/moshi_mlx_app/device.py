@@ -394,12 +394,12 @@ class SoundCard:
         ring, rate = self._raw, self._raw_rate
         resample = Resampler(rate, self._rate)
         buffer = np.zeros(0, np.float32)
-        zeros, doubted = 0, False
+        zeros, doubted, read = 0, False, 0
         try:
             while not self._stopping:
                 if ring is not self._raw:  # opened again, perhaps at another rate
                     ring, rate = self._raw, self._raw_rate
-                    resample, zeros, doubted = Resampler(rate, self._rate), 0, False
+                    resample, zeros, doubted, read = Resampler(rate, self._rate), 0, False, 0
                 count, came = self._anchor
                 available = ring.available
                 if not available:
@@ -407,8 +407,9 @@ class SoundCard:
                     continue
                 if len(buffer) < available:
                     buffer = np.zeros(2 * available, np.float32)
-                read_before = ring.written - available
+                first = came - (count - read) / rate  # when the first of these samples came
                 got = ring.read_into(buffer[:available])
+                read += got
                 raw = buffer[:got]
                 if zeros >= 0:
                     zeros = -1 if raw.any() else zeros + got
@@ -419,7 +420,7 @@ class SoundCard:
                 if not len(pcm):
                     continue
                 if self._echo is not None:
-                    pcm = self._echo.cancel(pcm, came - (count - read_before) / rate)
+                    pcm = self._echo.cancel(pcm, first)
                 self._take(pcm)
         except BaseException as error:  # it reaches the owner through `check`
             self._failure = error
@@ -436,7 +437,8 @@ class SoundCard:
             if not self._streams:
                 try:
                     self._open(refresh=attempt > 0)
-                    self._failure = None
+                    if isinstance(self._failure, DeviceError):
+                        self._failure = None
                     if told:
                         self._notices.append(f"sound again: {_names(self.input, self.output)}")
                     told = ""

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import AudioError, MoshiError, StateError
 from ..generate import GenerationConfig
-from ..model import Moshi, TextReader, make_generator
+from ..model import Moshi, SessionFrame, TextReader, make_generator
 from ..text import Word
 from .meters import Meters
 from .player import Player
@@ -82,6 +82,10 @@ class Conversation:
         Seconds of the user's sound that may wait for the codec before the oldest is dropped.
     margin : float
         Seconds of the model's sound that are kept ready at first; underruns widen it.
+    tap : callable, optional
+        Called in a worker thread with every frame: what the model heard, array [frame_size], valid during the call
+        only, and the :class:`SessionFrame` that it answered. Index 0 comes again after :meth:`reset`. For recordings;
+        it must be quick, and what it raises ends the conversation.
     clock : callable
         Seconds, monotonic; for tests.
 
@@ -106,6 +110,7 @@ class Conversation:
         kv_bits: int | None = None,
         backlog: float = 0.32,
         margin: float = 0.02,
+        tap: Callable[[NDArray[np.float32], SessionFrame], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model = model
@@ -124,8 +129,11 @@ class Conversation:
         self._pcm_in = Ring(room)
         self._pcm_out = Ring(room)
         lm = model.lm.config
-        self._codes_in = Ring(_FRAMES_BETWEEN, dtype=_record(model.codec.num_codebooks if model.codec else 0))
-        self._codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(lm.own_q))
+        self._tap = tap
+        self._said: deque[tuple[str, tuple[Word, ...]]] = deque()  # for the tap, one for each record of codes_out
+        tapped = self._size if tap is not None else 0
+        self._codes_in = Ring(_FRAMES_BETWEEN, dtype=_record(model.codec.num_codebooks if model.codec else 0, tapped))
+        self._codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(lm.own_q, tapped))
         self._player = Player(self._pcm_out, self._rate, margin)
         self._bells = {
             name: Bell() for name in ("pcm_in", "codes_in", "codes_in_space", "codes_out", "codes_out_space")
@@ -332,11 +340,14 @@ class Conversation:
             began = self._clock()
             record["came"] = began - (waiting - self._size) / self._rate
             self._pcm_in.read_into(frame)
+            np.nan_to_num(frame, copy=False, posinf=1.0, neginf=-1.0)
             if self._muted:
                 frame[:] = 0
             self.meters.level_in = _level(frame)
             if encoder is not None:
-                record["codes"][0] = encoder.encode(np.nan_to_num(frame, copy=False, posinf=1.0, neginf=-1.0))
+                record["codes"][0] = encoder.encode(frame)
+            if self._tap is not None:
+                record["heard"][0] = frame
             self.meters.encode.add(self._clock() - began)
             self._pass_on(record, "codes_in")
 
@@ -344,27 +355,44 @@ class Conversation:
         generator = make_generator(self.model, **self._settings)
         reader = TextReader(self.model)
         lm = self.model.lm.config
-        self._say(*reader.step(generator.first))
+        early = reader.step(generator.first)
+        self._say(*early)
         self._ready.release()
         record = np.zeros(1, self._codes_in.dtype)
         spoken = np.zeros(1, self._codes_out.dtype)
+        index = 0
         while self._take(record, "codes_in"):
             spoken["reset"] = record["reset"]
             if record["reset"][0]:
+                index = 0
                 first = generator.reset()
                 reader.reset()
                 self._tell(Event("reset", self.meters.frames))
-                self._say(*reader.step(first))
+                early = reader.step(first)
+                self._say(*early)
                 self._pass_on(spoken, "codes_out")
                 continue
             began = self._clock()
             step = generator.step(record["codes"][0][: lm.user_q] if lm.user_q else None)
             self.meters.step.add(self._clock() - began)
             self.meters.frames += 1
-            self._say(*reader.step(step))
-            if step.codes is not None and step.codes.min() >= 0:
+            text, words = reader.step(step)
+            self._say(text, words)
+            codes = step.codes if step.codes is not None and step.codes.min() >= 0 else None
+            if self._tap is not None:
+                # Position 0 runs before any sound: what it says belongs to the first frame.
+                said, early = (early[0] + text, early[1] + words), ("", ())
+                if not lm.own_q:
+                    self._tap(record["heard"][0], SessionFrame(index, np.zeros(self._size, np.float32), *said))
+                    index += 1
+                    continue
+                self._said.append(said)
+                spoken["heard"] = record["heard"]
+            if codes is not None or self._tap is not None:
                 spoken["came"] = record["came"]
-                spoken["codes"][0] = step.codes[0]
+                spoken["silent"] = codes is None
+                if codes is not None:
+                    spoken["codes"][0] = codes[0]
                 self._pass_on(spoken, "codes_out")
 
     def _decode(self) -> None:
@@ -373,10 +401,16 @@ class Conversation:
         self._ready.release()
         record = np.zeros(1, self._codes_out.dtype)
         late_after = 2 * self._size / self._rate
+        index = 0
         while self._take(record, "codes_out"):
             if record["reset"][0]:
+                index = 0
                 decoder.reset()
                 self._player.clear()
+                continue
+            if record["silent"][0]:
+                self._show(record, index, np.zeros(self._size, np.float32))
+                index += 1
                 continue
             began = self._clock()
             frame = decoder.decode(record["codes"][0])
@@ -388,6 +422,13 @@ class Conversation:
             if lag > late_after:
                 self.meters.late += 1
                 self._tell(Event("late", self.meters.frames, seconds=lag))
+            self._show(record, index, frame)
+            index += 1
+
+    def _show(self, record: NDArray[Any], index: int, frame: NDArray[np.float32]) -> None:
+        """The decoder's frame, and what belongs to it, to the tap."""
+        if self._tap is not None:
+            self._tap(record["heard"][0], SessionFrame(index, frame, *self._said.popleft()))
 
     def _pass_on(self, record: NDArray[Any], name: str) -> None:
         ring = self._codes_in if name == "codes_in" else self._codes_out
@@ -418,9 +459,20 @@ class Conversation:
         self._news.ring()
 
 
-def _record(codebooks: int) -> np.dtype[Any]:
-    """One frame on its way: its codes, when its last sample came, and whether it says "begin anew" instead."""
-    return np.dtype([("reset", np.bool_), ("came", np.float64), ("codes", np.int32, (codebooks,))])
+def _record(codebooks: int, samples: int) -> np.dtype[Any]:
+    """One frame on its way: its codes, when its last sample came, and whether it says "begin anew" instead.
+
+    For a tap also the sound that was heard, and whether there is no voice to decode.
+    """
+    return np.dtype(
+        [
+            ("reset", np.bool_),
+            ("silent", np.bool_),
+            ("came", np.float64),
+            ("codes", np.int32, (codebooks,)),
+            ("heard", np.float32, (samples,)),
+        ]
+    )
 
 
 def _level(frame: NDArray[np.float32]) -> float:

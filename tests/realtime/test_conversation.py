@@ -245,6 +245,33 @@ def test_pause_mute_reset(parts: SimpleNamespace) -> None:
     assert any(event.kind == "reset" for event in conversation.events())
 
 
+def test_the_tap_pairs_what_was_heard_with_what_was_said(parts: SimpleNamespace) -> None:
+    """If this fails, a recording has the two voices shifted against each other, or misses the beginning."""
+    taken: list[tuple[float, int, float]] = []
+    step = parts.generator.step  # as with the acoustic delays: the first frames have no codes yet
+
+    def late_voice(codes: np.ndarray) -> Step:
+        made = step(codes)
+        return made if made.index > 2 else Step(made.index, made.text, made.index, np.full((1, BOOKS), -1), None)
+
+    parts.generator.step = late_voice
+    with Conversation(
+        parts.model,
+        backlog=2.0,
+        tap=lambda heard, frame: taken.append((float(heard[0]), frame.index, float(frame.pcm[0]))),
+    ) as conversation:
+        for number in (1, 2, 3, 4):
+            conversation.feed(_frame(number))
+        assert _until(lambda: len(taken) == 4)
+        conversation.reset()
+        assert _until(lambda: parts.decoder.resets == 1)
+        conversation.feed(_frame(7))
+        assert _until(lambda: len(taken) == 5)
+    assert [round(heard * 1e6) for heard, _, _ in taken] == [1, 2, 3, 4, 7]
+    assert [index for _, index, _ in taken] == [0, 1, 2, 3, 0]
+    assert [round(voice * 1e6) for _, _, voice in taken] == [0, 0, 3, 4, 7]
+
+
 def test_nobody_reads(parts: SimpleNamespace) -> None:
     """If this fails, an app that does not play the sound blocks the model or fills the memory."""
     with Conversation(parts.model, backlog=4.0) as conversation:

@@ -1,0 +1,197 @@
+"""Recordings of live conversations: complete, valid at any moment, patient with a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from moshi_mlx_app import record as module
+from moshi_mlx_app.record import Recorder
+
+from moshi_mlx.model import SessionFrame
+from moshi_mlx.text import Word
+from tests.app.test_device import until
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE, SIZE = 24_000, 1_920
+
+
+def frames(recorder: Recorder, count: int, start: int = 0) -> None:
+    """Frames whose samples spell their number; every fifth ends a word."""
+    for index in range(start, start + count):
+        words = (Word(f" w{index}", index * 0.08, index * 0.08 + 0.3),) if index % 5 == 0 else ()
+        voice = np.full(SIZE, (index + 1) / 1000, np.float32)
+        recorder.tap(-voice, SessionFrame(index, voice, "", words))
+
+
+def numbers(path: Path) -> tuple[list[int], list[int]]:
+    """What the frames of a recording spell, left and right."""
+    pcm, rate = soundfile.read(path, dtype="float32")
+    assert rate == RATE and pcm.shape[1] == 2 and len(pcm) % SIZE == 0
+    heard = np.round(pcm[::SIZE] * 1000).astype(int)
+    assert (np.abs(pcm - np.repeat(heard, SIZE, 0) / 1000) < 1e-4).all()
+    return list(heard[:, 0]), list(heard[:, 1])
+
+
+def words(path: Path) -> list[Any]:
+    found = json.loads(path.with_suffix(".json").read_text())
+    assert list(found) == ["alignments"]
+    return list(found["alignments"])
+
+
+def test_the_layout(tmp_path: Path) -> None:
+    """If this fails, moshi-finetune cannot read what was recorded, or the channels are swapped."""
+    recorder = Recorder(tmp_path / "new" / "folder", RATE, SIZE)
+    recorder.start()
+    frames(recorder, 12)
+    recorder.stop()
+    (path,) = recorder.files
+    assert path.parent == tmp_path / "new" / "folder"
+    left, right = numbers(path)
+    assert left == list(range(1, 13)) and right == [-number for number in left]
+    assert words(path) == [
+        ["w0", [0.0, 0.3], "SPEAKER_MAIN"],
+        ["w5", [0.4, 0.7], "SPEAKER_MAIN"],
+        ["w10", [0.8, 1.1], "SPEAKER_MAIN"],
+    ]
+    (line,) = (path.parent / "recordings.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"path": path.name, "duration": 12 * 0.08}
+    assert recorder.notices() == [] and not recorder.running
+
+
+def test_a_new_conversation_is_a_new_file_and_times_count_from_its_start(tmp_path: Path) -> None:
+    """If this fails, words stand at the wrong times after a reset, or when recording began in the middle."""
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    frames(recorder, 3)  # not yet
+    recorder.start()
+    frames(recorder, 6, start=7)
+    frames(recorder, 2)
+    recorder.stop()
+    recorder.start()
+    frames(recorder, 1, start=50)
+    recorder.stop()
+    assert [numbers(path)[0] for path in recorder.files] == [[8, 9, 10, 11, 12, 13], [1, 2], [51]]
+    assert words(recorder.files[0]) == [["w10", [0.24, 0.54], "SPEAKER_MAIN"]]
+    assert len((tmp_path / "recordings.jsonl").read_text().splitlines()) == 3
+
+
+def test_too_long_for_one_wav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a talk of more than twelve hours leaves a wav that no program reads."""
+    monkeypatch.setattr(module, "_LARGEST_WAV", 4 * SIZE * 5)
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 12)
+    recorder.stop()
+    assert [len(numbers(path)[0]) for path in recorder.files] == [5, 5, 2]
+    assert words(recorder.files[2]) == [["w10", [0.0, 0.3], "SPEAKER_MAIN"]]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a full disk ends the talk, or leaves a gap in the recording after room was made."""
+    monkeypatch.setattr(module, "_RETRY", 0.02)
+    room = [4 * SIZE * 3 + 100]
+    really = os.pwrite
+
+    def pwrite(file: int, data: bytes, place: int) -> int:
+        new = place + len(data) - os.fstat(file).st_size
+        if new > room[0]:
+            if room[0] > 0 and new == len(data):  # as a disk does: a part of it still fits
+                room[0] -= (part := min(room[0], len(data) - 1))
+                return really(file, data[:part], place)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room[0] -= max(new, 0)
+        return really(file, data, place)
+
+    monkeypatch.setattr(module.os, "pwrite", pwrite)
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 10)
+    notices: list[str] = []
+    assert until(lambda: notices.extend(recorder.notices()) or notices)
+    assert "No space left on device" in notices[0] and recorder.running
+    assert numbers(recorder.files[0])[0] == [1, 2, 3], "what is there is valid"
+    words(recorder.files[0])
+    frames(recorder, 10, start=10)
+    time.sleep(0.1)
+    room[0] = 10**9
+    assert until(lambda: notices.extend(recorder.notices()) or len(notices) > 1)
+    assert "nothing of it is lost" in notices[1]
+    recorder.stop()
+    assert numbers(recorder.files[0])[0] == list(range(1, 21))
+    assert [word for word, _, _ in words(recorder.files[0])] == ["w0", "w5", "w10", "w15"]
+
+
+def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, quitting hangs on a full disk, memory fills up, or the loss is not told."""
+    monkeypatch.setattr(module, "_LAST_TRIES", 0.2)
+    monkeypatch.setattr(module, "_HELD", 2.0)
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 4)
+    assert until(lambda: recorder.seconds > 0.3)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "pwrite", full)
+        frames(recorder, 100, start=4)
+        assert not recorder.running
+        began = time.monotonic()
+        recorder.stop()
+        assert time.monotonic() - began < 1.0
+    said = " ".join(recorder.notices())
+    assert "recording has ended" in said and "could not be recorded" in said
+    assert numbers(recorder.files[0])[0] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    """If this fails, a typing mistake is noticed only after the talk."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        Recorder(tmp_path / "file" / "folder", RATE, SIZE).start()
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from tests.app.test_record import RATE, SIZE, Recorder, frames
+recorder = Recorder(Path(sys.argv[1]), RATE, SIZE)
+recorder.start()
+for index in range(100000):
+    frames(recorder, 1, start=index)
+    print(index, flush=True)
+    time.sleep(0.004)
+"""
+
+
+def test_killed(tmp_path: Path) -> None:
+    """If this fails, a crash loses more than a second of the talk, or leaves files that cannot be read."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "app")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    for kill_at in (40, 107):
+        folder = tmp_path / str(kill_at)
+        with subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, env=environment, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if int(line) == kill_at:
+                    break
+            process.send_signal(signal.SIGKILL)
+            last = max([kill_at, *(int(line) for line in process.stdout.read().split())])
+        (wav,) = folder.glob("*.wav")
+        left, _ = numbers(wav)
+        assert left == list(range(1, len(left) + 1)) and len(left) >= last - 12
+        found = [int(word[1:]) for word, _, _ in words(wav)]
+        assert found == list(range(0, 5 * len(found), 5)) and found[-1] >= len(left) - 10
