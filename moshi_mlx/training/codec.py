@@ -347,6 +347,8 @@ def train(options: argparse.Namespace) -> None:
                 heard_seconds += results.get()[0]
             worker.join(0.2)
         worker.kill()
+    if options.finish_in and shared.level.value == 0 and options.stage == "codec":
+        model.round_to_half()  # codes are about to be made with this: they must be those of the exported file
     save()
     print(f"saved {path} at step {shared.steps.value}, {heard_seconds / 3600:.2f} h heard", flush=True)
 

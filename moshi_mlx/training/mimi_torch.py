@@ -588,6 +588,15 @@ class Mimi(nn.Module):
         return self.synthesize(mixed), commitment, self.phones(semantic, batch)
 
     @torch.no_grad()
+    def round_to_half(self) -> None:
+        """Give every weight a value that 16 bits hold, so that the exported file hears exactly the same codes."""
+        for parameter in self.parameters():
+            parameter.copy_(parameter.half().float())
+        for book in (*self.first.books, *self.rest.books):
+            book.embedding_sum.copy_(book.embedding.half().float())
+            book.cluster_usage.fill_(1)
+
+    @torch.no_grad()
     def encode(self, pcm: Tensor) -> Tensor:
         """pcm [batch, 1, frames * 1920] -> codes [batch, books, frames]."""
         z = self.latent(pcm)

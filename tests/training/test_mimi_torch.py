@@ -178,6 +178,7 @@ def test_adversary_is_balanced() -> None:
 def test_export_keeps_the_codes_in_16_bits() -> None:
     """If this fails, the shipped codec hears other codes than the language model was trained on."""
     model = codec_on_noise(SMALL)
+    model.round_to_half()  # as a finished training does
     tensors = published_tensors(model, torch.float16)
     assert not any("phone" in name for name in tensors)
     again = Mimi(SMALL).eval()
@@ -188,7 +189,7 @@ def test_export_keeps_the_codes_in_16_bits() -> None:
     assert not missing.unexpected_keys and all("phone" in name for name in missing.missing_keys)
     torch.manual_seed(2)
     pcm = 0.1 * torch.randn(1, 1, 30 * 1920)
-    assert (model.encode(pcm) == again.encode(pcm)).float().mean() > 0.97
+    assert torch.equal(model.encode(pcm), again.encode(pcm))
 
 
 def test_codebook_follows_and_revives() -> None:
