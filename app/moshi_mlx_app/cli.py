@@ -16,21 +16,20 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("file", "devices")
+VERBS = ("talk", "file", "devices")
 """Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
 
 DESCRIPTION = """\
 Moshi, the spoken dialogue model that listens and speaks at the same time, on
-this computer.
-
-This version answers recordings. The live conversation with microphone and
-loudspeaker is not built yet.
+this computer. Without a verb it talks with you, by microphone and loudspeaker.
 """
 EPILOG = """\
 examples:
+  moshi-mlx-local                                    talk
+  moshi-mlx-local --model org/name --record talks    with another model, and keep it
   moshi-mlx-local file question.wav -o answer.wav    answer a recording
   moshi-mlx-local file --demo -o answer.wav          the questions that come along
-  moshi-mlx-local file --help                        everything that can be set
+  moshi-mlx-local talk --help                        everything that can be set
 """
 
 
@@ -42,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=program())
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name in VERBS:
         module = importlib.import_module(f"moshi_mlx_app.verbs.{name}")
         verb = verbs.add_parser(
@@ -102,15 +101,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = build_parser()
-    args, unknown = parser.parse_known_args(arguments)
+    args, unknown = parser.parse_known_args(_with_verb(arguments))
     if unknown:  # said with the verb's own usage, not with the program's
         getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
-    if args.verb is None:
-        parser.print_help()
-        print("error: the live conversation is not built yet, so name a verb: file", file=sys.stderr)
-        return 2
     status: int = args.run(args)
     return status
+
+
+def _with_verb(arguments: list[str]) -> list[str]:
+    """The arguments with the verb ``talk`` in front of the options if no verb is there."""
+    first = next((place for place, text in enumerate(arguments) if text != "--debug"), len(arguments))
+    word = arguments[first] if first < len(arguments) else ""
+    if word in ("-h", "--help", "--version") or (word and not word.startswith("-")):
+        return arguments
+    return [*arguments[:first], "talk", *arguments[first:]]
 
 
 def _report(error: Exception) -> int:

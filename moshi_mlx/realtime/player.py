@@ -3,7 +3,8 @@
 The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes blocks
 at its own. In between, a small margin is held: enough that no block finds the ring empty, and no more. Where the two
 clocks drift apart, or the margin should change, sound is played a little faster or slower, by at most half a percent,
-with interpolation: no sample is cut out, so nothing clicks.
+with interpolation: no sample is cut out, so nothing clicks. Only what a standing loudspeaker let pile up, so much that
+it would take minutes to be made up for in this way, is left out at once, with a short fade from before to after it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ __all__ = ["Player"]
 _STRETCH = 200  # at most one sample in so many is added or left out
 _STEP = 0.010  # seconds by which an underrun widens the margin
 _WINDOW = 4.0  # seconds over which the lowest filling is taken
+_PILE = 0.06  # seconds beyond the margin that are left out if they are there ...
+_PILE_WINDOW = 1.0  # ... for so many seconds
+_FADE = 0.005
 
 
 class Player:
@@ -42,6 +46,7 @@ class Player:
         self._work = np.zeros(0, np.float32)
         self._lowest = ring.capacity
         self._since = 0
+        self._pile, self._pile_since = ring.capacity, 0
         self._correction = 0
         self._playing = False
         self._held = 0
@@ -81,6 +86,7 @@ class Player:
                 return
             self._playing, self._held = True, 0
             self._lowest, self._since, self._correction = available, 0, 0
+            self._pile, self._pile_since = available, 0
         if available < count:
             got = self._ring.read_into(out)
             _fade_out(out, got)
@@ -92,6 +98,16 @@ class Player:
         if excess > margin:
             self.skipped += self._ring.skip(excess)
             available -= excess
+        self._pile = min(self._pile, available - count)
+        self._pile_since += count
+        if self._pile_since >= _PILE_WINDOW * self._rate:
+            pile = self._pile - margin
+            self._pile, self._pile_since = available, 0
+            if pile > _PILE * self._rate:
+                self._leave_out(pile, out)
+                self._lowest, self._since, self._correction = self._ring.available, 0, 0
+                self._pile = self._ring.available
+                return
         shift = self._shift(count, available - count, margin)
         if shift == 0:
             self._ring.read_into(out)
@@ -111,6 +127,16 @@ class Player:
         shift = min(max(self._correction, -limit), limit, left)
         self._correction -= shift
         return shift
+
+    def _leave_out(self, count: int, out: NDArray[np.float32]) -> None:
+        """Fill ``out`` from ``count`` samples later, fading over from what would have come."""
+        fade = min(round(_FADE * self._rate), len(out))
+        before = np.empty(fade, np.float32)
+        self._ring.peek_into(before)
+        self.skipped += self._ring.skip(count)
+        self._ring.read_into(out)
+        rise = np.linspace(0, 1, fade, dtype=np.float32)
+        out[:fade] = before + rise * (out[:fade] - before)
 
     def _read_warped(self, out: NDArray[np.float32], take: int) -> None:
         """Fill ``out`` from ``take`` samples, a few more or fewer than it holds, by cubic interpolation."""

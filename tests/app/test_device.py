@@ -61,7 +61,7 @@ class FakeCard:
         self.rates = {16_000.0, 44_100.0, 48_000.0}
         self.default = SimpleNamespace(device=[0, 1])
         self.streams: list[FakeStream] = []
-        self.broken = False
+        self.broken = self.finished = False
         self.restarts = 0
 
     @staticmethod

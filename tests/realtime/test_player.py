@@ -89,6 +89,27 @@ def test_what_piles_up_is_skipped() -> None:
     assert player.filling < 1.0
 
 
+def test_a_second_that_waits_is_left_out_without_a_click() -> None:
+    """If this fails, a loudspeaker that starts late leaves the answers late by as much for minutes."""
+    ring = Ring(4 * RATE)
+    player, out = Player(ring, RATE), np.empty(BLOCK, np.float32)
+    tone = (0.5 * np.sin(np.arange(12 * RATE) * (2 * np.pi * 210 / RATE))).astype(np.float32)
+    ring.write(tone[: round(0.7 * RATE)])
+    written, played, waiting = round(0.7 * RATE), [], []
+    for block in range(6 * RATE // BLOCK):
+        if block % 4 == 0:
+            ring.write(tone[written : written + FRAME])
+            written += FRAME
+        player.read_into(out)
+        played.append(out.copy())
+        waiting.append(player.filling)
+    assert max(waiting[:20]) > 0.5 and max(waiting[60:]) < 0.16
+    assert 0.4 * RATE < player.skipped < 0.7 * RATE and player.underruns == 0
+    sound = np.concatenate(played)
+    sound = sound[np.argmax(sound != 0) :]
+    assert np.abs(np.diff(sound)).max() < 0.036, "the tone steps by 0.0275, and the fade adds a little"
+
+
 def test_clear() -> None:
     """If this fails, a new conversation begins with the end of the old one."""
     ring = Ring(RATE)

@@ -1,0 +1,271 @@
+"""``moshi-mlx-local talk``: the live conversation."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
+from moshi_mlx_app.terminal import Loading, say, warn
+from moshi_mlx_app.verbs.file import UNTRAINED
+
+if TYPE_CHECKING:
+    from moshi_mlx.realtime import Conversation, Event
+    from moshi_mlx_app.device import SoundCard
+    from moshi_mlx_app.record import Recorder
+    from moshi_mlx_app.tui import Keys, Panel
+
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
+
+HELP = "talk with Moshi: microphone, loudspeaker and terminal (what happens without a verb)"
+EXAMPLES = """\
+examples:
+  moshi-mlx-local                                    talk with the default model
+  moshi-mlx-local talk --record talks                and keep it: talks/*.wav, *.json
+  moshi-mlx-local talk --input-device 3 --output-device headset
+  moshi-mlx-local talk --seconds 60 --json           a minute, then the figures
+
+Keys: m mute, r record, n or space a new conversation, d look for the devices
+again, q or Ctrl-C quit. A recording is stereo, left Moshi, right you, with
+timed words beside it: the layout that moshi-finetune trains on.
+"""
+_TICK = 0.05
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options and the shared ones."""
+    add_model_options(parser)
+    group = parser.add_argument_group("sound")
+    group.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
+    group.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
+    group.add_argument(
+        "--latency",
+        type=bounded(float, 0.001, 1),
+        metavar="SECONDS",
+        help="what the system may hold on either side; more if the sound stutters (default: what suits it)",
+    )
+    group.add_argument(
+        "--backlog",
+        type=bounded(float, 0.08, 3),
+        default=0.32,
+        metavar="SECONDS",
+        help="how far Moshi may fall behind before the oldest of your words are dropped (default: %(default)s)",
+    )
+    group = parser.add_argument_group("the talk")
+    group.add_argument("--record", metavar="DIR", help="record into this folder from the start (the key r: recordings)")
+    group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after so many seconds")
+    group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
+    group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors still appear")
+    add_generation_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until someone quits. Returns the exit status: 0, or 130 after Ctrl-C."""
+    import moshi_mlx
+    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.realtime import Conversation
+    from moshi_mlx_app.device import SoundCard, devices, find_device
+    from moshi_mlx_app.record import Recorder
+    from moshi_mlx_app.tui import Keys, Panel, own_errors
+
+    known = devices()  # what is missing should not come out after a download
+    find_device(args.input_device, "input", known)
+    find_device(args.output_device, "output", known)
+    with Loading(shown=not args.quiet) as loading:
+        model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+    if not model.trained:
+        warn(UNTRAINED.format(name=model.name), "notice")
+    recorder = Recorder(Path(args.record or "recordings"), model.sample_rate, model.frame_size)
+    if args.record is not None:
+        recorder.start()
+    try:
+        with _stop_signals() as stopped, own_errors():
+            conversation = Conversation(
+                model,
+                seed=args.seed,
+                generation=generation_from(args, generation_defaults(model.config)),
+                backlog=args.backlog,
+                tap=recorder.tap,
+            )
+            card = SoundCard(
+                conversation.feed,
+                conversation.read_into,
+                model.sample_rate,
+                input_device=args.input_device,
+                output_device=args.output_device,
+                latency=args.latency,
+            )
+            with (
+                conversation,
+                card,
+                Keys() as keys,
+                Panel(panel=not args.quiet, text=not (args.quiet or args.json), keys=keys.available) as panel,
+            ):
+                talk = _Talk(args, conversation, card, recorder, panel, keys)
+                talk.run(stopped)
+    except KeyboardInterrupt:  # pressed again: whoever does that will not wait for figures
+        return 130
+    finally:
+        recorder.stop()
+        for notice in recorder.notices():
+            warn(notice, "recording")
+    talk.report(model.name)
+    conversation.check()
+    return 130 if stopped and stopped[0] == signal.SIGINT else 0
+
+
+class _Talk:
+    """The loop between the conversation, the devices and the person."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        conversation: Conversation,
+        card: SoundCard,
+        recorder: Recorder,
+        panel: Panel,
+        keys: Keys,
+    ):
+        self.args, self.conversation, self.card = args, conversation, card
+        self.recorder, self.panel, self.keys = recorder, panel, keys
+        self.muted = False
+        self.seconds = 0.0
+        self._first_frame = 0  # of the present conversation
+
+    def run(self, stopped: list[int]) -> None:
+        """Until a signal, the key q, the time that was asked for, or an error."""
+        args, conversation = self.args, self.conversation
+        began = time.monotonic()
+        shown = 0.0
+        while not stopped and conversation.running:
+            conversation.wait(_TICK)
+            self.seconds = time.monotonic() - began
+            for event in conversation.events():
+                self._event(event)
+            self.panel.say(self._time(conversation.meters.frames), "")
+            for notice in (*self.card.notices(), *self.recorder.notices()):
+                self.panel.notice(notice)
+            if not all(self._key(key) for key in self.keys.pressed()):
+                break
+            if args.seconds is not None and self.seconds >= args.seconds:
+                break
+            self.card.check()
+            if self.seconds - shown >= _TICK or not shown:
+                shown = self.seconds
+                self.panel.show(self._state())
+
+    def _event(self, event: Event) -> None:
+        if event.kind == "text":
+            self.panel.say(self._time(event.frame), event.text)
+        elif event.kind == "reset":
+            self._first_frame = event.frame
+            self.panel.anew()
+            self.panel.notice("a new conversation")
+
+    def _time(self, frame: int) -> float:
+        return (frame - self._first_frame) / self.conversation.model.frame_rate
+
+    def _key(self, key: str) -> bool:
+        """Do what the key says; False to quit."""
+        if key == "q":
+            return False
+        if key == "m":
+            self.muted = not self.muted
+            self.conversation.mute(self.muted)
+        elif key in "n ":
+            self.conversation.reset()
+        elif key == "d":
+            self.card.reopen()
+        elif key == "r":
+            self._record()
+        return True
+
+    def _record(self) -> None:
+        if self.recorder.running:
+            self.recorder.stop()
+            self.panel.notice(f"recorded: {self.recorder.files[-1] if self.recorder.files else 'nothing yet'}")
+            return
+        try:
+            self.recorder.start()
+        except OSError as error:
+            self.panel.notice(f"{error.filename}: {error.strerror}", "recording")
+
+    def _state(self) -> Any:
+        from moshi_mlx_app.tui import State
+
+        meters = self.conversation.meters
+        return State(
+            seconds=self.seconds,
+            user=meters.level_in,
+            moshi=meters.level_out,
+            answer=meters.lag.percentile(50),
+            waiting=self.conversation.delay,
+            late=meters.late,
+            dropped=meters.dropped_in / self.conversation.model.sample_rate,
+            gaps=meters.underruns,
+            recording=self.recorder.seconds if self.recorder.running else None,
+            muted=self.muted,
+            sound=self.card.open,
+        )
+
+    def report(self, name: str) -> None:
+        """Figures of the whole conversation."""
+        meters, card = self.conversation.meters, self.card
+        rate = self.conversation.model.sample_rate
+        figures = {
+            "model": name,
+            "seconds": round(self.seconds, 3),
+            "frames": meters.frames,
+            "late": meters.late,
+            "answer_ms": {str(p): round(meters.lag.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "step_ms": {str(p): round(meters.step.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "dropped_seconds": round(meters.dropped_in / rate, 3),
+            "dropped_output_seconds": round(meters.dropped_out / rate, 3),
+            "gaps": meters.underruns,
+            "device_overflows": card.overflows,
+            "device_underflows": card.underflows,
+            "device_openings": card.openings,
+            "files": [str(path) for path in self.recorder.files],
+        }
+        if self.args.json:
+            say(json.dumps(figures))
+        elif not self.args.quiet:
+            print(
+                f"{self.seconds:.1f} s, {meters.frames} frames, {meters.late} late; answer ready after "
+                f"{meters.lag.percentile(50) * 1e3:.0f} ms (p95 {meters.lag.percentile(95) * 1e3:.0f}); "
+                f"{figures['dropped_seconds']} s dropped, {meters.underruns} gaps",
+                file=sys.stderr,
+            )
+            for path in self.recorder.files:
+                print(f"recorded: {path}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and its like end the loop, so that devices and files are closed; pressed again, they interrupt at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

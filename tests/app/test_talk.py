@@ -1,0 +1,184 @@
+"""The verb talk, with a model that says back what it hears and devices made of Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from moshi_mlx_app import device
+from moshi_mlx_app.cli import main
+from moshi_mlx_app.tui import State, _panel, decibels
+
+import moshi_mlx
+from moshi_mlx.realtime import conversation
+from tests.app.test_device import FakeCard
+from tests.helpers.parrot import Parrot, install, pump
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
+PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCard]:
+    """Devices whose microphone hears a tone."""
+    fake = FakeCard()
+    monkeypatch.setattr(device, "_sounddevice", lambda: fake)
+    pump(fake)
+    yield fake
+    fake.finished = True
+
+
+@pytest.fixture
+def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
+    monkeypatch.setattr(moshi_mlx, "load", None)
+    monkeypatch.setattr(conversation, "make_generator", None)
+    made = Parrot()
+    install(made)
+    return made
+
+
+def test_without_a_verb_it_talks(
+    card: FakeCard, parrot: Parrot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, the bare command does not converse, does not end when asked to, or records something else."""
+    folder = tmp_path / "talks"
+    assert main(["--seconds", "1.2", "--json", "--record", str(folder)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 8 <= figures["frames"] <= 16 and figures["dropped_seconds"] == 0
+    assert figures["device_openings"] == 1 and len(figures["answer_ms"]) == 2
+    pcm, rate = soundfile.read(figures["files"][0])
+    assert rate == 24_000 and len(pcm) == figures["frames"] * 1_920
+    assert np.abs(pcm[4_000:]).max() > 0.09
+    assert np.array_equal(pcm[:, 0], pcm[:, 1]), "the parrot says each frame as it hears it"
+    assert all(stream.closed for stream in card.streams)
+
+
+def test_a_model_that_fails(card: FakeCard, parrot: Parrot, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, an error in the middle of a talk hangs, hides its cause, or costs the recording."""
+    parrot.fails_at = 5
+    began = time.monotonic()
+    assert main(["talk", "--record", str(tmp_path)]) == 1
+    assert time.monotonic() - began < 5
+    assert "broken on purpose" in capsys.readouterr().err
+    (wav,) = tmp_path.glob("*.wav")
+    assert len(soundfile.read(wav)[0]) == 5 * 1_920
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    card: FakeCard, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a mistyped device is noticed after a download of gigabytes."""
+    monkeypatch.setattr(moshi_mlx, "load", None)
+    assert main(["talk", "--input-device", "nothing"]) == 1
+    assert "no microphone is called 'nothing'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(
+    card: FakeCard, parrot: Parrot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, a talk is not recorded and nobody knows."""
+    (tmp_path / "file").write_text("")
+    assert main(["talk", "--record", str(tmp_path / "file"), "--seconds", "5"]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_device_that_vanishes_while_talking(
+    card: FakeCard, parrot: Parrot, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, pulling a plug ends the talk."""
+    import threading
+
+    monkeypatch.setattr(device, "_RETRY", 0.05)
+
+    def pull() -> None:
+        for stream in list(card.streams):
+            stream.active = False
+
+    threading.Timer(0.6, pull).start()
+    assert main(["talk", "--seconds", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    figures = json.loads(said.out)
+    assert figures["device_openings"] == 2 and figures["frames"] > 12
+    assert "has stopped; opening it again" in said.err and "sound again" in said.err
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.4, 0.9, 1.3, 1.7])
+def test_ctrl_c_at_any_moment(delay: float, tmp_path: Path) -> None:
+    """If this fails, Ctrl-C hangs or shows a traceback at some moment of the talk, or breaks the recording."""
+    delay += float(np.random.default_rng(int(delay * 100)).uniform(0, 0.3))
+    with subprocess.Popen(
+        [*PROGRAM, "--record", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        time.sleep(delay)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - began < 5
+    if "moshi_mlx_app" in errors or not errors.startswith("Traceback"):  # before: Python itself is still starting
+        assert process.returncode == 130 and "Traceback" not in errors
+    for wav in tmp_path.glob("*.wav"):
+        assert len(soundfile.read(wav)[0]) % 1_920 == 0
+        json.loads(wav.with_suffix(".json").read_text())
+
+
+def test_keys_and_panel(tmp_path: Path) -> None:
+    """If this fails, the keys do nothing, the panel is not drawn, or the terminal is left without echo."""
+    child, master = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.environ.update(TERM="xterm", COLUMNS="120", LINES="24", PYTHONPATH=ENVIRONMENT["PYTHONPATH"])
+        os.execv(sys.executable, [*PROGRAM, "talk"])
+    shown, end = "", time.monotonic() + 40
+    script = [("q quit", b"m"), ("muted", b"m"), ("dB   Moshi", b"r"), ("recording 0", b""), ("recording 1 s", b"r")]
+    script += [("recorded: recordings/", b" "), ("a new conversation", b"d"), ("sound again", b"q"), ("frames,", b"")]
+    since = 0
+    while time.monotonic() < end:
+        if script and script[0][0] in shown[since:]:
+            key = script.pop(0)[1]
+            since = len(shown)
+            os.write(master, key)
+        if not select.select([master], [], [], 0.2)[0]:
+            continue
+        try:
+            piece = os.read(master, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece.decode("utf-8", "replace")
+    os.close(master)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert script in ([], [("frames,", b"")]), (script, shown[-500:])
+    assert status == 0 and re.search(r"\d frames, \d+ late", shown)
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert list((tmp_path / "recordings").glob("*.wav"))
+
+
+def test_the_panel_fits_and_tells() -> None:
+    """If this fails, a narrow terminal shows rubbish, or a number is missing."""
+    lines = _panel(State(75.0, 0.1, 0.0, 0.047, 0.12, 3, 1.25, 4, 12.0, False, False), keys=True)
+    assert "1:15" in lines[0] and "-20 dB" in lines[0] and "recording 12 s" in lines[0] and "waiting" in lines[0]
+    assert "answer after 47 ms" in lines[1] and "late 3" in lines[1] and "dropped 1.2 s" in lines[1]
+    assert "gaps 4" in lines[1] and "q quit" in lines[2]
+    assert max(map(len, _panel(State(), keys=True))) < 80
+    assert "muted" in _panel(State(user=0.5, muted=True), keys=False)[0]
+    assert decibels(0.0) == -99 and decibels(1.0) == 0

@@ -1,0 +1,141 @@
+"""A model that says back what it hears, for tests of everything around the model.
+
+:func:`install` puts it in place of every model that would be loaded. Run as a program, it is ``moshi-mlx-local`` with
+that model, on the machine's own sound devices; with ``--fake-card`` first, on devices made of Python.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import moshi_mlx
+from moshi_mlx.generate import Step
+from moshi_mlx.realtime import conversation
+
+__all__ = ["Parrot", "install", "pump"]
+
+FRAME, RATE, BOOKS = 1_920, 24_000, 8
+
+
+class Parrot:
+    """Stands for a loaded model.
+
+    Parameters
+    ----------
+    seconds : float
+        What each stage takes for a frame.
+    fails_at : int
+        Frame at which the model raises; -1 for never.
+    """
+
+    name, trained = "parrot", True
+    sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
+    tokenizer = None
+
+    def __init__(self, seconds: float = 0.0, fails_at: int = -1):
+        self.seconds, self.fails_at = seconds, fails_at
+        self.config = SimpleNamespace(stt_config={}, model_type="moshi", lm_gen_config={})
+        self.lm = SimpleNamespace(config=SimpleNamespace(own_q=BOOKS, user_q=BOOKS, delays=(0,) * 17))
+        self.codec = SimpleNamespace(num_codebooks=BOOKS, encoder=lambda: _Ear(self), decoder=lambda: _Mouth(self))
+        self.frames: dict[int, np.ndarray] = {}
+        self.heard = 0
+
+    def load(self, *_: Any, **__: Any) -> Parrot:
+        return self
+
+
+class _Ear:
+    def __init__(self, parrot: Parrot):
+        self.parrot = parrot
+
+    def encode(self, frame: np.ndarray) -> np.ndarray:
+        parrot = self.parrot
+        time.sleep(parrot.seconds)
+        number = parrot.heard
+        parrot.frames[number] = frame.copy()
+        parrot.frames.pop(number - 100, None)
+        parrot.heard += 1
+        return np.full(BOOKS, number, np.int32)
+
+    def reset(self) -> None:
+        pass
+
+
+class _Mouth(_Ear):
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        time.sleep(self.parrot.seconds)
+        return self.parrot.frames[int(codes[0])]
+
+
+class _Mind:
+    first = Step(-1, np.array([3], np.int32), -1, None, None)
+
+    def __init__(self, parrot: Parrot):
+        self.parrot, self.count = parrot, 0
+
+    def step(self, codes: np.ndarray) -> Step:
+        if self.count == self.parrot.fails_at:
+            raise RuntimeError("broken on purpose")
+        time.sleep(self.parrot.seconds)
+        self.count += 1
+        return Step(self.count, np.array([3], np.int32), self.count, codes[None].copy(), None)
+
+    def reset(self) -> Step:
+        return self.first
+
+
+def install(parrot: Parrot) -> None:
+    """Every model is this one from now on; for processes that end with the test, or with a monkeypatch around."""
+    moshi_mlx.load = parrot.load  # type: ignore[assignment]
+    conversation.make_generator = lambda model, **_: _Mind(model)  # type: ignore[assignment,return-value]
+
+
+def pump(card: Any, sound: Any = None) -> None:
+    """Let a fake card's streams call back every 10 ms, in a thread, until the card is ``finished``.
+
+    The microphone gives ``sound(index, count)``.
+    """
+
+    def run() -> None:
+        index, began = 0, time.monotonic()
+        while not card.finished:
+            index += 1
+            time.sleep(max(0.0, began + index * 0.01 - time.monotonic()))
+            for stream in list(card.streams):
+                if not stream.active:
+                    continue
+                count = round(stream.options["samplerate"] / 100)
+                data = np.zeros((count, stream.options["channels"]), np.float32)
+                if stream.kind == "input":
+                    data[:] = 0.1 * np.sin(np.arange(count) * 0.1)[:, None] if sound is None else sound(index, count)
+                stream.call(data)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def main() -> int:
+    """The program with this model."""
+    arguments = sys.argv[1:]
+    install(Parrot())
+    if arguments[:1] == ["--fake-card"]:
+        from moshi_mlx_app import device
+
+        from tests.app.test_device import FakeCard
+
+        card = FakeCard()
+        device._sounddevice = lambda: card
+        pump(card)
+        arguments = arguments[1:]
+    from moshi_mlx_app.cli import main as program
+
+    return program(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
