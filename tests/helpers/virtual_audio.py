@@ -1,8 +1,8 @@
 """A sound card without hardware: a virtual microphone and loudspeaker of a PulseAudio that runs for one test only.
 
 Needs Debian's ``pulseaudio pulseaudio-utils libasound2-plugins libportaudio2``, or their like. Programs started with
-:attr:`VirtualAudio.environment` see two devices, ``pulse`` and ``default``. What is written to the microphone with
-:meth:`VirtualAudio.play` is heard by them; what they play comes out of :meth:`VirtualAudio.record`.
+:attr:`VirtualAudio.environment` see two devices, ``pulse`` and ``default``. They hear what is written to
+:meth:`VirtualAudio.microphone`; what they play comes out of :meth:`VirtualAudio.loudspeaker`.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class VirtualAudio:
         """A process whose standard input, 16-bit samples at 24 kHz, is heard by the microphone."""
         return self._pipe("pacat", "-p", "-d", "into_mic", stdin=subprocess.PIPE)
 
-    def loudspeaker(self) -> subprocess.Popen[bytes]:
+    def loudspeaker(self, source: str = "speaker.monitor") -> subprocess.Popen[bytes]:
         """A process whose standard output, 16-bit samples at 24 kHz, is what the loudspeaker plays."""
-        return self._pipe("parec", "-d", "speaker.monitor", stdout=subprocess.PIPE)
+        return self._pipe("parec", "-d", source, stdout=subprocess.PIPE)
 
     def _pipe(self, program: str, *options: str, **pipes: int) -> subprocess.Popen[bytes]:
         shape = ["--raw", "--format=s16le", f"--rate={RATE}", "--channels=1", "--latency-msec=20"]

@@ -1,0 +1,207 @@
+"""The program on a sound card without hardware: sound goes in at the microphone and comes out of the loudspeaker."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.app.test_talk import ENVIRONMENT, ROOT
+from tests.helpers.virtual_audio import RATE, VirtualAudio, unavailable
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+
+QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[VirtualAudio]:
+    """One for all of these tests; a short path, because sockets do not like long ones."""
+    folder = Path(tempfile.mkdtemp(prefix="va-"))
+    audio = VirtualAudio(folder)
+    try:
+        audio.start()
+    except TimeoutError as error:
+        pytest.skip(f"no virtual sound card: {error}")
+    yield audio
+    audio.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def talk(card: VirtualAudio, *arguments: str, parrot: bool = True, **options: Any) -> subprocess.Popen[str]:
+    """The program, with the parrot in place of a model or with the built-in one."""
+    module = "tests.helpers.parrot" if parrot else "moshi_mlx_app"
+    return subprocess.Popen(
+        [sys.executable, "-m", module, "talk", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**card.environment, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
+        cwd=ROOT,
+        text=True,
+        **options,
+    )
+
+
+class Ear:
+    """Keeps what a source of the card gives, and when it came."""
+
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self._process = process
+        self._pieces: list[bytes] = []
+        self._starts: list[float] = []
+        self._count = 0
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        while piece := self._process.stdout.read(960):
+            self._pieces.append(piece)
+            self._count += len(piece) // 2
+            self._starts.append(time.monotonic() - self._count / RATE)
+
+    def stop(self) -> tuple[np.ndarray, float]:
+        """The sound, and when its first sample was played or heard, by the promptest of all pieces."""
+        self._process.terminate()
+        self._process.wait()
+        self._thread.join(5)
+        return np.frombuffer(b"".join(self._pieces), "<i2").astype(np.float32) / 32768, min(self._starts)
+
+
+def play(card: VirtualAudio, pcm: np.ndarray) -> subprocess.Popen[bytes]:
+    """Into the microphone, in the background."""
+    process = card.microphone()
+    data = (np.clip(pcm, -1, 1) * 32767).astype("<i2").tobytes()
+
+    def write() -> None:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(data)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    threading.Thread(target=write, daemon=True).start()
+    return process
+
+
+def alike(sound: np.ndarray, inside: np.ndarray) -> float:
+    """Normalized correlation of ``sound`` with the best matching place of ``inside``."""
+    size = 1 << int(np.ceil(np.log2(len(sound) + len(inside))))
+    product = np.fft.irfft(np.fft.rfft(inside, size) * np.conj(np.fft.rfft(sound, size)), size)
+    place = int(np.argmax(product[: len(inside)]))
+    match = inside[place : place + len(sound)]
+    return float(np.dot(sound[: len(match)], match) / (np.linalg.norm(sound) * np.linalg.norm(match) + 1e-9))
+
+
+def test_a_question_goes_in_and_an_answer_comes_out(card: VirtualAudio, tmp_path: Path) -> None:
+    """If this fails, the live program is deaf or dumb: microphone, model or loudspeaker are not connected."""
+    question, rate = soundfile.read(QUESTIONS, dtype="float32")
+    assert rate == RATE
+    question = question[: 3 * RATE]
+    ear = Ear(card.loudspeaker())
+    program = talk(card, "--seconds", "8", "--json", "--record", str(tmp_path), parrot=False)
+    time.sleep(4.5)
+    speaking = play(card, question)
+    out, errors = program.communicate(timeout=60)
+    speaking.kill()
+    speaking.wait()
+    played, _ = ear.stop()
+    assert program.returncode == 0, errors
+    figures = json.loads(out)
+    recorded, _ = soundfile.read(figures["files"][0], dtype="float32")
+    assert alike(question[RATE // 2 : 2 * RATE], recorded[:, 1]) > 0.8, "the model heard the question"
+    loud = recorded[RATE : 3 * RATE, 0]
+    assert np.abs(loud).max() > 0.01, "the model spoke"
+    assert alike(loud[:RATE], played) > 0.8, "the loudspeaker played what the model said"
+    assert json.loads(Path(figures["files"][0]).with_suffix(".json").read_text())["alignments"], "with words"
+
+
+def test_from_mouth_to_ear(card: VirtualAudio) -> None:
+    """If this fails, the machinery around the model answers later than a person would bear.
+
+    A parrot in place of the model, so that what is measured is devices, rings, frames and PulseAudio's own buffers.
+    """
+    rng = np.random.default_rng(0)
+    burst = np.sin(np.arange(240) * (2 * np.pi * 1_000 / RATE)).astype(np.float32) * 0.8
+    sound = np.zeros(8 * RATE, np.float32)
+    for number in range(10):
+        start = round((1.0 + 0.6 * number + rng.uniform(0, 0.08)) * RATE)
+        sound[start : start + len(burst)] = burst
+    program = talk(card, "--seconds", "9.5", "--json")
+    time.sleep(2.5)
+    mouth, ear = Ear(card.loudspeaker("into_mic.monitor")), Ear(card.loudspeaker())
+    speaking = play(card, sound)
+    out, errors = program.communicate(timeout=60)
+    speaking.kill()
+    speaking.wait()
+    (said, said_at), (heard, heard_at) = mouth.stop(), ear.stop()
+    assert program.returncode == 0, errors
+    spoken, repeated = onsets(said) / RATE + said_at, onsets(heard) / RATE + heard_at
+    delays = np.array(
+        [min(after) for one in spoken if len(after := [two - one for two in repeated if 0 < two - one < 0.6])]
+    )
+    print(
+        f"\nmouth to ear over {len(delays)} impulses: median {np.median(delays) * 1e3:.0f} ms, "
+        f"{delays.min() * 1e3:.0f} to {delays.max() * 1e3:.0f}; figures {out.strip()}"
+    )
+    assert len(delays) >= 6
+    assert 0.08 < np.median(delays) < 0.45
+    assert json.loads(out)["dropped_seconds"] == 0
+
+
+def onsets(pcm: np.ndarray) -> np.ndarray:
+    """Samples at which something begins after silence."""
+    loud = np.flatnonzero(np.abs(pcm) > 0.1)
+    return loud[np.diff(loud, prepend=-RATE) > RATE // 5] if len(loud) else loud
+
+
+def test_the_plug_is_pulled_and_put_back(card: VirtualAudio, tmp_path: Path) -> None:
+    """If this fails, losing the devices hangs or ends a talk, or costs what was recorded."""
+    program = talk(card, "--seconds", "10", "--json", "--record", str(tmp_path))
+    time.sleep(4)
+    card.stop()
+    time.sleep(1.5)
+    card.start()
+    out, errors = program.communicate(timeout=60)
+    assert program.returncode == 0, errors
+    figures = json.loads(out)
+    assert figures["device_openings"] == 2
+    assert "opening it again" in errors and "waiting for the sound devices" in errors and "sound again" in errors
+    assert "Expression" not in errors, "the libraries' own complaints are kept off the terminal"
+    assert len(soundfile.read(figures["files"][0])[0]) == figures["frames"] * 1_920
+
+
+def test_a_file_that_may_not_grow_and_ctrl_c(card: VirtualAudio, tmp_path: Path) -> None:
+    """If this fails, a full disk ends the talk or damages the recording, or Ctrl-C hangs then."""
+    room = 150_000
+    program = talk(
+        card,
+        "--json",
+        "--record",
+        str(tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    time.sleep(6)
+    began = time.monotonic()
+    program.send_signal(signal.SIGINT)
+    out, errors = program.communicate(timeout=20)
+    assert time.monotonic() - began < 6 and program.returncode == 130, errors
+    assert "recording waits: File too large" in errors and "could not be recorded" in errors
+    figures = json.loads(out)
+    recorded = len(soundfile.read(figures["files"][0])[0]) // 1_920
+    assert recorded == (room - 44) // (4 * 1_920) and figures["frames"] > recorded
+    json.loads(Path(figures["files"][0]).with_suffix(".json").read_text())
