@@ -30,6 +30,8 @@ EPILOG = """\
 examples:
   moshi-mlx-quantize kyutai/moshiko-mlx-bf16 moshiko-q4 --recipe q4
   moshi-mlx-quantize moshiko moshiko-mixed --q-bits 4 --rule 'depformer=8' --rule 'text head=keep'
+  moshi-mlx-quantize moshiko moshiko-4.5 --target-bpw 4.5 --calibration speech.wav --report cost
+  moshi-mlx-quantize moshiko --compare q4,q8,mixed_4_6,protect-8 --report cost
   moshi-mlx-quantize moshiko-q8 moshiko-bf16 --dequantize
 """
 
@@ -70,6 +72,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace DEST; the old one stays until the new one is whole")
     add("--reference-files", action="store_true",
         help="name codec and tokenizer of a hub repository in config.json instead of copying them")  # fmt: skip
+
+    add("--upload-repo", metavar="ORG/NAME", help="then upload the folder, its model card included, to the hub")
+
+    cost = parser.add_argument_group("cost", "measured with the whole dense model in memory")
+    add = cost.add_argument
+    add("--report", metavar="FOLDER", help="measure, and write report.json and report.html there")
+    add("--compare", metavar="RECIPES", default="",
+        help="more recipes for the report, commas between: names or BITS:GROUP; DEST may be left out")  # fmt: skip
+    add("--calibration", metavar="AUDIO",
+        help="recording to measure on, as the user's voice (default: what the model itself samples)")  # fmt: skip
+    add("--frames", type=int, default=125, metavar="N", help="frames of 80 ms to measure on (default 125)")
+    add("--target-bpw", type=float, metavar="X",
+        help="the measured recipe: so many bits per weight, spent where the outputs are most sensitive")  # fmt: skip
+    add("--target-size", type=float, metavar="MB", help="the same, for a file of so many megabytes")
 
     rest = parser.add_argument_group("other")
     add = rest.add_argument
@@ -163,11 +179,25 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         args.dest = args.mlx_path
     if args.source is None:
         parser.error("SOURCE is missing: the checkpoint to read")
-    if args.dest is None:
+    args.compare = [name.strip() for name in args.compare.split(",") if name.strip()]
+    if args.dest is None and not args.compare:
         parser.error("DEST is missing: the folder to write")
     numbers = args.q_bits is not None or args.q_group_size is not None or args.q_mode is not None
     if args.recipe and numbers:
         parser.error("a recipe says bits, groups and mode itself: leave out --recipe, or --q-bits and its like")
+    targets = [value for value in (args.target_bpw, args.target_size) if value is not None]
+    if len(targets) > 1:
+        parser.error("--target-bpw and --target-size: give one")
+    if targets and not 0 < targets[0] < float("inf"):
+        parser.error("a target must be above 0")
+    if targets and (args.recipe or numbers or args.rule or args.dequantize):
+        parser.error("a target goes with no recipe, bits or rules: the measurement chooses them")
+    if args.frames < 1:
+        parser.error("--frames must be at least 1")
+    if args.upload_repo is not None and args.dest is None:
+        parser.error("--upload-repo needs DEST")
+    if args.dest is None and (args.recipe or numbers or args.dequantize):
+        parser.error("without DEST nothing is written: name what to measure with --compare")
     if args.dequantize and (args.quantize or args.recipe or numbers or args.rule):
         parser.error("--dequantize goes with no recipe, bits or rules")
 

@@ -191,8 +191,8 @@ class Rule:
     def matches(self, module: Module) -> bool:
         """Whether the pattern (with ``*`` and ``?``) is one of the module's names, what it lies in, or its part."""
         names = (module.name, *module.aliases)
-        below = any(name.startswith(self.pattern + ".") for name in names)
-        return below or module.part == self.pattern or any(fnmatchcase(name, self.pattern) for name in names)
+        patterns = (self.pattern, self.pattern + ".*")
+        return module.part == self.pattern or any(fnmatchcase(name, p) for name in names for p in patterns)
 
 
 # ----------------------------------------------------------------------------------------------------- recipes
@@ -270,6 +270,18 @@ RECIPES: Mapping[str, Recipe] = {
             "4 bits; heads, embeddings and depth transformer at 8",
             Quantization(4, 64),
             _protect(_Q8),
+        ),
+        Recipe(
+            "protect-5",
+            "4 bits; heads, embeddings and depth transformer at 5",
+            Quantization(4, 64),
+            _protect(Quantization(5, 64)),
+        ),
+        Recipe(
+            "protect-6",
+            "4 bits; heads, embeddings and depth transformer at 6",
+            Quantization(4, 64),
+            _protect(Quantization(6, 64)),
         ),
         Recipe(
             "protect-dense",

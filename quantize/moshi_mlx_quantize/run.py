@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
@@ -13,38 +16,87 @@ from moshi_mlx.errors import ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
 
 from .aside import Aside, check_target
+from .card import model_card, parts_table, upload
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
-from .recipes import PARTS, RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
+from .measure import measure_recipes
+from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
+from .report import Report
 from .source import Source, open_source, scratch_bytes
-from .terminal import Bar, say, table, warn
+from .terminal import Bar, say, warn
 from .writer import entry_bytes
 
 __all__ = ["choose_plan", "find_recipe", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize, check, and move into place; returns the exit status."""
+    """Measure, quantize, check, and move into place; returns the exit status."""
     began = time.perf_counter()
+    recipes = [find_recipe(name) for name in args.compare]
+    rules = [Rule.parse(text) for text in args.rule]
+    if args.dest is None:
+        with Bar(shown=not args.quiet) as bar, TemporaryDirectory() as place:
+            bar.stage(f"looking for {args.source}")
+            files = resolve(args.source, weights=args.weights)
+            compared, _ = _measure(args, files, Path(place), recipes, None, bar)
+        _show(args, compared)
+        return 0
     dest = Path(args.dest).expanduser()
     check_target(dest, args.force)
-    recipe = _recipe(args)
-    rules = [Rule.parse(text) for text in args.rule]
+    target = args.target_bpw is not None or args.target_size is not None
+    recipe = None if target else _recipe(args)
+    report: Report | None = None
+    found: Plan | None = None
     with Bar(shown=not args.quiet) as bar:
         bar.stage(f"looking for {args.source}")
         files = resolve(args.source, weights=args.weights)
         _check_apart(files, dest)
         with Aside(dest, force=args.force) as aside:
             check_space(aside.folder, scratch_bytes(files))
+            if target or recipes or args.report is not None:
+                scratch = aside.folder / "measuring"
+                scratch.mkdir()
+                choose = None if target else partial(choose_plan, recipe=recipe, rules=rules)
+                report, found = _measure(args, files, scratch, recipes, choose, bar)
+                shutil.rmtree(scratch)
             source = _open(args, files, aside.folder)
-            plan = choose_plan(source.modules, recipe, rules)
-            requantized = bool(source.quantized) and recipe is not None
+            plan = choose_plan(source.modules, recipe, rules) if found is None else found
+            requantized = bool(source.quantized) and plan.name != "dense"
             result = write_and_check(source, plan, files, aside.folder, args, bar)
+            card = model_card(files, plan, result, source, report)
+            (aside.folder / "README.md").write_text(card, encoding="utf-8")
             aside.commit()
+        _show(args, report)
+        if args.upload_repo is not None:
+            bar.stage(f"uploading to {args.upload_repo}")
+            upload(dest, args.upload_repo)
     if not args.quiet:
         _summary(dest, plan, result, source.modules, time.perf_counter() - began)
     if requantized:
         warn(f"{args.source} is quantized already: its errors stay in the result. A bf16 source gives a better one")
     return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    files: CheckpointFiles,
+    scratch: Path,
+    recipes: Sequence[Recipe],
+    choose: Callable[[Sequence[Module]], Plan] | None,
+    bar: Bar,
+) -> tuple[Report, Plan | None]:
+    source = _open(args, files, scratch)
+    plan = None if choose is None else choose(source.modules)
+    return measure_recipes(args, files, source, recipes, plan, bar)
+
+
+def _show(args: argparse.Namespace, report: Report | None) -> None:
+    if report is None:
+        return
+    if args.report is not None:
+        report.write(Path(args.report).expanduser())
+    if not args.quiet:
+        say(f"measured on {report.calibration}")
+        say(report.table() + "\n")
 
 
 def write_and_check(
@@ -119,17 +171,3 @@ def _summary(dest: Path, plan: Plan, result: Result, modules: Sequence[Module], 
     )
     for name, reason in sorted(plan.skipped.items()):
         say(f"dense: {name} ({reason})")
-
-
-def parts_table(plan: Plan, result: Result, modules: Sequence[Module]) -> str:
-    """Size, bits per weight and relative error of every part."""
-    rows = []
-    for part in PARTS:
-        if part not in result.parts:
-            continue
-        size, weights, lost, norm = result.parts[part]
-        kinds = {plan.choices.get(module.name) for module in modules if module.part == part}
-        how = ", ".join(sorted({describe(kind) for kind in kinds})) or "dense"
-        error = f"{(lost / norm) ** 0.5:.4f}" if norm and lost else "-"
-        rows.append([part, how, f"{size / 1e6:,.2f}", f"{8 * size / max(1, weights):.2f}", error])
-    return table(["part", "bits:group", "MB", "bits/weight", "rel. error"], rows)

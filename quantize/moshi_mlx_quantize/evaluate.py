@@ -1,0 +1,294 @@
+"""What quantizing does to a model's outputs, measured against the source on calibration tokens.
+
+All tokens are given (teacher forcing), so both models see the same past. The divergence of a frame is the sum of the
+Kullback-Leibler divergences of its text token and its codes: by the chain rule that is the divergence of the whole
+frame's distribution. Reference: Kullback & Leibler 1951; in nats.
+
+Models are evaluated with weights that were quantized and expanded again, which is what the saved file computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_mlx.checkpoint.files import read_json
+from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.codec import make_codec
+from moshi_mlx.config import LmConfig
+from moshi_mlx.errors import AudioError, CheckpointError
+from moshi_mlx.generate import GenerationConfig, Generator
+from moshi_mlx.hub import CheckpointFiles
+from moshi_mlx.lm import Lm
+from moshi_mlx.mimi import MimiConfig
+from moshi_mlx.model import to_mono
+from moshi_mlx.sampling import GREEDY
+
+from .convert import dequantize, quantize
+from .recipes import Plan
+from .source import Source
+
+__all__ = ["Calibration", "Cost", "Outputs", "Subject", "calibrate", "compare", "make_subject", "read_recording"]
+
+Ints = NDArray[np.int32]
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How far outputs are from the source's.
+
+    Attributes
+    ----------
+    text_kl, audio_kl : float
+        Mean divergence of a text token, and of a code, in nats.
+    frame_kl : float
+        Of a whole frame: the text token and all codes.
+    text_top1, audio_top1 : float
+        How often the likeliest token is the same.
+    """
+
+    text_kl: float
+    audio_kl: float
+    frame_kl: float
+    text_top1: float
+    audio_top1: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens to measure on.
+
+    Attributes
+    ----------
+    tokens : array [1, streams, frames], int32
+        Text, own codes, user codes, not delayed.
+    origin : str
+        Where they come from, for the report.
+    user : array [frames, user_q], int32
+        What the user said.
+    """
+
+    tokens: Ints
+    origin: str
+    user: Ints
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Log-probabilities where the model predicts something: text [n, words] and audio [m, card], float32."""
+
+    text: mx.array
+    audio: mx.array
+    codebooks: int
+
+
+class Subject:
+    """A dense model in memory whose modules can be replaced by their quantized selves and put back.
+
+    Parameters
+    ----------
+    lm : Lm
+        Dense.
+    stored : mx.Dtype
+        The type in which weights are rounded and scales are kept when the checkpoint is written.
+    """
+
+    def __init__(self, lm: Lm, stored: mx.Dtype):
+        self.lm = lm
+        self._stored = stored
+        self._modules: dict[str, Any] = dict(lm.named_modules())
+        self._weights: dict[str, mx.array] = {}
+        self._applied: dict[str, Quantization] = {}
+        rows = [
+            {name: (c.possible_values or [None])[0] if c.type == "lut" else None
+             for name, c in lm.config.conditioners.items()}
+        ]  # fmt: skip
+        self.conditions = rows if lm.config.conditioners else None
+
+    def apply(self, choices: Mapping[str, Quantization | None]) -> None:
+        """Quantize these modules; all others get their own weights back."""
+        for name in [name for name in self._weights if choices.get(name) is None]:
+            self._modules[name].weight = self._weights.pop(name)
+            del self._applied[name]
+        for name, q in choices.items():
+            if q is None or self._applied.get(name) == q:
+                continue
+            module = self._modules[name]
+            exact = self._weights.setdefault(name, module.weight)
+            dense = dequantize(quantize(exact.astype(self._stored), q), q)
+            module.weight = dense.astype(exact.dtype)
+            mx.eval(module.weight)
+            self._applied[name] = q
+
+    def outputs(self, calibration: Calibration) -> Outputs:
+        """The model's predictions on calibration tokens."""
+        lm = self.lm
+        out = lm(mx.array(calibration.tokens), lm.condition(self.conditions))
+        text = _chosen(out.text_logits, out.text_mask)
+        return Outputs(text, _chosen(out.logits, out.mask), lm.config.dep_q)
+
+
+def _chosen(logits: mx.array, mask: mx.array) -> mx.array:
+    """Log-probabilities [n, card] at the positions of the mask."""
+    rows = np.flatnonzero(np.array(mask).reshape(-1))
+    if not rows.size:
+        return mx.zeros((0, logits.shape[-1]))
+    flat = logits.reshape(-1, logits.shape[-1])[mx.array(rows)].astype(mx.float32)
+    result = flat - mx.logsumexp(flat, axis=-1, keepdims=True)
+    mx.eval(result)
+    return result
+
+
+def make_subject(source: Source) -> Subject:
+    """The whole model in memory, dense: float32 on a CPU, the source's type elsewhere."""
+    dtype = mx.float32 if mx.default_device() == mx.cpu else source.dtype
+    lm = Lm(source.config.lm)
+    params: dict[str, mx.array] = {}
+    for name, value in source.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if module in source.quantized and leaf in ("scales", "biases"):
+            continue
+        if module in source.quantized and leaf == "weight":
+            parts = {
+                part: source.tensors[f"{module}.{part}"]
+                for part in ("weight", "scales", "biases")
+                if f"{module}.{part}" in source.tensors
+            }
+            value = dequantize(parts, source.quantized[module])
+        keep = name.startswith("condition_provider.") or value.dtype not in _FLOATS
+        params[name] = value.astype(mx.float32) if keep else value.astype(dtype)
+    lm.load_weights(list(params.items()), strict=True)
+    lm.eval()
+    mx.eval(lm.parameters())
+    return Subject(lm, source.dtype)
+
+
+def compare(reference: Outputs, other: Outputs) -> Cost:
+    """The cost of ``other`` against the source's outputs."""
+    text_kl, text_same = _divergence(reference.text, other.text)
+    audio_kl, audio_same = _divergence(reference.audio, other.audio)
+    return Cost(text_kl, audio_kl, text_kl + reference.codebooks * audio_kl, text_same, audio_same)
+
+
+def _divergence(p: mx.array, q: mx.array) -> tuple[float, float]:
+    """Mean KL(p || q) of log-probabilities [n, card], and how often both have the same first choice."""
+    if not p.size:
+        return 0.0, 1.0
+    kl = (mx.exp(p) * (p - q)).sum(axis=-1).mean()
+    same = (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).mean()
+    mx.eval(kl, same)
+    return max(0.0, float(kl)), float(same)
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+
+
+def read_recording(path: Path, files: CheckpointFiles, config: LmConfig) -> Ints:
+    """Codes [frames, user_q] of a recording of any rate.
+
+    Raises
+    ------
+    AudioError
+        If it cannot be read.
+    CheckpointError
+        If the checkpoint has no codec.
+    """
+    import soundfile
+
+    if files.mimi is None:
+        raise CheckpointError(f"{files.source} has no codec to read {path} with: leave out --calibration")
+    try:
+        pcm, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"{path} cannot be read: {error}") from error
+    sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
+    codec = make_codec(files.mimi, sizes, max(config.own_q, config.user_q))
+    mono = to_mono(pcm, rate, codec.sample_rate)
+    mono = np.concatenate([mono, np.zeros(-len(mono) % codec.frame_size, np.float32)])
+    return np.ascontiguousarray(codec.encode(mono)[: config.user_q].T, dtype=np.int32)
+
+
+def calibrate(
+    subject: Subject, frames: int, recording: Ints | None = None, *, seed: int = 0, greedy: bool = False
+) -> Calibration:
+    """Tokens of a conversation that the model itself had: sampled once, then given to every model.
+
+    Parameters
+    ----------
+    subject : Subject
+    frames : int
+        Its length; a recording may end it sooner.
+    recording : array [frames, user_q], optional
+        What the user said. Without one, the user repeats the model's own last frame, and a model that only listens
+        hears random codes.
+    seed : int
+    greedy : bool
+        Take the likeliest text instead of sampling it.
+    """
+    config = subject.lm.config
+    settings = GenerationConfig(text=GREEDY) if greedy else GenerationConfig()
+    generator = Generator(subject.lm, settings, seeds=[seed], conditions=subject.conditions)
+    rng = np.random.default_rng(seed)
+    count = frames if recording is None else min(frames, len(recording))
+    user = np.zeros((count, config.user_q), np.int32)
+    said: dict[int, Ints] = {}
+    last = np.zeros(config.own_q, np.int32)
+    origin = "a recording, answered by the model"
+    if recording is None:
+        echo = config.own_q == config.user_q
+        origin = "the model's own samples" if echo or not config.user_q else "the model's own samples on random codes"
+    for index in range(count):
+        if recording is not None:
+            user[index] = recording[index]
+        elif config.user_q:
+            user[index] = last if config.own_q == config.user_q else rng.integers(0, config.card, config.user_q)
+        step = generator.step(user[index] if config.user_q else None)
+        if step.aligned_text is not None:
+            codes = np.zeros(0, np.int32) if step.codes is None else step.codes[0]
+            last = np.maximum(codes, 0)
+            said[step.frame] = np.concatenate([step.aligned_text, codes])
+    length = max(said, default=-1) + 1
+    own = np.stack([said[i] for i in range(length)]) if length else np.zeros((0, 1 + config.own_q), np.int32)
+    tokens = np.concatenate([own, user[:length]], axis=1).T[None]
+    return Calibration(np.ascontiguousarray(tokens, dtype=np.int32), f"{origin}, {length} frames", user)
+
+
+# ----------------------------------------------------------------------------------------------------- whole recipes
+
+
+def cost_of(subject: Subject, plan: Plan, calibration: Calibration, reference: Outputs) -> Cost:
+    """The cost of a plan; the model is as before afterwards."""
+    subject.apply(plan.choices)
+    try:
+        return compare(reference, subject.outputs(calibration))
+    finally:
+        subject.apply({})
+
+
+def what_it_says(subject: Subject, plan: Plan | None, calibration: Calibration, seed: int = 0) -> Ints:
+    """Text tokens [frames] of a free run with the likeliest text, on the same user codes."""
+    subject.apply({} if plan is None else plan.choices)
+    try:
+        run = calibrate(subject, len(calibration.user), calibration.user, seed=seed, greedy=True)
+    finally:
+        subject.apply({})
+    text: Ints = run.tokens[0, 0]
+    return text
+
+
+def words(tokens: Sequence[int], tokenizer: Path | None) -> str | None:
+    """Text tokens as people read them; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    from moshi_mlx.text import TextTokenizer
+
+    detokenizer = TextTokenizer(tokenizer).detokenizer()
+    text = "".join(detokenizer.step(int(token)) for token in tokens if token >= 0) + detokenizer.flush()
+    return " ".join(text.split())
