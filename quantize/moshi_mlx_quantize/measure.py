@@ -21,8 +21,6 @@ from .terminal import Bar
 
 __all__ = ["measure_recipes", "target_bytes", "weight_errors"]
 
-ROUNDS = 2
-
 
 def target_bytes(args: argparse.Namespace, source: Source) -> int | None:
     """The size that modules may take together, None if no target was given."""
@@ -72,14 +70,13 @@ def measure_recipes(
     if target is not None:
         dense = [m for m in source.modules if m.part in ("conditions", "cross-attention")]
         units = {unit_of(m) for m in source.modules} - {unit_of(m) for m in dense}
-        bar.stage("measuring what each part is worth", ROUNDS * len(units) * len(CANDIDATES))
+        bar.stage("measuring what each part is worth", len(units) * len(CANDIDATES))
         found, sensitivity = measured_plan(
             subject,
             source.modules,
             calibration,
             reference,
             target - sum(m.bytes(None) for m in dense),
-            rounds=ROUNDS,
             progress=bar.advance,
         )
         report.sensitivity = as_rows(sensitivity)

@@ -3,14 +3,13 @@
 Every unit (a matrix of a layer; in the depth transformer the same matrix of all steps together) is quantized alone,
 once with each choice, and the divergence of the outputs is measured. Where divergences are small they add up, so the
 best use of a given size is a knapsack: from the cheapest choice everywhere, the upgrade that saves the most divergence
-per byte is taken until the size is used up (the convex hull of each unit's choices; Everett 1963). Rounds that follow
-measure again around the plan that was found, because at few bits divergences do not add up.
+per byte is taken until the size is used up (the convex hull of each unit's choices; Everett 1963).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moshi_mlx.checkpoint.quantization import Quantization
@@ -25,8 +24,6 @@ CANDIDATES = tuple(Quantization(bits, 64) for bits in (2, 3, 4, 5, 6, 8))
 """What the measured recipe chooses from; 32 instead of 64 where 64 does not divide a width."""
 
 _DENSE_PARTS = ("conditions", "cross-attention")
-
-Choices = Mapping[str, Quantization | None]
 
 
 def unit_of(module: Module) -> str:
@@ -56,29 +53,21 @@ def measure(
     calibration: Calibration,
     reference: Outputs,
     *,
-    base: Choices | None = None,
     candidates: Sequence[Quantization] = CANDIDATES,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Sensitivity:
-    """Quantize every unit alone, with each candidate, and measure.
-
-    Parameters
-    ----------
-    base : mapping, optional
-        What all other modules have meanwhile; dense by default.
-    """
+    """Quantize every unit alone, with each candidate, and measure."""
     units: dict[str, list[Module]] = {}
     for module in modules:
         if module.part not in _DENSE_PARTS:
             units.setdefault(unit_of(module), []).append(module)
     found: dict[str, list[tuple[Quantization, int, float]]] = {}
-    rest = dict(base or {})
     for unit, members in units.items():
         for q in candidates:
             fitting = _fit(members, q)
             if fitting is None:
                 continue
-            subject.apply({**rest, **{module.name: fitting for module in members}})
+            subject.apply({module.name: fitting for module in members})
             cost = compare(reference, subject.outputs(calibration))
             size = sum(module.bytes(fitting) for module in members)
             found.setdefault(unit, []).append((fitting, size, cost.frame_kl))
@@ -151,33 +140,14 @@ def measured_plan(
     reference: Outputs,
     target: int,
     *,
-    rounds: int = 2,
     candidates: Sequence[Quantization] = CANDIDATES,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[Plan, Sensitivity]:
-    """The plan for ``target`` bytes of quantized modules (what stays dense not counted), and the first measurement.
-
-    Each round after the first measures around the plan found so far; the best plan of all rounds wins.
-    """
-    base: dict[str, Quantization | None] = {}
-    first: Sensitivity | None = None
-    best: tuple[float, dict[str, Quantization | None]] | None = None
-    for _ in range(rounds):
-        sensitivity = measure(
-            subject, modules, calibration, reference, base=base, candidates=candidates, progress=progress
-        )
-        first = first or sensitivity
-        chosen = allocate(sensitivity, target)
-        base = {module.name: q for unit, q in chosen.items() for module in sensitivity.units[unit]}
-        subject.apply(base)
-        cost = compare(reference, subject.outputs(calibration)).frame_kl
-        if best is None or cost < best[0]:
-            best = (cost, dict(base))
-    subject.apply({})
-    assert best is not None and first is not None
+    """The plan for ``target`` bytes of quantized modules (what stays dense not counted), and what it rests on."""
+    found = measure(subject, modules, calibration, reference, candidates=candidates, progress=progress)
+    chosen = {module.name: q for unit, q in allocate(found, target).items() for module in found.units[unit]}
     skipped = {module.name: f"{module.part} stay dense" for module in modules if module.part in _DENSE_PARTS}
-    choices = {module.name: best[1].get(module.name) for module in modules}
-    return Plan("measured", choices, skipped), first
+    return Plan("measured", {module.name: chosen.get(module.name) for module in modules}, skipped), found
 
 
 def as_rows(sensitivity: Sensitivity) -> list[dict[str, object]]:

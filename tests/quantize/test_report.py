@@ -109,7 +109,7 @@ def test_mixed_beats_uniform_and_measured_beats_mixed(source: Source, subject: S
     sizes = {name: plan.bytes(source.modules) for name, plan in plans.items()}
     assert sizes["protect-5"] <= sizes["q4"] and kl(plans["protect-5"]) < kl(plans["q4"])
     for name in ("mixed_4_6", "protect-5"):
-        measured, _ = measured_plan(subject, source.modules, calibration, reference, sizes[name], rounds=1)
+        measured, _ = measured_plan(subject, source.modules, calibration, reference, sizes[name])
         assert measured.bytes(source.modules) <= sizes[name]
         assert kl(measured) < 0.9 * kl(plans[name]), name
 
