@@ -297,6 +297,11 @@ class SoundCard:
         """Whether sound comes and goes just now."""
         return bool(self._streams)
 
+    @property
+    def cancels_echo(self) -> bool:
+        """Whether an echo canceller is in the microphone's path."""
+        return self._echo is not None
+
     def start(self, within: float = 10.0) -> SoundCard:
         """Open both devices.
 
@@ -483,7 +488,7 @@ class SoundCard:
         known = devices(refresh=refresh)
         self.input = find_device(self._wanted["input"], "input", known)
         self.output = find_device(self._wanted["output"], "output", known)
-        latency: float | str = self._latency or ("low" if sys.platform == "darwin" else 0.04)
+        latency: float | str = self._latency or ("low" if sys.platform == "darwin" else 0.02)
         for kind, device in (("input", self.input), ("output", self.output)):
             error: Exception | None = None
             for rate, channels in _ways(device, kind):

@@ -19,12 +19,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.app.test_talk import ENVIRONMENT, ROOT
+from tests.app.test_talk import ENVIRONMENT, QUESTIONS, ROOT
 from tests.helpers.virtual_audio import RATE, VirtualAudio, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
-
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def talk(card: VirtualAudio, *arguments: str, parrot: bool = True, **options: An
     """The program, with the parrot in place of a model or with the built-in one."""
     module = "tests.helpers.parrot" if parrot else "moshi_mlx_app"
     return subprocess.Popen(
-        [sys.executable, "-m", module, "talk", *arguments],
+        [sys.executable, "-m", module, "talk", "--no-aec", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**card.environment, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},

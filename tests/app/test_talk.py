@@ -28,6 +28,7 @@ from tests.helpers.parrot import Parrot, install, pump
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
+QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
 PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
 
 
@@ -55,7 +56,7 @@ def test_without_a_verb_it_talks(
 ) -> None:
     """If this fails, the bare command does not converse, does not end when asked to, or records something else."""
     folder = tmp_path / "talks"
-    assert main(["--seconds", "1.2", "--json", "--record", str(folder)]) == 0
+    assert main(["--no-aec", "--seconds", "1.2", "--json", "--record", str(folder)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 8 <= figures["frames"] <= 16 and figures["dropped_seconds"] == 0
     assert figures["device_openings"] == 1 and len(figures["answer_ms"]) == 2
@@ -70,7 +71,7 @@ def test_a_model_that_fails(card: FakeCard, parrot: Parrot, tmp_path: Path, caps
     """If this fails, an error in the middle of a talk hangs, hides its cause, or costs the recording."""
     parrot.fails_at = 5
     began = time.monotonic()
-    assert main(["talk", "--record", str(tmp_path)]) == 1
+    assert main(["talk", "--no-aec", "--record", str(tmp_path)]) == 1
     assert time.monotonic() - began < 5
     assert "broken on purpose" in capsys.readouterr().err
     (wav,) = tmp_path.glob("*.wav")
@@ -91,7 +92,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     """If this fails, a talk is not recorded and nobody knows."""
     (tmp_path / "file").write_text("")
-    assert main(["talk", "--record", str(tmp_path / "file"), "--seconds", "5"]) == 1
+    assert main(["talk", "--no-aec", "--record", str(tmp_path / "file"), "--seconds", "5"]) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
@@ -108,7 +109,7 @@ def test_a_device_that_vanishes_while_talking(
             stream.active = False
 
     threading.Timer(0.6, pull).start()
-    assert main(["talk", "--seconds", "2", "--json"]) == 0
+    assert main(["talk", "--no-aec", "--seconds", "2", "--json"]) == 0
     said = capsys.readouterr()
     figures = json.loads(said.out)
     assert figures["device_openings"] == 2 and figures["frames"] > 12
@@ -120,7 +121,7 @@ def test_ctrl_c_at_any_moment(delay: float, tmp_path: Path) -> None:
     """If this fails, Ctrl-C hangs or shows a traceback at some moment of the talk, or breaks the recording."""
     delay += float(np.random.default_rng(int(delay * 100)).uniform(0, 0.3))
     with subprocess.Popen(
-        [*PROGRAM, "--record", str(tmp_path)],
+        [*PROGRAM, "--no-aec", "--record", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
@@ -146,7 +147,7 @@ def test_keys_and_panel(tmp_path: Path) -> None:
     if child == 0:
         os.chdir(tmp_path)
         os.environ.update(TERM="xterm", COLUMNS="120", LINES="24", PYTHONPATH=ENVIRONMENT["PYTHONPATH"])
-        os.execv(sys.executable, [*PROGRAM, "talk"])
+        os.execv(sys.executable, [*PROGRAM, "talk", "--no-aec"])
     shown, end = "", time.monotonic() + 40
     script = [("q quit", b"m"), ("muted", b"m"), ("dB   Moshi", b"r"), ("recording 0", b""), ("recording 1 s", b"r")]
     script += [("recorded: recordings/", b" "), ("a new conversation", b"d"), ("sound again", b"q"), ("frames,", b"")]

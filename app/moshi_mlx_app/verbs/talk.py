@@ -19,7 +19,7 @@ from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Conversation, Event
-    from moshi_mlx_app.device import SoundCard
+    from moshi_mlx_app.device import EchoCanceller, SoundCard
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.tui import Keys, Panel
 
@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=bounded(float, 0.001, 1),
         metavar="SECONDS",
         help="what the system may hold on either side; more if the sound stutters (default: what suits it)",
+    )
+    group.add_argument(
+        "--no-aec",
+        action="store_true",
+        help="do not take Moshi's voice out of the microphone: for headphones, or a system that does it already",
     )
     group.add_argument(
         "--backlog",
@@ -96,12 +101,14 @@ def run(args: argparse.Namespace) -> int:
                 backlog=args.backlog,
                 tap=recorder.tap,
             )
+            echo = None if args.no_aec else _echo(model.sample_rate)
             card = SoundCard(
                 conversation.feed,
                 conversation.read_into,
                 model.sample_rate,
                 input_device=args.input_device,
                 output_device=args.output_device,
+                echo=echo,
                 latency=args.latency,
             )
             with (
@@ -121,6 +128,17 @@ def run(args: argparse.Namespace) -> int:
     talk.report(model.name)
     conversation.check()
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
+
+
+def _echo(rate: int) -> EchoCanceller | None:
+    """Echo cancellation, or a sentence about how to do without."""
+    from moshi_mlx_app.echo import EchoError, WebRtcEcho
+
+    try:
+        return WebRtcEcho(rate)
+    except EchoError as error:
+        warn(f"{error}. --no-aec silences this", "notice")
+        return None
 
 
 class _Talk:
@@ -234,6 +252,7 @@ class _Talk:
             "device_overflows": card.overflows,
             "device_underflows": card.underflows,
             "device_openings": card.openings,
+            "echo_cancellation": self.card.cancels_echo,
             "files": [str(path) for path in self.recorder.files],
         }
         if self.args.json:

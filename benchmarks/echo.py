@@ -1,0 +1,86 @@
+"""Echo cancellation in simulated rooms: ``python -m benchmarks.echo`` in the repository's root.
+
+Needs the package livekit, and pystoi for the intelligibility. For each room three runs of the program's canceller: only
+Moshi speaks, only the user speaks, and both speak at once after eight seconds, without pauses. A table, then one JSON
+line. Speech from the questions that come with the program.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from moshi_mlx_app.echo import WebRtcEcho
+
+from tests.helpers.room import Room, dense, reduction, run
+
+RATE, ALONE, DELAY = 24_000, 8, 222
+ROOMS = {
+    "50 ms, 200 ms reverb": Room(),
+    "quiet echo": Room(gain=0.2),
+    "loud echo": Room(gain=1.0),
+    "120 ms away": Room(delay=0.12),
+    "400 ms reverb": Room(reverb=0.4),
+    "distorting loudspeaker": Room(distortion=0.5),
+    "clocks 100 ppm apart": Room(drift=100e-6),
+    "noisy microphone": Room(noise=3e-3),
+}
+
+
+def intelligibility(clean: np.ndarray, heard: np.ndarray) -> float | None:
+    try:
+        from pystoi import stoi
+    except ImportError:
+        return None
+    count = min(len(clean), len(heard))
+    return round(float(stoi(clean[:count], heard[:count], RATE)), 3)
+
+
+def main() -> None:
+    path = Path(__file__).resolve().parents[1] / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+    speech = dense(soundfile.read(path, dtype="float32")[0])
+    half = 5 * RATE
+    far = np.tile(speech[:half], 3)[: 13 * RATE] * np.float32(0.7)
+    near = np.concatenate([np.zeros(ALONE * RATE), np.tile(speech[half:], 3)])[: len(far)].astype(np.float32)
+    nothing, start = np.zeros_like(far), ALONE * RATE
+    rows = []
+    for name, room in ROOMS.items():
+        echo = room.echo(far, RATE)
+        began = time.process_time()
+        left = run(WebRtcEcho(RATE), far, nothing, room)
+        cost = (time.process_time() - began) / (len(far) / RATE)
+        both = run(WebRtcEcho(RATE), far, near, room)
+        alone = run(WebRtcEcho(RATE), nothing, near, room)
+        rows.append(
+            {
+                "room": name,
+                "reduction_db": round(reduction(left[RATE:], echo[RATE:]), 1),
+                "first_second_db": round(reduction(left[:RATE], echo[:RATE]), 1),
+                "voice_to_echo_db": round(reduction(echo[start:], near[start:]), 1),
+                "stoi_without": intelligibility(near[start:], (near + echo)[start:]),
+                "stoi_both": intelligibility(near[start:], both[start + DELAY :]),
+                "stoi_alone": intelligibility(near[start:], alone[start + DELAY :]),
+                "cores": round(cost, 3),
+            }
+        )
+        if len(rows) == 1:
+            print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+            print(
+                f"{'room':24} {'echo':>7} {'1st s':>7} {'STOI: as heard':>15} "
+                f"{'cancelled':>10} {'user alone':>11} {'cores':>6}"
+            )
+        row = rows[-1]
+        print(
+            f"{name:24} {-row['reduction_db']:4.0f} dB {-row['first_second_db']:4.0f} dB {row['stoi_without']!s:>15} "
+            f"{row['stoi_both']!s:>10} {row['stoi_alone']!s:>11} {row['cores']:6.3f}",
+            flush=True,
+        )
+    print(json.dumps({"benchmark": "echo", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
