@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def evaluate(
             judge = judges[item.judge]
             figures["recognised_original"] = float(judge.right(pcm, item.text))
             figures["recognised"] = float(judge.right(copy, item.text))
+        print(f"{index + 1}/{4 * count}", end="\r", file=sys.stderr, flush=True)
         for name, value in figures.items():
             sums.setdefault(item.group, {}).setdefault(name, []).append(value)
         if wav_folder is not None and index % count < 4:
