@@ -16,7 +16,7 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("talk", "file", "devices")
+VERBS = ("talk", "file", "devices", "check", "bench")
 """Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
 
 DESCRIPTION = """\

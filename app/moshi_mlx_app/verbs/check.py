@@ -1,0 +1,161 @@
+"""``moshi-mlx-local check``: can this machine converse, with which model, and if not, why? Bug reports ask for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from moshi_mlx_app.options import add_model_options, bounded
+from moshi_mlx_app.terminal import Loading, printable, say
+from moshi_mlx_app.version import program
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
+
+HELP = "look at devices, memory and speed, and say which models would do here"
+EXAMPLES = """\
+examples:
+  moshi-mlx-local check
+  moshi-mlx-local check --json > check.json          for a bug report
+  moshi-mlx-local check --model org/name             measures that model as well
+
+The exit status is 0 if a conversation is possible with the named model, else 1.
+"""
+_LISTEN = 2.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options and the shared ones."""
+    add_model_options(parser)
+    parser.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
+    parser.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
+    parser.add_argument("--no-sound", action="store_true", help="leave the sound devices alone")
+    parser.add_argument(
+        "--frames",
+        type=bounded(int, 4, 10_000),
+        default=25,
+        metavar="N",
+        help="frames to measure (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, measure, report. Returns the exit status."""
+    import moshi_mlx
+    from moshi_mlx_app.measure import KNOWN, machine, memory_used, speeds, unpaced, verdict
+
+    here = machine()
+    sound = {"ok": True, "said": "not looked at"} if args.no_sound else _sound(args)
+    with Loading() as loading:
+        model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+        loading("measuring")
+        stages = unpaced(model, args.frames)
+        speed = speeds()
+    frame = 1e3 / model.frame_rate
+    slowest = max(stages[name]["p95"] for name in ("encode", "step", "decode"))
+    whole = stages["silent"] and stages["spoken"]
+    in_time = slowest < frame and stages["frame"]["p50"] < 3 * frame
+    report: dict[str, Any] = {
+        "program": program(),
+        "machine": here,
+        "sound": sound,
+        "model": {"name": model.name, "trained": model.trained, "description": model.description},
+        "stages": stages,
+        "memory_used": memory_used(),
+        "bytes_per_second": {str(bits): round(value) for bits, value in speed.items()},
+        "keeps_up": in_time,
+        "verdicts": [verdict(known, here["memory"], speed) for known in KNOWN],
+        "ok": bool(sound["ok"] and whole and in_time),
+    }
+    if args.json:
+        say(json.dumps(report))
+    else:
+        _print(report, frame)
+    return 0 if report["ok"] else 1
+
+
+def _sound(args: argparse.Namespace) -> dict[str, Any]:
+    """Open both devices for a moment, listen, and play silence."""
+    from moshi_mlx_app.device import DeviceError, SoundCard, devices
+
+    try:
+        known = devices()
+        loudest = 0.0
+        heard = played = 0
+
+        def take(pcm: NDArray[np.float32]) -> None:
+            nonlocal heard, loudest
+            heard += len(pcm)
+            loudest = max(loudest, float(abs(pcm).max()))
+
+        def fill(out: NDArray[np.float32]) -> None:
+            nonlocal played
+            played += len(out)
+            out[:] = 0
+
+        with SoundCard(take, fill, 24_000, input_device=args.input_device, output_device=args.output_device) as card:
+            until = time.monotonic() + _LISTEN
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                card.check()
+            notices = card.notices()
+        entry, leave = card.input, card.output
+        said = []
+        if not heard:
+            said.append("the microphone gives nothing: allow this program to use it, or choose another")
+        elif not loudest:
+            said.append(
+                "the microphone gives nothing but zeros: is it muted? On a Mac allow your terminal to use it in "
+                "System Settings > Privacy & Security > Microphone"
+            )
+        if not played:
+            said.append("the loudspeaker takes nothing: choose another")
+        return {
+            "ok": bool(heard and played),
+            "said": "; ".join([*said, *notices]) or "fine",
+            "microphone": entry.as_dict() if entry else None,
+            "loudspeaker": leave.as_dict() if leave else None,
+            "heard_seconds": round(heard / 24_000, 2),
+            "played_seconds": round(played / 24_000, 2),
+            "loudest": round(loudest, 5),
+            "latency_ms": [round(card.latency_in * 1e3, 1), round(card.latency_out * 1e3, 1)],
+            "devices": [device.as_dict() for device in known],
+        }
+    except DeviceError as error:
+        return {"ok": False, "said": str(error)}
+
+
+def _print(report: dict[str, Any], frame: float) -> None:
+    here, sound, stages = report["machine"], report["sound"], report["stages"]
+    say(f"{report['program']}")
+    say(
+        f"machine    {here['system']} {here['machine']}, {here['cores']} cores, {here['memory'] / 1e9:.0f} GB, "
+        f"MLX on {here['device']} {here['processor']}, Python {here['python']}"
+    )
+    say("packages   " + ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
+    for what in ("microphone", "loudspeaker"):
+        if sound.get(what):
+            say(f"{what:11}{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
+    say(f"sound      {sound['said']}")
+    say(f"model      {report['model']['description']}")
+    say(
+        "           one silent and one spoken frame went through"
+        if stages["silent"] and stages["spoken"]
+        else "           a frame came out damaged: report this"
+    )
+    for name in ("encode", "step", "decode", "frame"):
+        times = stages[name]
+        say(f"{name:10} p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
+    say(f"memory     {report['memory_used'] / 1e9:.2f} GB used")
+    say("published models, estimated from how fast weights can be read here:")
+    for entry in report["verdicts"]:
+        word = "yes" if entry["fits"] and entry["keeps_up"] else "no "
+        flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
+        say(f"  {word}  {entry['model']:26} {', '.join(flaws) + ': ' if flaws else ''}{entry['why']}")
+    say("verdict    " + ("a conversation is possible" if report["ok"] else "a conversation is not possible as it is"))
