@@ -34,7 +34,17 @@ from .convert import dequantize, quantize
 from .recipes import Plan
 from .source import Source
 
-__all__ = ["Calibration", "Cost", "Outputs", "Subject", "calibrate", "compare", "make_subject", "read_recording"]
+__all__ = [
+    "Calibration",
+    "Cost",
+    "Outputs",
+    "Subject",
+    "calibrate",
+    "codes_of",
+    "compare",
+    "make_subject",
+    "read_recording",
+]
 
 Ints = NDArray[np.int32]
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -190,29 +200,37 @@ def _divergence(p: mx.array, q: mx.array) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------------- calibration
 
 
-def read_recording(path: Path, files: CheckpointFiles, config: LmConfig) -> Ints:
-    """Codes [frames, user_q] of a recording of any rate.
+def read_recording(path: Path, rate: int) -> NDArray[np.float32]:
+    """A recording of any rate as samples at ``rate``.
 
     Raises
     ------
     AudioError
         If it cannot be read.
-    CheckpointError
-        If the checkpoint has no codec.
     """
     import soundfile
 
-    if files.mimi is None:
-        raise CheckpointError(f"{files.source} has no codec to read {path} with: leave out --calibration")
     try:
-        pcm, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        pcm, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"{path} cannot be read: {error}") from error
+    return to_mono(pcm, found, rate)
+
+
+def codes_of(pcm: NDArray[np.float32], files: CheckpointFiles, config: LmConfig) -> Ints:
+    """Codes [frames, user_q] of samples at 24 kHz.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint has no codec.
+    """
+    if files.mimi is None:
+        raise CheckpointError(f"{files.source} has no codec to read a recording with: leave out --calibration")
     sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
     codec = make_codec(files.mimi, sizes, max(config.own_q, config.user_q))
-    mono = to_mono(pcm, rate, codec.sample_rate)
-    mono = np.concatenate([mono, np.zeros(-len(mono) % codec.frame_size, np.float32)])
-    return np.ascontiguousarray(codec.encode(mono)[: config.user_q].T, dtype=np.int32)
+    whole = np.concatenate([pcm, np.zeros(-len(pcm) % codec.frame_size, np.float32)])
+    return np.ascontiguousarray(codec.encode(whole)[: config.user_q].T, dtype=np.int32)
 
 
 def calibrate(

@@ -11,8 +11,9 @@ import numpy as np
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.hub import CheckpointFiles
 
+from .codec import load_codec, measure_codec
 from .convert import dequantize, quantize
-from .evaluate import calibrate, cost_of, make_subject, read_recording, what_it_says, words
+from .evaluate import calibrate, codes_of, cost_of, make_subject, read_recording, what_it_says, words
 from .recipes import Plan, Recipe, make_plan
 from .report import Entry, Report
 from .sensitivity import CANDIDATES, as_rows, measured_plan, unit_of
@@ -20,6 +21,8 @@ from .source import Source
 from .terminal import Bar
 
 __all__ = ["measure_recipes", "target_bytes", "weight_errors"]
+
+CODEC_RATE = 24000
 
 
 def target_bytes(args: argparse.Namespace, source: Source) -> int | None:
@@ -53,11 +56,12 @@ def measure_recipes(
     target = target_bytes(args, source)
     subject = make_subject(source)
     config = source.config.lm
-    recording = None
+    recording = pcm = None
     if args.calibration is not None:
         if not config.user_q:
             raise ConfigError(f"{files.source} listens to nobody: leave out --calibration")
-        recording = read_recording(Path(args.calibration), files, config)
+        pcm = read_recording(Path(args.calibration), CODEC_RATE)
+        recording = codes_of(pcm, files, config)
     bar.stage("sampling calibration tokens")
     calibration = calibrate(subject, args.frames, recording)
     if not calibration.tokens.size:
@@ -80,6 +84,9 @@ def measure_recipes(
             progress=bar.advance,
         )
         report.sensitivity = as_rows(sensitivity)
+    if args.codec and pcm is not None:
+        bar.stage("measuring the codec")
+        report.codec = measure_codec(load_codec(files, max(config.own_q, config.user_q)), pcm)
     plans = [p for p in (found, plan) if p is not None]
     plans += [make_plan(source.modules, recipe) for recipe in recipes]
     talks = files.tokenizer is not None and bool(config.n_q) and source.config.model_type != "tts"

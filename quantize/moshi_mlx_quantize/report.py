@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .codec import CodecCost, codec_table
 from .evaluate import Cost
 from .recipes import PARTS, Module, Plan, describe
 from .terminal import table
@@ -62,6 +63,8 @@ class Report:
         What the source says.
     sensitivity : list
         From the measured recipe.
+    codec : list of CodecCost
+        What quantizing the codec would cost.
     """
 
     source: str
@@ -71,6 +74,7 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
     said: str | None = None
     sensitivity: list[dict[str, object]] = field(default_factory=list)
+    codec: list[CodecCost] = field(default_factory=list)
 
     def table(self) -> str:
         """One line a recipe."""
@@ -111,6 +115,7 @@ class Report:
                 for e in self.entries
             ],
             "sensitivity": self.sensitivity,
+            "codec": [asdict(cost) for cost in self.codec],
         }
 
     def _parts(self, entry: Entry) -> dict[str, dict[str, Any]]:
@@ -166,6 +171,8 @@ class Report:
                 f"<h3>{text(e.plan.name)}</h3>" + _rows(head, rows) + self._errors(e)
                 + (f"<p>Says: “{text(e.said)}”</p>" if e.said else "")
             )  # fmt: skip
+        if self.codec:
+            sections.append("<h2>The codec</h2>" + _html_table(codec_table(self.codec)))
         if self.said:
             sections.append(f"<h2>The source says</h2><p>“{text(self.said)}”</p>")
         body = "\n".join(sections)

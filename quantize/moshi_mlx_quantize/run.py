@@ -17,6 +17,7 @@ from moshi_mlx.hub import CheckpointFiles, resolve
 
 from .aside import Aside, check_target
 from .card import model_card, parts_table, upload
+from .codec import codec_table
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
 from .measure import measure_recipes
 from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
@@ -97,6 +98,8 @@ def _show(args: argparse.Namespace, report: Report | None) -> None:
     if not args.quiet:
         say(f"measured on {report.calibration}")
         say(report.table() + "\n")
+        if report.codec:
+            say(codec_table(report.codec) + "\n")
 
 
 def write_and_check(

@@ -57,23 +57,29 @@ def measure(
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Sensitivity:
     """Quantize every unit alone, with each candidate, and measure."""
+    found = _sizes(modules, candidates)
+    for unit, choices in found.choices.items():
+        for index, (q, size, _) in enumerate(choices):
+            subject.apply({module.name: q for module in found.units[unit]})
+            choices[index] = (q, size, compare(reference, subject.outputs(calibration)).frame_kl)
+            progress(1)
+    subject.apply({})
+    return found
+
+
+def _sizes(modules: Sequence[Module], candidates: Sequence[Quantization]) -> Sensitivity:
+    """What each choice takes; what it costs is not known yet."""
     units: dict[str, list[Module]] = {}
     for module in modules:
         if module.part not in _DENSE_PARTS:
             units.setdefault(unit_of(module), []).append(module)
-    found: dict[str, list[tuple[Quantization, int, float]]] = {}
+    choices: dict[str, list[tuple[Quantization, int, float]]] = {}
     for unit, members in units.items():
         for q in candidates:
             fitting = _fit(members, q)
-            if fitting is None:
-                continue
-            subject.apply({module.name: fitting for module in members})
-            cost = compare(reference, subject.outputs(calibration))
-            size = sum(module.bytes(fitting) for module in members)
-            found.setdefault(unit, []).append((fitting, size, cost.frame_kl))
-            progress(1)
-    subject.apply({})
-    return Sensitivity({unit: units[unit] for unit in found}, found)
+            if fitting is not None:
+                choices.setdefault(unit, []).append((fitting, sum(module.bytes(fitting) for module in members), 0.0))
+    return Sensitivity({unit: units[unit] for unit in choices}, choices)
 
 
 def _fit(members: Sequence[Module], q: Quantization) -> Quantization | None:
@@ -144,6 +150,7 @@ def measured_plan(
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[Plan, Sensitivity]:
     """The plan for ``target`` bytes of quantized modules (what stays dense not counted), and what it rests on."""
+    allocate(_sizes(modules, candidates), target)  # too small a target is known before anything is measured
     found = measure(subject, modules, calibration, reference, candidates=candidates, progress=progress)
     chosen = {module.name: q for unit, q in allocate(found, target).items() for module in found.units[unit]}
     skipped = {module.name: f"{module.part} stay dense" for module in modules if module.part in _DENSE_PARTS}

@@ -108,9 +108,9 @@ def test_mixed_beats_uniform_and_measured_beats_mixed(source: Source, subject: S
     plans = {name: make_plan(source.modules, recipe) for name, recipe in RECIPES.items()}
     sizes = {name: plan.bytes(source.modules) for name, plan in plans.items()}
     assert sizes["protect-5"] <= sizes["q4"] and kl(plans["protect-5"]) < kl(plans["q4"])
-    for name in ("mixed_4_6", "protect-5"):
-        measured, _ = measured_plan(subject, source.modules, calibration, reference, sizes[name])
-        assert measured.bytes(source.modules) <= sizes[name]
+    measured, _ = measured_plan(subject, source.modules, calibration, reference, sizes["mixed_4_6"])
+    assert measured.bytes(source.modules) <= sizes["mixed_4_6"] < sizes["protect-5"]
+    for name in ("mixed_4_6", "protect-5", "ends-8"):  # the last two are larger, and lose all the same
         assert kl(measured) < 0.9 * kl(plans[name]), name
 
 
@@ -151,17 +151,16 @@ def test_report_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_measured_recipe_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Broken: a target is missed, or what was chosen does not reach the file and its card."""
     out = tmp_path / "out"
-    assert main([str(TRAINED), str(out), "--target-bpw", "4.5", "--frames", "12", "--report", str(tmp_path / "r")]) == 0
+    arguments = ["--target-size", "0.138", "--frames", "12", "--report", str(tmp_path / "r")]
+    assert main([str(TRAINED), str(out), *arguments]) == 0
     assert "measured" in capsys.readouterr().out
     entry = json.loads((tmp_path / "r" / "report.json").read_text())["recipes"][0]
-    assert 4.0 < entry["bits_per_weight"] <= 4.5
+    assert 4.3 < entry["bits_per_weight"] <= 4.65
+    assert 132_000 < (out / "model.safetensors").stat().st_size < 155_000  # with a header of 14 kB
     card = (out / "README.md").read_text()
     assert "Recipe `measured`" in card and f"{entry['cost']['frame_kl']:.4f}" in card
     assert len({str(v["choice"]) for v in entry["modules"].values()}) > 1
-    size = tmp_path / "size"
-    assert main([str(TRAINED), str(size), "--quiet", "--target-size", "0.2", "--frames", "12"]) == 0
-    assert 180_000 < (size / "model.safetensors").stat().st_size < 220_000  # with its header
-    assert main([str(TRAINED), str(tmp_path / "no"), "--target-size", "0.01", "--frames", "12"]) == 1
+    assert main([str(TRAINED), str(tmp_path / "no"), "--target-bpw", "2.4", "--frames", "12"]) == 1
     assert "are too few" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
@@ -192,13 +191,29 @@ def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rng = np.random.default_rng(0)
     soundfile.write(wav, 0.1 * rng.standard_normal(16000).astype(np.float32), 16000)
     report = tmp_path / "r"
-    assert main([str(model), "--compare", "q8", "--report", str(report), "--calibration", str(wav), "--quiet"]) == 0
+    arguments = ["--compare", "q8", "--report", str(report), "--calibration", str(wav), "--codec", "--quiet"]
+    assert main([str(model), *arguments]) == 0
     data = json.loads((report / "report.json").read_text())
+    assert [entry["choice"] for entry in data["codec"]] == ["4:32", "mxfp8", "mxfp4"]  # it is 32 wide
     assert data["calibration"].startswith("a recording") and data["says"] is not None
     assert data["recipes"][0]["same_text"] is not None
     wav.write_text("no sound")
     assert main([str(model), "--compare", "q8", "--calibration", str(wav)]) == 1
     assert "a.wav cannot be read" in capsys.readouterr().err
+
+
+def test_the_codecs_transformers() -> None:
+    """Broken: codes are said to survive what changes them, or the codec is another one after measuring."""
+    from moshi_mlx_quantize.codec import load_codec, measure_codec
+    from moshi_mlx_quantize.evaluate import read_recording
+
+    pcm = read_recording(ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav", 24000)[:48000]
+    codec = load_codec(resolve("small"), 8)
+    before = codec.encode(pcm)
+    fine, coarse = measure_codec(codec, pcm, [Quantization(8, 64), Quantization(3, 64)])
+    assert fine.changed < 0.2 < 0.5 < coarse.changed <= 1.0
+    assert fine.snr > coarse.snr + 20 > 40 and fine.megabytes > coarse.megabytes
+    assert (codec.encode(pcm) == before).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- upload
