@@ -90,6 +90,8 @@ def evaluate(
     )
     sums: dict[str, dict[str, list[float]]] = {}
     for index, item in enumerate(items(count)):
+        if not item.group.startswith(group):
+            continue
         pcm, labels = render(item, index)
         codes = model.encode(torch.from_numpy(pcm)[None, None])
         copy = model.decode(codes)[0, 0].numpy()
@@ -117,12 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="codec.pt or finetuned.pt")
     parser.add_argument("--count", type=int, default=100, help="sentences of each of the four groups (100)")
+    parser.add_argument("--group", default="", help="only groups whose names begin so: answers, known, held-out")
     parser.add_argument("--no-judge", action="store_true", help="leave out the recogniser")
     parser.add_argument("--wav", type=Path, help="write a few resynthesized sentences to this folder")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.monotonic()
-    table = evaluate(load_model(options.checkpoint), options.count, not options.no_judge, options.wav)
+    table = evaluate(load_model(options.checkpoint), options.count, not options.no_judge, options.wav, options.group)
     for group, figures in table.items():
         print(f"{group}: " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
     print(json.dumps({"figures": table, "count": options.count, "seconds": round(time.monotonic() - began)}))
