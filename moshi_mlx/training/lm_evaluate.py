@@ -142,8 +142,10 @@ def heard_by_ear(
     judge, texts = Recogniser(dialogues.answers()), dialogues.answers()
     right, written = [], []
     for question, own, tokens in zip(questions, codes, text, strict=True):
-        begin = max(0, BEFORE + question.end - 2)
-        pcm = codec.decode(own.T)[begin * codec.frame_size :]
+        words = np.flatnonzero(sounds(tokens, tokenizer))
+        begin = max(0, BEFORE + question.end - 6)
+        end = min(len(own), int(words[-1]) + 18) if len(words) else begin + 6
+        pcm = codec.decode(own[begin:end].T)
         heard = judge.hear(pcm)
         right.append(heard == " ".join(dialogues.words(texts[question.answer])))
         written.append(heard == " ".join(dialogues.words(said(tokens, tokenizer))))
