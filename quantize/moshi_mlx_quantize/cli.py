@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the measured recipe: so many bits per weight, spent where the outputs are most sensitive")  # fmt: skip
     add("--target-size", type=float, metavar="MB", help="the same, for a file of so many megabytes")
 
+    add("--distill", type=int, default=0, metavar="STEPS",
+        help="train scales and biases to predict what the source predicts (160 is a start)")  # fmt: skip
+
     rest = parser.add_argument_group("other")
     add = rest.add_argument
     add("--list-recipes", action="store_true", help="show the named recipes")
@@ -196,6 +199,8 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("a target goes with no recipe, bits or rules: the measurement chooses them")
     if args.codec and (args.calibration is None or not (args.compare or args.report or targets)):
         parser.error("--codec needs --calibration AUDIO, and --report, --compare or a target")
+    if args.distill < 0 or (args.distill and (args.dest is None or args.dequantize)):
+        parser.error("--distill takes a number of steps, needs DEST, and does not go with --dequantize")
     if args.frames < 1:
         parser.error("--frames must be at least 1")
     if args.upload_repo is not None and args.dest is None:

@@ -150,6 +150,7 @@ def write_checkpoint(
     *,
     reference: bool = False,
     made: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, Mapping[str, mx.array]] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Write weights, config.json and the files that belong to them.
@@ -167,6 +168,8 @@ def write_checkpoint(
         Name the files of a hub repository in config.json instead of copying them.
     made : mapping, optional
         How the file was made, for its metadata.
+    tuned : mapping, optional
+        Parts by module, to take instead of rounding.
     progress : callable, optional
 
     Raises
@@ -184,7 +187,7 @@ def write_checkpoint(
     limit = mx.set_cache_limit(0)
     try:
         with StreamingWriter(folder / result.weights, entries, _metadata(plan, made)) as writer:
-            _write_tensors(source, plan, writer, result, progress or (lambda _: None))
+            _write_tensors(source, plan, tuned or {}, writer, result, progress or (lambda _: None))
     finally:
         mx.set_cache_limit(limit)
     for path, name in carried:
@@ -208,14 +211,23 @@ def _dense_bytes(source: Source) -> int:
     return total
 
 
-def _write_tensors(source: Source, plan: Plan, writer: StreamingWriter, result: Result, progress: Progress) -> None:
+def _write_tensors(
+    source: Source,
+    plan: Plan,
+    tuned: Mapping[str, Mapping[str, mx.array]],
+    writer: StreamingWriter,
+    result: Result,
+    progress: Progress,
+) -> None:
     modules = {module.name: module for module in source.modules}
     while source.tensors:
         # In the order of layers: pieces of one stacked tensor follow each other, and it is let go.
         name = min(source.tensors, key=natural)
         module = modules.get(name.rpartition(".")[0])
         if module is not None and name.rpartition(".")[2] in ("weight", "scales", "biases"):
-            _write_module(source, module, plan.choices.get(module.name), writer, result, progress)
+            _write_module(
+                source, module, plan.choices.get(module.name), tuned.get(module.name), writer, result, progress
+            )
             continue
         value = source.tensors.pop(name)
         _read(name, value)
@@ -227,7 +239,13 @@ def _write_tensors(source: Source, plan: Plan, writer: StreamingWriter, result: 
 
 
 def _write_module(
-    source: Source, module: Module, q: Quantization | None, writer: StreamingWriter, result: Result, progress: Progress
+    source: Source,
+    module: Module,
+    q: Quantization | None,
+    tuned: Mapping[str, mx.array] | None,
+    writer: StreamingWriter,
+    result: Result,
+    progress: Progress,
 ) -> None:
     dtype = _float_of(source, module)
     was = source.quantized.get(module.name)
@@ -242,11 +260,14 @@ def _write_module(
     lost = norm = 0.0
     for first in range(0, module.rows, rows):
         chunk = {part: array[first : first + rows] for part, array in held.items()}
-        if was is not None and was == q:
+        if was is not None and was == q and tuned is None:
             parts, dense, back = chunk, None, None
         else:
             dense = chunk["weight"] if was is None else dequantize(chunk, was).astype(dtype)
-            parts = {"weight": dense} if q is None else quantize(dense, q)
+            if tuned is not None:
+                parts = {part: array[first : first + rows] for part, array in tuned.items()}
+            else:
+                parts = {"weight": dense} if q is None else quantize(dense, q)
             back = dense if q is None else dequantize(parts, q)
         mx.eval(list(parts.values()))
         if dense is not None and back is not None:

@@ -112,30 +112,35 @@ class Subject:
 
     def __init__(self, lm: Lm, stored: mx.Dtype):
         self.lm = lm
-        self._stored = stored
+        self.stored = stored
         self._modules: dict[str, Any] = dict(lm.named_modules())
         self._weights: dict[str, mx.array] = {}
-        self._applied: dict[str, Quantization] = {}
+        self._applied: dict[str, tuple[Quantization, bool]] = {}
         rows = [
             {name: (c.possible_values or [None])[0] if c.type == "lut" else None
              for name, c in lm.config.conditioners.items()}
         ]  # fmt: skip
         self.conditions = rows if lm.config.conditioners else None
 
-    def apply(self, choices: Mapping[str, Quantization | None]) -> None:
-        """Quantize these modules; all others get their own weights back."""
+    def apply(
+        self,
+        choices: Mapping[str, Quantization | None],
+        tuned: Mapping[str, Mapping[str, mx.array]] | None = None,
+    ) -> None:
+        """Quantize these modules, some perhaps to given parts; all others get their own weights back."""
+        tuned = tuned or {}
         for name in [name for name in self._weights if choices.get(name) is None]:
             self._modules[name].weight = self._weights.pop(name)
             del self._applied[name]
         for name, q in choices.items():
-            if q is None or self._applied.get(name) == q:
+            if q is None or (self._applied.get(name) == (q, False) and name not in tuned):
                 continue
             module = self._modules[name]
             exact = self._weights.setdefault(name, module.weight)
-            dense = dequantize(quantize(exact.astype(self._stored), q), q)
+            dense = dequantize(tuned[name] if name in tuned else quantize(exact.astype(self.stored), q), q)
             module.weight = dense.astype(exact.dtype)
             mx.eval(module.weight)
-            self._applied[name] = q
+            self._applied[name] = (q, name in tuned)
 
     def outputs(self, calibration: Calibration) -> Outputs:
         """The model's predictions on calibration tokens."""
@@ -281,18 +286,30 @@ def calibrate(
 # ----------------------------------------------------------------------------------------------------- whole recipes
 
 
-def cost_of(subject: Subject, plan: Plan, calibration: Calibration, reference: Outputs) -> Cost:
-    """The cost of a plan; the model is as before afterwards."""
-    subject.apply(plan.choices)
+def cost_of(
+    subject: Subject,
+    plan: Plan,
+    calibration: Calibration,
+    reference: Outputs,
+    tuned: Mapping[str, Mapping[str, mx.array]] | None = None,
+) -> Cost:
+    """The cost of a plan, with its own rounding or given parts; the model is as before afterwards."""
+    subject.apply(plan.choices, tuned)
     try:
         return compare(reference, subject.outputs(calibration))
     finally:
         subject.apply({})
 
 
-def what_it_says(subject: Subject, plan: Plan | None, calibration: Calibration, seed: int = 0) -> Ints:
+def what_it_says(
+    subject: Subject,
+    plan: Plan | None,
+    calibration: Calibration,
+    tuned: Mapping[str, Mapping[str, mx.array]] | None = None,
+    seed: int = 0,
+) -> Ints:
     """Text tokens [frames] of a free run with the likeliest text, on the same user codes."""
-    subject.apply({} if plan is None else plan.choices)
+    subject.apply({} if plan is None else plan.choices, tuned)
     try:
         run = calibrate(subject, len(calibration.user), calibration.user, seed=seed, greedy=True)
     finally:

@@ -13,6 +13,7 @@ from moshi_mlx.hub import CheckpointFiles
 
 from .codec import load_codec, measure_codec
 from .convert import dequantize, quantize
+from .distill import Tuned, distill
 from .evaluate import calibrate, codes_of, cost_of, make_subject, read_recording, what_it_says, words
 from .recipes import Plan, Recipe, make_plan
 from .report import Entry, Report
@@ -23,6 +24,9 @@ from .terminal import Bar
 __all__ = ["measure_recipes", "target_bytes", "weight_errors"]
 
 CODEC_RATE = 24000
+
+LESSONS = 6
+"""Conversations that distilling learns from."""
 
 
 def target_bytes(args: argparse.Namespace, source: Source) -> int | None:
@@ -44,13 +48,13 @@ def measure_recipes(
     recipes: Sequence[Recipe],
     plan: Plan | None,
     bar: Bar,
-) -> tuple[Report, Plan | None]:
+) -> tuple[Report, Plan | None, Tuned]:
     """Measure a plan and other recipes on calibration tokens; the whole dense model is in memory meanwhile.
 
     Returns
     -------
     tuple
-        The report, and the measured plan if a target was asked for.
+        The report; the plan if it was found or changed here; and what was distilled.
     """
     bar.stage("reading the model")
     target = target_bytes(args, source)
@@ -87,7 +91,16 @@ def measure_recipes(
     if args.codec and pcm is not None:
         bar.stage("measuring the codec")
         report.codec = measure_codec(load_codec(files, max(config.own_q, config.user_q)), pcm)
-    plans = [p for p in (found, plan) if p is not None]
+    tuned: Tuned = {}
+    distilled: Plan | None = None
+    chosen = found or plan
+    if args.distill and chosen is not None:
+        bar.stage("sampling conversations to learn from")
+        lessons = [calibrate(subject, args.frames, recording, seed=1 + i) for i in range(LESSONS)]
+        bar.stage("distilling", args.distill)
+        tuned = distill(subject, chosen, lessons, args.distill, progress=bar.advance)
+        distilled = Plan(f"{chosen.name}, distilled", chosen.choices, chosen.skipped)
+    plans = [p for p in (distilled, found, plan) if p is not None]
     plans += [make_plan(source.modules, recipe) for recipe in recipes]
     talks = files.tokenizer is not None and bool(config.n_q) and source.config.model_type != "tts"
     spoken: np.ndarray | None = None
@@ -97,23 +110,24 @@ def measure_recipes(
         report.said = words(spoken.tolist(), files.tokenizer)
     for each in plans:
         bar.stage(f"measuring {each.name}")
-        cost = cost_of(subject, each, calibration, reference)
+        parts = tuned if each is distilled else {}
+        cost = cost_of(subject, each, calibration, reference, parts)
         entry = Entry(
             each,
             each.bytes(source.modules, source.dtype.size),
             each.bits_per_weight(source.modules, source.dtype.size),
             cost,
-            weight_errors(source, each),
+            weight_errors(source, each, parts),
         )
         if spoken is not None:
-            says = what_it_says(subject, each, calibration)
+            says = what_it_says(subject, each, calibration, parts)
             entry.said = words(says.tolist(), files.tokenizer)
             entry.same_text = float((says == spoken).mean()) if len(says) else None
         report.entries.append(entry)
-    return report, found
+    return report, distilled or found, tuned
 
 
-def weight_errors(source: Source, plan: Plan) -> dict[str, float]:
+def weight_errors(source: Source, plan: Plan, tuned: Tuned | None = None) -> dict[str, float]:
     """Relative error ``|w' - w| / |w|`` of every module."""
     import mlx.core as mx
 
@@ -128,7 +142,8 @@ def weight_errors(source: Source, plan: Plan) -> dict[str, float]:
             if f"{module.name}.{part}" in source.tensors
         }
         exact = (parts["weight"] if was is None else dequantize(parts, was)).astype(source.dtype)
-        lost = mx.linalg.norm(dequantize(quantize(exact, q), q) - exact.astype(mx.float32))
+        rounded = (tuned or {}).get(module.name) or quantize(exact, q)
+        lost = mx.linalg.norm(dequantize(rounded, q) - exact.astype(mx.float32))
         norm = mx.linalg.norm(exact.astype(mx.float32))
         errors[module.name] = float(lost / mx.maximum(norm, 1e-30))
     return errors

@@ -19,6 +19,7 @@ from .aside import Aside, check_target
 from .card import model_card, parts_table, upload
 from .codec import codec_table
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
+from .distill import Tuned
 from .measure import measure_recipes
 from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
 from .report import Report
@@ -27,6 +28,8 @@ from .terminal import Bar, say, warn
 from .writer import entry_bytes
 
 __all__ = ["choose_plan", "find_recipe", "run"]
+
+MOST_LINES = 10
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         with Bar(shown=not args.quiet) as bar, TemporaryDirectory() as place:
             bar.stage(f"looking for {args.source}")
             files = resolve(args.source, weights=args.weights)
-            compared, _ = _measure(args, files, Path(place), recipes, None, bar)
+            compared, _, _ = _measure(args, files, Path(place), recipes, None, bar)
         _show(args, compared)
         return 0
     dest = Path(args.dest).expanduser()
@@ -47,22 +50,23 @@ def run(args: argparse.Namespace) -> int:
     recipe = None if target else _recipe(args)
     report: Report | None = None
     found: Plan | None = None
+    tuned: Tuned = {}
     with Bar(shown=not args.quiet) as bar:
         bar.stage(f"looking for {args.source}")
         files = resolve(args.source, weights=args.weights)
         _check_apart(files, dest)
         with Aside(dest, force=args.force) as aside:
             check_space(aside.folder, scratch_bytes(files))
-            if target or recipes or args.report is not None:
+            if target or recipes or args.report is not None or args.distill:
                 scratch = aside.folder / "measuring"
                 scratch.mkdir()
                 choose = None if target else partial(choose_plan, recipe=recipe, rules=rules)
-                report, found = _measure(args, files, scratch, recipes, choose, bar)
+                report, found, tuned = _measure(args, files, scratch, recipes, choose, bar)
                 shutil.rmtree(scratch)
             source = _open(args, files, aside.folder)
             plan = choose_plan(source.modules, recipe, rules) if found is None else found
             requantized = bool(source.quantized) and plan.name != "dense"
-            result = write_and_check(source, plan, files, aside.folder, args, bar)
+            result = write_and_check(source, plan, files, aside.folder, args, bar, tuned)
             card = model_card(files, plan, result, source, report)
             (aside.folder / "README.md").write_text(card, encoding="utf-8")
             aside.commit()
@@ -84,7 +88,7 @@ def _measure(
     recipes: Sequence[Recipe],
     choose: Callable[[Sequence[Module]], Plan] | None,
     bar: Bar,
-) -> tuple[Report, Plan | None]:
+) -> tuple[Report, Plan | None, Tuned]:
     source = _open(args, files, scratch)
     plan = None if choose is None else choose(source.modules)
     return measure_recipes(args, files, source, recipes, plan, bar)
@@ -103,13 +107,19 @@ def _show(args: argparse.Namespace, report: Report | None) -> None:
 
 
 def write_and_check(
-    source: Source, plan: Plan, files: CheckpointFiles, folder: Path, args: argparse.Namespace, bar: Bar
+    source: Source,
+    plan: Plan,
+    files: CheckpointFiles,
+    folder: Path,
+    args: argparse.Namespace,
+    bar: Bar,
+    tuned: Tuned,
 ) -> Result:
     """The result in ``folder``, loaded strictly and run for one frame."""
     made = {"source": files.source, "revision": files.revision or ""}
     bar.stage("quantizing" if plan.name != "dense" else "writing", entry_bytes(planned_entries(source, plan).values()))
     result = write_checkpoint(
-        source, plan, files, folder, reference=args.reference_files, made=made, progress=bar.advance
+        source, plan, files, folder, reference=args.reference_files, made=made, tuned=tuned, progress=bar.advance
     )
     (folder / "unpacked.safetensors").unlink(missing_ok=True)
     bar.stage("checking")
@@ -172,5 +182,8 @@ def _summary(dest: Path, plan: Plan, result: Result, modules: Sequence[Module], 
         f"{dest / result.weights}: {after:,.1f} MB instead of {before:,.1f} MB, "
         f"{result.bits_per_weight:.2f} bits per weight, {seconds:.0f} s"
     )
-    for name, reason in sorted(plan.skipped.items()):
+    skipped = sorted(plan.skipped.items())
+    for name, reason in skipped[:MOST_LINES]:
         say(f"dense: {name} ({reason})")
+    if len(skipped) > MOST_LINES:
+        say(f"dense: {len(skipped) - MOST_LINES} more, which README.md lists")

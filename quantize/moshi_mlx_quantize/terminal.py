@@ -88,7 +88,8 @@ class Bar:
     def stage(self, doing: str, total: float | None = None) -> None:
         """Begin something that has ``total`` steps, or no known number of them."""
         if self._bar is not None:
-            self._bar.reset(self._task, description=doing, total=total)
+            self._bar.remove_task(self._task)  # a task that had a total cannot lose it
+            self._task = self._bar.add_task(doing, total=total)
         elif self._shown:
             print(doing, file=sys.stderr, flush=True)
 

@@ -114,6 +114,24 @@ def test_mixed_beats_uniform_and_measured_beats_mixed(source: Source, subject: S
         assert kl(measured) < 0.9 * kl(plans[name]), name
 
 
+def test_distilled_scales(subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken: training scales and biases does not pay, changes the format, or something else is written."""
+    arguments = ["--recipe", "q4", "--rule", "feed-forward=3:32", "--rule", "audio heads=mxfp4", "--distill", "25"]
+    report, out = tmp_path / "r", tmp_path / "out"
+    assert main([str(TRAINED), str(out), *arguments, "--frames", "30", "--report", str(report), "--quiet"]) == 0
+    tuned, plain = json.loads((report / "report.json").read_text())["recipes"]
+    assert tuned["name"] == "q4 with rules, distilled" and tuned["bytes"] == plain["bytes"]
+    assert tuned["cost"]["frame_kl"] < 0.7 * plain["cost"]["frame_kl"]  # on a conversation that it did not learn from
+    files = resolve(out)
+    lm = load_lm(load_config(files.config, files.weights), files.weights)
+    calibration = calibrate(subject, 30)
+    actual = compare(subject.outputs(calibration), Subject(lm, mx.bfloat16).outputs(calibration))
+    assert actual.frame_kl == pytest.approx(tuned["cost"]["frame_kl"], rel=1e-2)
+    assert "distilled" in (out / "README.md").read_text()
+    assert main([str(TRAINED), str(tmp_path / "no"), "--q-mode", "mxfp4", "--distill", "5", "--frames", "8"]) == 1
+    assert "no affine modules" in capsys.readouterr().err
+
+
 def test_allocation() -> None:
     """Broken: bytes are not spent where they save most, or more of them than there are."""
     q = {bits: Quantization(bits, 64) for bits in (2, 4, 8)}

@@ -223,6 +223,7 @@ def test_a_result_that_does_not_load_is_thrown_away(
         ["a", "b", "--target-bpw", "nan"],
         ["a", "b", "--codec"],
         ["a", "b", "--frames", "0"],
+        ["a", "b", "--distill", "5", "--dequantize"],
         ["a", "--compare", "q4", "--upload-repo", "c/d"],
     ],
     ids=" ".join,
