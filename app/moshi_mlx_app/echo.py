@@ -34,7 +34,7 @@ _KEPT = 4.0  # seconds of reference that are kept
 _AEC3_DELAY = 0.00925  # seconds by which AEC3's output comes later than its input (measured: 222 samples at 24 kHz)
 _FILTER_SECONDS = 0.3  # of echo that the filter can model
 # Decibels of AEC3's output relative to the filter's: up to the first only AEC3 is heard, from the second on the filter.
-_ONLY_AEC3, _ONLY_FILTER = -12.0, -4.0
+_ONLY_AEC3, _ONLY_FILTER = -14.0, -6.0
 
 
 class EchoError(MoshiError):
@@ -55,7 +55,7 @@ class AdaptiveFilter:
         How steady the room is, a block: its response is expected to keep this share of itself.
     """
 
-    def __init__(self, size: int, partitions: int, transition: float = 0.999):
+    def __init__(self, size: int, partitions: int, transition: float = 0.997):
         bins = size + 1
         self._size, self._keep = size, np.float32(transition**2)
         self._input = np.zeros(2 * size, np.float32)

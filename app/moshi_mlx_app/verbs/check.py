@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _sound(args: argparse.Namespace) -> dict[str, Any]:
     """Open both devices for a moment, listen, and play silence."""
     from moshi_mlx_app.device import DeviceError, SoundCard, devices
+    from moshi_mlx_app.tui import own_errors
 
     try:
         known = devices()
@@ -99,7 +100,8 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
             played += len(out)
             out[:] = 0
 
-        with SoundCard(take, fill, 24_000, input_device=args.input_device, output_device=args.output_device) as card:
+        chosen = {"input_device": args.input_device, "output_device": args.output_device}
+        with own_errors(), SoundCard(take, fill, 24_000, **chosen) as card:
             until = time.monotonic() + _LISTEN
             while time.monotonic() < until:
                 time.sleep(0.05)
@@ -135,27 +137,27 @@ def _print(report: dict[str, Any], frame: float) -> None:
     here, sound, stages = report["machine"], report["sound"], report["stages"]
     say(f"{report['program']}")
     say(
-        f"machine    {here['system']} {here['machine']}, {here['cores']} cores, {here['memory'] / 1e9:.0f} GB, "
+        f"machine     {here['system']} {here['machine']}, {here['cores']} cores, {here['memory'] / 1e9:.0f} GB, "
         f"MLX on {here['device']} {here['processor']}, Python {here['python']}"
     )
-    say("packages   " + ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
+    say("packages    " + ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
     for what in ("microphone", "loudspeaker"):
         if sound.get(what):
-            say(f"{what:11}{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
-    say(f"sound      {sound['said']}")
-    say(f"model      {report['model']['description']}")
+            say(f"{what:12}{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
+    say(f"sound       {sound['said']}")
+    say(f"model       {report['model']['description']}")
     say(
-        "           one silent and one spoken frame went through"
+        "            one silent and one spoken frame went through"
         if stages["silent"] and stages["spoken"]
-        else "           a frame came out damaged: report this"
+        else "            a frame came out damaged: report this"
     )
     for name in ("encode", "step", "decode", "frame"):
         times = stages[name]
-        say(f"{name:10} p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
-    say(f"memory     {report['memory_used'] / 1e9:.2f} GB used")
+        say(f"{name:11} p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
+    say(f"memory      {report['memory_used'] / 1e9:.2f} GB used")
     say("published models, estimated from how fast weights can be read here:")
     for entry in report["verdicts"]:
         word = "yes" if entry["fits"] and entry["keeps_up"] else "no "
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
         say(f"  {word}  {entry['model']:26} {', '.join(flaws) + ': ' if flaws else ''}{entry['why']}")
-    say("verdict    " + ("a conversation is possible" if report["ok"] else "a conversation is not possible as it is"))
+    say("verdict     " + ("a conversation is possible" if report["ok"] else "a conversation is not possible as it is"))
