@@ -158,7 +158,7 @@ def test_from_mouth_to_ear(card: VirtualAudio) -> None:
     for number in range(10):
         start = round((1.0 + 0.6 * number + rng.uniform(0, 0.08)) * RATE)
         sound[start : start + len(burst)] = burst
-    program = talk(card, "--seconds", "9.5", "--json")
+    program = talk(card, "--seconds", "9.5", "--json", "--backlog", "1")
     time.sleep(2.5)
     mouth, ear = Ear(card.loudspeaker("into_mic.monitor")), Ear(card.loudspeaker())
     speaking = play(card, sound)
