@@ -44,8 +44,8 @@ def test_help_needs_no_model(module: str) -> None:
     assert "usage" in done.stdout.lower()
 
 
-def test_quantizing_is_not_claimed() -> None:
-    """If this fails, the quantize command ends with success although it did nothing."""
+def test_quantizing_nothing_is_an_error() -> None:
+    """If this fails, the quantize command ends with success although it was told nothing to do."""
     from moshi_mlx_quantize.cli import main
 
     assert main([]) == 2
