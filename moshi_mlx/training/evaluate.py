@@ -82,9 +82,9 @@ def measure(original: NDArray[np.float32], copy: NDArray[np.float32]) -> dict[st
 
 @torch.no_grad()
 def evaluate(
-    model: Mimi, count: int, judged: bool = True, wav_folder: Path | None = None
+    model: Mimi, count: int, judged: bool = True, wav_folder: Path | None = None, group: str = ""
 ) -> dict[str, dict[str, float]]:
-    """Mean of every figure for every group."""
+    """Mean of every figure for every group whose name begins with ``group``."""
     judges = (
         {"answers": Recogniser(dialogues.answers()), "questions": Recogniser(dialogues.questions())} if judged else {}
     )

@@ -39,7 +39,7 @@ class Recogniser:
         from pocketsphinx import Decoder
 
         self.sentences = sorted({normal(s) for s in sentences})
-        self.decoder = Decoder(loglevel="FATAL", samprate=_RATE)
+        self.decoder = Decoder(loglevel="FATAL", samprate=_RATE, cmn="batch")  # no memory of the last speaker
         for word in sorted({w for s in self.sentences for w in s.split()}):
             if self.decoder.lookup_word(word) is None:
                 self.decoder.add_word(word, pronunciation(word), True)
