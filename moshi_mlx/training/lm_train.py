@@ -263,7 +263,9 @@ def train(options: argparse.Namespace) -> None:
     step, extra = ready[0][2], ready[0][3]
     frames_heard = int(extra.get("frames", 0))
     began = saved = kept = noted = time.monotonic()
-    level_at_start = level = float(extra.get("level", 1.0))
+    level_at_start = level = (
+        float(extra.get("level", 1.0)) or 1.0
+    )  # a finished run that goes on starts at the full rate
     print(f"from step {step}, {frames_heard / 12.5 / 3600:.2f} h heard", flush=True)
     log, sums, count = open(options.run / "lm.jsonl", "a", encoding="utf-8"), np.zeros(len(FIGURES)), 0
 
