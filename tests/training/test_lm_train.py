@@ -160,6 +160,8 @@ def test_an_exported_model_loads_and_agrees(bits: int | None, tmp_path: Path) ->
     loaded = fit_lm(TINY, published_tensors(lm, TINY, bits))
     found = np.array(loaded(tokens).text_logits.astype(mx.float32))
     assert np.abs(found - wanted).max() < 0.08 * wanted.std() + 0.05
+    again = np.array(lm_evaluate.unpacked(loaded)(tokens).text_logits.astype(mx.float32))
+    np.testing.assert_allclose(again, found, atol=1e-3 if bits else 0)
 
 
 def test_evaluation_knows_right_from_wrong(pieces: Pieces, monkeypatch: pytest.MonkeyPatch) -> None:
