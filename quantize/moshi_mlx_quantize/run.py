@@ -91,6 +91,8 @@ def _measure(
 ) -> tuple[Report, Plan | None, Tuned]:
     source = _open(args, files, scratch)
     plan = None if choose is None else choose(source.modules)
+    if plan is not None and not args.rule:  # what is written is measured anyway
+        recipes = [recipe for recipe in recipes if recipe.name != plan.name]
     return measure_recipes(args, files, source, recipes, plan, bar)
 
 
