@@ -52,7 +52,8 @@ class Recogniser:
         x: NDArray[np.floating] = resample(np.asarray(pcm, np.float32), SAMPLE_RATE, _RATE)
         x = x * (10 ** (LEVEL_DB / 20) / max(1e-4, float(np.sqrt(np.mean(x**2)))))
         x = np.concatenate([np.zeros(_RATE // 5), x, np.zeros(_RATE // 5)])
-        x = x + 1e-4 * np.random.default_rng(0).standard_normal(len(x))
+        # Digital silence misleads it: without noise at -60 dB it misses a quarter of originals it hears with it.
+        x = x + 1e-3 * np.random.default_rng(0).standard_normal(len(x))
         self.decoder.start_utt()
         self.decoder.process_raw((np.clip(x, -1, 1) * 32767).astype(np.int16).tobytes(), False, True)
         self.decoder.end_utt()
