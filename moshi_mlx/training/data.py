@@ -42,8 +42,8 @@ def utterance_plan(kind: str, rng: random.Random) -> tuple[str, str]:
     if kind == "answer":
         text = rng.choice(dialogues.answers()) if rng.random() < 0.35 else sentences.sentence(rng)
         return ANSWERING_VOICE, text
-    users = [v for v in TRAINING if v != ANSWERING_VOICE]
-    group = [v for v in users if v.startswith("flite/") == (rng.random() < _FLITE_SHARE)]
+    flite = rng.random() < _FLITE_SHARE
+    group = [v for v in TRAINING if v != ANSWERING_VOICE and v.startswith("flite/") == flite]
     text = dialogues.ask(dialogues.pick(rng), rng) if rng.random() < 0.4 else sentences.sentence(rng)
     return rng.choice(group), text
 

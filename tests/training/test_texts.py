@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 
-from moshi_mlx.training import dialogues, sentences
+from moshi_mlx.training import data, dialogues, sentences
 from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, TRAINING, espeak_phone
 
 
@@ -96,3 +96,11 @@ def test_espeak_phones() -> None:
     assert [espeak_phone(name) for name in ("eI", "'i:", "tS", "r-", "aI@", "_:", "O@")] == [
         "ey", "iy", "ch", "r", "ay", "pau", "ao",
     ]  # fmt: skip
+
+
+def test_users_speak_with_both_synthesizers() -> None:
+    """If this fails, the codec hears hardly any of one synthesizer's voices, and people sound like neither."""
+    rng = random.Random(0)
+    voices = [data.utterance_plan("user", rng)[0] for _ in range(2_000)]
+    assert 0.3 < sum(voice.startswith("flite/") for voice in voices) / len(voices) < 0.4
+    assert len(set(voices)) > 40
