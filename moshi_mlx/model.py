@@ -366,7 +366,7 @@ class Session:
         self._early = self._reader.step(first)
 
     def close(self) -> None:
-        """End the conversation and let go of its memory."""
+        """End the conversation; its memory goes with the last reference to it."""
         self._closed = True
 
 

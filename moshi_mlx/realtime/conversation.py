@@ -135,6 +135,7 @@ class Conversation:
         tapped = self._size if tap is not None else 0
         self._codes_in = Ring(_FRAMES_BETWEEN, dtype=_record(model.codec.num_codebooks if model.codec else 0, tapped))
         self._codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(lm.own_q, tapped))
+        self._rings = {"codes_in": self._codes_in, "codes_out": self._codes_out}
         self._player = Player(self._pcm_out, self._rate, margin)
         self._bells = {
             name: Bell() for name in ("pcm_in", "codes_in", "codes_in_space", "codes_out", "codes_out_space")
@@ -436,7 +437,7 @@ class Conversation:
             self._tap(record["heard"][0], SessionFrame(index, frame, *self._said.popleft()))
 
     def _pass_on(self, record: NDArray[Any], name: str) -> None:
-        ring = self._codes_in if name == "codes_in" else self._codes_out
+        ring = self._rings[name]
         if ring is self._codes_out and not self.model.lm.config.own_q:
             return
         while not self._stopping and not ring.write(record):
@@ -445,7 +446,7 @@ class Conversation:
 
     def _take(self, record: NDArray[Any], name: str) -> bool:
         """The next record of a ring; False when the conversation is over."""
-        ring = self._codes_in if name == "codes_in" else self._codes_out
+        ring = self._rings[name]
         while not self._stopping:
             if ring.read_into(record):
                 self._bells[f"{name}_space"].ring()
