@@ -14,7 +14,7 @@ from .checkpoint.repo import Progress
 from .codec import Codec, MimiCodec, make_codec
 from .config import LmConfig, ModelConfig
 from .errors import CheckpointError, CodecError, ConfigError
-from .hub import CheckpointFiles, builtin_models, resolve
+from .hub import BUILTIN, CheckpointFiles, resolve
 from .lm import Lm
 from .mimi import Mimi, MimiConfig
 from .model import Moshi
@@ -70,7 +70,7 @@ def load(
     say(f"looking for {source}")
     files = resolve(source, weights=weights, progress=_telling(on_progress))
     config = load_config(files.config, files.weights)
-    builtin = str(source) in builtin_models()
+    builtin = files.folder.parent == BUILTIN
     say("reading the language model")
     trained = bool(files.weights)
     if trained:
