@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import AudioError, CheckpointError, CodecError, ConfigError, TokenError
+from .lean_codec import LeanDecoder, LeanEncoder
 from .mimi import Mimi, MimiConfig
 from .mimi_weights import is_published_layout, load_mimi
 from .streaming import State, state_arrays
@@ -217,19 +218,48 @@ class MimiCodec(Codec):
     mimi : Mimi
         With its weights evaluated, as :func:`~moshi_mlx.mimi_weights.load_mimi` leaves them: streams in other threads
         read them.
+    lean : bool or None
+        Whether streams compute in numpy; None: where MLX computes on the CPU, and is several times slower.
     """
 
     chunk = 25
 
-    def __init__(self, mimi: Mimi):
+    def __init__(self, mimi: Mimi, lean: bool | None = None):
         super().__init__(mimi.config)
         self.mimi = mimi
+        self.lean = mx.default_device().type == mx.cpu if lean is None else lean
 
-    def encoder(self) -> MimiEncoder:
-        return MimiEncoder(self)
+    def encoder(self) -> EncoderStream:
+        return LeanMimiEncoder(self) if self.lean else MimiEncoder(self)
 
-    def decoder(self) -> MimiDecoder:
-        return MimiDecoder(self)
+    def decoder(self) -> DecoderStream:
+        return LeanMimiDecoder(self) if self.lean else MimiDecoder(self)
+
+
+class LeanMimiEncoder(EncoderStream):
+    def __init__(self, codec: MimiCodec):
+        super().__init__(codec)
+        self._mimi = codec.mimi
+        self.reset()
+
+    def reset(self) -> None:
+        self._step = LeanEncoder(self._mimi)
+
+    def _encode(self, pcm: NDArray[np.float32]) -> NDArray[np.int32]:
+        return self._step(pcm)
+
+
+class LeanMimiDecoder(DecoderStream):
+    def __init__(self, codec: MimiCodec):
+        super().__init__(codec)
+        self._mimi = codec.mimi
+        self.reset()
+
+    def reset(self) -> None:
+        self._step = LeanDecoder(self._mimi)
+
+    def _decode(self, codes: NDArray[np.int32]) -> NDArray[np.float32]:
+        return self._step(codes)
 
 
 class MimiEncoder(EncoderStream):

@@ -23,9 +23,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .config import EOS_ID, UNGENERATED, ZERO_TOKEN
 from .errors import ConfigError, StateError, TokenError
-from .lm import DepthCache, Lm
-from .sampling import AUDIO_SAMPLING, TEXT_SAMPLING, Sampling, gumbel_noise, sample
-from .streaming import State, copy_state, state_arrays, update_state
+from .lean import Array, make_stepper
+from .lm import Lm
+from .sampling import AUDIO_SAMPLING, TEXT_SAMPLING, Sampling, gumbel_noise
+from .streaming import State, update_state
 
 __all__ = ["GenerationConfig", "Generator", "Step"]
 
@@ -143,13 +144,14 @@ class Generator:
                 raise ConfigError(f"{self.batch} conversations need as many conditions, found {len(given)}")
         self._condition = lm.condition(rows)
         self._kv_bits = kv_bits
+        self._stepper = make_stepper(lm, kv_bits)
         self._columns = 2 * max(model.delays) + 3
         self._delays = np.array(model.delays)
         words = model.text_card + model.text_start_row
         text_ids = (words + 1) * words if model.demux_second_stream else words
         self._highest = np.array([text_ids - 1] + [model.card] * model.n_q)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)
-        self._state: State = {}
+        self._state: Any = None
         self.first = self.reset(text=text, own_codes=own_codes)
         """What position 0 predicted."""
 
@@ -174,7 +176,8 @@ class Generator:
         model = self.lm.config
         forced = self._check_forced(text, own_codes)
         copies = 2 * self.batch if self._guided else self.batch
-        self._state = self.lm.init_state(copies, condition=self._condition, kv_bits=self._kv_bits)
+        fresh = self.lm.init_state(copies, condition=self._condition, kv_bits=self._kv_bits)
+        self._state = self._stepper.open(fresh)
         # Column p % columns holds what each stream feeds at position p; -2 where that is not known yet.
         self._inputs = np.full((self.batch, model.num_streams, self._columns), UNGENERATED, np.int32)
         self._recent = np.full((self.batch, self.config.repetition_context), ZERO_TOKEN, np.int32)
@@ -226,7 +229,7 @@ class Generator:
     def snapshot(self) -> State:
         """Everything that a later :meth:`restore` needs, as a state of its own."""
         return {
-            "lm": copy_state(self._state),
+            "lm": self._stepper.export(self._state),
             "inputs": mx.array(self._inputs),
             "recent": mx.array(self._recent),
             "position": self._position,
@@ -246,7 +249,7 @@ class Generator:
         inputs = np.array(mine["inputs"])
         if mine["position"] < 1 or (inputs < UNGENERATED).any() or (inputs > self._highest[:, None]).any():
             raise StateError("the snapshot is damaged: it holds tokens that this model does not have")
-        self._state = mine["lm"]
+        self._state = self._stepper.open(mine["lm"])
         self._inputs = inputs
         self._recent = np.array(mine["recent"])
         self._position = mine["position"]
@@ -265,8 +268,8 @@ class Generator:
         wanted = self._inputs[:, : 1 + model.own_q, (position + 1) % self._columns]
         tokens, heads = self._predict(column, wanted)
         # Tokens that are all forced do not depend on the caches, whose graph would grow if nobody evaluated it.
-        caches = [] if (wanted == UNGENERATED).any() else state_arrays(self._state)
-        mx.eval(tokens, *caches, *([] if heads is None else [heads]))
+        caches = {} if (wanted == UNGENERATED).any() else self._state
+        self._stepper.wait(caches, *([tokens] if heads is None else [tokens, heads]))
         produced = np.array(tokens)
         wanted[:] = produced  # a view: what this position predicts is what the next one reads
         self._remember(produced[:, 0])
@@ -283,60 +286,69 @@ class Generator:
             heads=None if heads is None else np.array(heads),
         )
 
-    def _predict(self, column: Ints, wanted: Ints) -> tuple[mx.array, mx.array | None]:
+    def _predict(self, column: Ints, wanted: Ints) -> tuple[Array, Array | None]:
         """Tokens [batch, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
-        lm, model, config = self.lm, self.lm.config, self.config
-        inputs = np.concatenate([column, column]) if self._guided else column
-        hidden = lm.step(mx.array(inputs)[:, :, None], self._state)[:, 0]
+        lm, model, config, stepper = self.lm, self.lm.config, self.config, self._stepper
+        xp = stepper.xp
+        hidden = stepper.temporal(np.concatenate([column, column]) if self._guided else column, self._state)
         heads = None
         if model.extra_heads_num_heads:
-            logits = lm.extra_head_logits(hidden[: self.batch]).astype(mx.float32)
+            logits = lm.extra_head_logits(mx.array(hidden[: self.batch])).astype(mx.float32)
             heads = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
         if (wanted[:, 0] != UNGENERATED).all():
-            text = mx.array(wanted[:, 0])
+            text = xp.array(wanted[:, 0])
         else:
-            logits = self._guide(lm.text_linear(hidden).astype(mx.float32))
+            logits = self._guide(stepper.text_logits(hidden).astype(xp.float32))
             noise = self._noise(config.text, (model.text_out,), 0)
-            text = _override(sample(self._adjust(logits), config.text, noise), wanted[:, 0])
+            text = self._override(stepper.sample(self._adjust(logits), config.text, noise), wanted[:, 0])
         if not model.own_q:
             return text[:, None], heads
         if (wanted[:, 1:] != UNGENERATED).all():
-            return mx.concatenate([text[:, None], mx.array(wanted[:, 1:])], axis=1), heads
+            return xp.concatenate([text[:, None], xp.array(wanted[:, 1:])], axis=1), heads
         noise = self._noise(config.audio, (model.own_q, model.card), 1)
-        cache: DepthCache = []
+        cache: list[Any] = []
         chosen = [text]
         for codebook in range(model.own_q):
-            previous = mx.concatenate([chosen[-1]] * 2) if self._guided else chosen[-1]
-            logits = self._guide(lm.depformer.step(codebook, hidden, previous, cache).astype(mx.float32))
-            code = sample(logits, config.audio, None if noise is None else noise[:, codebook])
-            chosen.append(_override(code, wanted[:, 1 + codebook]))
-        return mx.stack(chosen, axis=1), heads
+            previous = xp.concatenate([chosen[-1]] * 2) if self._guided else chosen[-1]
+            logits = self._guide(stepper.depth(codebook, hidden, previous, cache).astype(xp.float32))
+            code = stepper.sample(logits, config.audio, None if noise is None else noise[:, codebook])
+            chosen.append(self._override(code, wanted[:, 1 + codebook]))
+        return xp.stack(chosen, axis=1), heads
 
-    def _guide(self, logits: mx.array) -> mx.array:
+    def _guide(self, logits: Array) -> Array:
         if not self._guided:
             return logits
-        conditioned, null = mx.split(logits, 2)
+        conditioned, null = logits[: self.batch], logits[self.batch :]
         return null + self.config.cfg_coef * (conditioned - null)
 
-    def _adjust(self, logits: mx.array) -> mx.array:
+    def _override(self, sampled: Array, wanted: Ints) -> Array:
+        if (wanted == UNGENERATED).all():
+            return sampled
+        xp = self._stepper.xp
+        return xp.where(xp.array(wanted != UNGENERATED), xp.array(wanted), sampled)
+
+    def _adjust(self, logits: Array) -> Array:
         """Padding bonus and repetition penalty on text logits [batch, text_out]."""
-        config, pad = self.config, self.lm.config.existing_text_padding_id
+        config, pad, xp = self.config, self.lm.config.existing_text_padding_id, self._stepper.xp
         if config.padding_bonus and pad < logits.shape[-1]:
             bonus = np.zeros(logits.shape[-1], np.float32)
             bonus[pad] = config.padding_bonus
-            logits = logits + mx.array(bonus)
+            logits = logits + xp.array(bonus)
         if config.repetition_penalty != 1.0:
             factor = np.ones(logits.shape, np.float32)
             special = {0, 1, EOS_ID, pad}
             for row, recent in enumerate(self._recent):
                 words = [token for token in set(recent.tolist()) - special if 0 <= token < factor.shape[1]]
                 factor[row, words] = config.repetition_penalty
-            penalty = mx.array(factor)
-            logits = mx.where(logits > 0, logits / penalty, logits * penalty)
+            penalty = xp.array(factor)
+            logits = xp.where(logits > 0, logits / penalty, logits * penalty)
         return logits
 
-    def _noise(self, sampling: Sampling, shape: tuple[int, ...], stream: int) -> mx.array | None:
-        return None if sampling.temperature == 0 else gumbel_noise(self.seeds, self._position, shape, stream)
+    def _noise(self, sampling: Sampling, shape: tuple[int, ...], stream: int) -> Array | None:
+        if sampling.temperature == 0:
+            return None
+        noise = gumbel_noise(self.seeds, self._position, shape, stream)
+        return noise if self._stepper.xp is mx else np.array(noise)
 
     def _remember(self, text: Ints) -> None:
         if self.config.repetition_penalty != 1.0:
@@ -388,9 +400,3 @@ def _array(name: str, value: ArrayLike) -> NDArray[Any]:
         return np.asarray(value)
     except (ValueError, TypeError) as error:  # rows of unequal length
         raise TokenError(f"{name} must be an array of integers: {error}") from error
-
-
-def _override(sampled: mx.array, wanted: Ints) -> mx.array:
-    if (wanted == UNGENERATED).all():
-        return sampled
-    return mx.where(mx.array(wanted != UNGENERATED), mx.array(wanted), sampled)

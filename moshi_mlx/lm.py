@@ -25,7 +25,7 @@ from .layers.conditioning import Condition, ConditionProvider
 from .layers.transformer import GatedFeedForward, Transformer, make_norm, make_rope
 from .streaming import State
 
-__all__ = ["DepthCache", "DepthTransformer", "Lm", "LmOutput"]
+__all__ = ["DepthCache", "DepthLayer", "DepthTransformer", "Lm", "LmOutput", "embed_ids"]
 
 DepthCache = list[tuple[mx.array, mx.array]]
 """Keys and values of the depth transformer's layers within one frame: [batch, heads, steps so far, head_dim]."""
@@ -72,7 +72,7 @@ def _embedding(rows: int, dim: int, rank: int | None = None, demux: bool = False
     return FactoredEmbedding(rows, dim, rank, demux)
 
 
-def _embed(table: nn.Module, ids: mx.array) -> mx.array:
+def embed_ids(table: nn.Module, ids: mx.array) -> mx.array:
     """Look up ``ids``; -1 gives exact zeros. The rule lives here because a quantized table does not know it."""
     if isinstance(table, FactoredEmbedding):
         return table(ids)
@@ -124,7 +124,7 @@ class DepthTransformer(nn.Module):
         super().__init__()
         dim, rank = config.depformer_dim, config.depformer_low_rank_embeddings
         self._schedule = config.schedule
-        self._rope = make_rope(config.depformer_pos_emb, config.depth_max_period)
+        self.rope = make_rope(config.depformer_pos_emb, config.depth_max_period)
         self.linear_in = [nn.Linear(config.dim, dim, bias=False) for _ in range(config.num_weight_sets)]
         self.embs = [
             _embedding(config.text_card + 1, dim, rank, config.demux_second_stream),
@@ -154,7 +154,7 @@ class DepthTransformer(nn.Module):
         mx.array [batch, card]
         """
         weights = self._schedule[index]
-        x = self.linear_in[weights](hidden) + _embed(self.embs[index], token)
+        x = self.linear_in[weights](hidden) + embed_ids(self.embs[index], token)
         for number, layer in enumerate(self.layers):
             heads = layer.split_heads(layer.in_proj[weights](layer.norm1(x)))
             heads = self._rotate(layer, heads, index)
@@ -186,7 +186,7 @@ class DepthTransformer(nn.Module):
         """
         steps = range(len(self._schedule))
         xs = [
-            self.linear_in[self._schedule[k]](hidden) + _embed(self.embs[k], tokens[:, k]) for k in steps
+            self.linear_in[self._schedule[k]](hidden) + embed_ids(self.embs[k], tokens[:, k]) for k in steps
         ]  # fmt: skip
         for layer in self.layers:
             split = [layer.split_heads(layer.in_proj[self._schedule[k]](layer.norm1(xs[k]))) for k in steps]
@@ -200,10 +200,10 @@ class DepthTransformer(nn.Module):
         return mx.stack([self._head(k, xs[k]) for k in steps], axis=1)
 
     def _rotate(self, layer: DepthLayer, heads: mx.array, offset: int) -> mx.array:
-        if self._rope is None:
+        if self.rope is None:
             return heads
         _, values = layer.split_keys_values(heads)
-        rotated = self._rope(heads[:, : heads.shape[1] - values.shape[1]], offset)
+        rotated = self.rope(heads[:, : heads.shape[1] - values.shape[1]], offset)
         return mx.concatenate([rotated, values], axis=1)
 
     def _head(self, index: int, x: mx.array) -> mx.array:
@@ -325,9 +325,9 @@ class Lm(nn.Module):
         """Summed embeddings [batch, time, dim] of one token per stream ``tokens`` [batch, streams, time]."""
         total: mx.array | None = None
         for stream, table in enumerate(self.audio_embs, start=1):
-            vectors = _embed(table, tokens[:, stream]).astype(self.dtype)  # MLX's float formats come as bfloat16
+            vectors = embed_ids(table, tokens[:, stream]).astype(self.dtype)  # MLX's float formats come as bfloat16
             total = vectors if total is None else total + vectors
-        text = _embed(self.text_emb, tokens[:, 0]).astype(self.dtype)
+        text = embed_ids(self.text_emb, tokens[:, 0]).astype(self.dtype)
         return text if total is None else total + text
 
     def step(self, tokens: mx.array, state: State) -> mx.array:

@@ -274,6 +274,12 @@ class Session:
     """One conversation, frame by frame. Made by :meth:`Moshi.session`.
 
     Belongs to the thread that made it. Use it with ``with``, or call :meth:`close`.
+
+    Attributes
+    ----------
+    on_stage : callable or None
+        Called for every frame with "encode", "model" and "decode", and when each began and ended
+        (:func:`time.monotonic`); for traces.
     """
 
     def __init__(
@@ -295,6 +301,7 @@ class Session:
         self._reader = TextReader(model)
         self._closed = False
         self._frames = 0
+        self.on_stage: Callable[[str, float, float], object] | None = None
         # Position 0 runs before any sound: what it says is shown with the first frame.
         self._early = self._reader.step(self._generator.first)
 
@@ -338,11 +345,18 @@ class Session:
         samples = np.ascontiguousarray(pcm, dtype=np.float32)
         if samples.shape != (self.model.frame_size,):
             raise AudioError(f"a frame is {self.model.frame_size} samples, found shape {list(np.shape(pcm))}")
+        marks = [time.monotonic()]
         codes = None if self._encoder is None else self._encoder.encode(samples)
+        marks.append(time.monotonic())
         step = self._generator.step(None if codes is None else codes[: self.model.lm.config.user_q])
+        marks.append(time.monotonic())
         voice = self._silence
         if self._decoder is not None and step.codes is not None and step.codes.min() >= 0:
             voice = self._decoder.decode(step.codes[0])
+        marks.append(time.monotonic())
+        if self.on_stage is not None:
+            for name, began, ended in zip(("encode", "model", "decode"), marks, marks[1:], strict=False):
+                self.on_stage(name, began, ended)
         (early_text, early_words), self._early = self._early, ("", ())
         text, words = self._reader.step(step)
         frame = SessionFrame(self._frames, voice, early_text + text, early_words + words, step)
@@ -406,15 +420,19 @@ class TextReader:
     Parameters
     ----------
     model : Moshi
+    lead : float, optional
+        Seconds of silence that the model hears first, which words are not to be timed by; by default what its
+        checkpoint asks for.
     """
 
-    def __init__(self, model: Moshi):
+    def __init__(self, model: Moshi, lead: float | None = None):
         tokenizer, stt = model.tokenizer, model.config.stt_config
         self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
         self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / model.frame_rate)
         self._delay = model.lm.config.delays[0]
         # Speech-to-text writes a word some time after its sound, which itself comes after the silent prefix.
-        self._shift = float(stt.get("audio_delay_seconds", 0.0)) + float(stt.get("audio_silence_prefix_seconds", 0.0))
+        prefix = float(stt.get("audio_silence_prefix_seconds", 0.0)) if lead is None else lead
+        self._shift = float(stt.get("audio_delay_seconds", 0.0)) + prefix
 
     def step(self, step: Step) -> tuple[str, tuple[Word, ...]]:
         """Text that a position began to say, and the words that it ended."""

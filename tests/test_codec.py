@@ -22,9 +22,9 @@ from tests.helpers.signal import speechlike
 GOLDEN = Path(__file__).parent / "golden" / "mimi" / "published_shape"
 
 
-@pytest.fixture(scope="module")
-def codec() -> Codec:
-    return MimiCodec(tiny_mimi())
+@pytest.fixture(scope="module", params=[True, False], ids=["numpy", "mlx"])
+def codec(request: pytest.FixtureRequest) -> Codec:
+    return MimiCodec(tiny_mimi(), lean=request.param)
 
 
 @pytest.fixture(scope="module")

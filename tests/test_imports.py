@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet
-config, errors <- streaming <- layers <- mimi, lm <- generate <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- model <- realtime, loading
 text, sampling, delays, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "delays": {"errors", "config"},
     "text": {"errors"},
+    "threads": set(),
     "sampling": {"errors"},
     "streaming": {"errors"},
     "layers": {"errors", "config", "streaming"},
@@ -38,8 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "mimi_weights": {"errors", "checkpoint", "mimi"},
     "weights": {"errors", "config", "checkpoint", "layers", "lm", "mimi", "mimi_weights"},
     "hub": {"errors", "config", "checkpoint"},
-    "codec": {"errors", "config", "streaming", "mimi", "mimi_weights"},
-    "generate": {"errors", "config", "streaming", "delays", "sampling", "lm"},
+    "lean_codec": {"layers", "mimi", "threads"},
+    "codec": {"errors", "config", "streaming", "mimi", "mimi_weights", "lean_codec"},
+    "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
+    "generate": {"errors", "config", "streaming", "delays", "sampling", "lm", "lean"},
     "model": {"errors", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
     "loading": {
         "errors",

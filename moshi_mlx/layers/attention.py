@@ -134,14 +134,9 @@ class Attention(nn.Module):
             raise StateError(f"state holds {state['keys'].shape[0]} sequences, the input {x.shape[0]}")
         queries, keys, values = self._project(x, offset)
         if "keys_scales" in state:
-            out = self._step_quantized(queries, keys, values, state, offset, time)
+            out = self.attend_quantized(queries * self.scale, keys, values, state)
         elif time == 1:
-            _write(state, "keys", keys, offset, self.context)
-            _write(state, "values", values, offset, self.context)
-            filled = min(offset + 1, self.context)
-            ring_keys, ring_values = state["keys"], state["values"]
-            if filled < self.context:
-                ring_keys, ring_values = ring_keys[:, :, :filled], ring_values[:, :, :filled]
+            ring_keys, ring_values = self.remember(keys, values, state)
             out = mx.fast.scaled_dot_product_attention(queries, ring_keys, ring_values, scale=self.scale)
         else:
             # Earlier queries of the chunk still need keys that later ones overwrite: read before writing.
@@ -154,6 +149,18 @@ class Attention(nn.Module):
             _write(state, "values", values, offset, self.context)
         state["offset"] = offset + time
         return self._merge(out)
+
+    def remember(self, keys: mx.array, values: mx.array, state: State) -> tuple[mx.array, mx.array]:
+        """Put one position's keys and values [batch, kv_heads, 1, head_dim] into the ring; all that it now sees."""
+        offset: int = state["offset"]
+        assert self.context is not None
+        slot = offset % self.context
+        ring_keys, ring_values = state["keys"], state["values"]
+        ring_keys[:, :, slot : slot + 1] = keys
+        ring_values[:, :, slot : slot + 1] = values
+        if offset + 1 >= self.context:
+            return ring_keys, ring_values
+        return ring_keys[:, :, : offset + 1], ring_values[:, :, : offset + 1]
 
     def _project(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array, mx.array]:
         batch, time, _ = x.shape
@@ -179,11 +186,13 @@ class Attention(nn.Module):
         stored = offset - 1 - (offset - 1 - slots) % self.context
         return window_mask(new, np.concatenate([stored, new]), self.context)
 
-    def _step_quantized(
-        self, queries: mx.array, keys: mx.array, values: mx.array, state: State, offset: int, time: int
-    ) -> mx.array:
-        """The same over a ring in 8 bits. New positions are quantized first, so that every cut gives one result."""
+    def attend_quantized(self, queries: mx.array, keys: mx.array, values: mx.array, state: State) -> mx.array:
+        """From new positions (queries scaled) to a ring in 8 bits and to themselves; writes, but does not advance.
+
+        New positions are quantized first, so that every cut gives one result.
+        """
         assert self.context is not None
+        offset, time = state["offset"], queries.shape[2]
         group = _kv_group(self.head_dim)
         filled = min(offset + 1, self.context) if time == 1 else min(offset, self.context)
         rings: list[list[mx.array]] = []
@@ -199,7 +208,7 @@ class Attention(nn.Module):
                 rings.append([mx.concatenate([a, b], axis=2) for a, b in zip(past, parts, strict=True)])
         (kw, ks, kb), (vw, vs, vb) = rings
         batch, repeat = queries.shape[0], self.num_heads // self.kv_heads
-        grouped = queries.reshape(batch, self.kv_heads, repeat * time, self.head_dim) * self.scale
+        grouped = queries.reshape(batch, self.kv_heads, repeat * time, self.head_dim)
         scores = mx.quantized_matmul(grouped, kw, ks, kb, transpose=True, group_size=group, bits=8)
         if time > 1:
             mask = mx.tile(self._chunk_mask(offset, time), (repeat, 1))

@@ -29,7 +29,7 @@ __all__ = ["CausalConv", "CausalConvTranspose", "DepthwiseConvTranspose", "elu"]
 
 def elu(x: mx.array) -> mx.array:
     """Exponential linear unit (Clevert et al. 2016), alpha 1. Finite gradients for any finite ``x``."""
-    return mx.maximum(x, 0) + mx.expm1(mx.minimum(x, 0))
+    return mx.maximum(x, mx.expm1(mx.minimum(x, 0)))  # expm1(x) is never below x
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
