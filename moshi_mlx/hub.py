@@ -2,6 +2,7 @@
 
 ::
 
+    survey("kyutai/moshiko-mlx-q4").missing              # bytes that would have to be fetched
     files = resolve("kyutai/moshiko-mlx-q4")             # or "org/repo@revision", "path/to/folder", "small"
     config = load_config(files.config, files.weights)
     lm = load_lm(config, files.weights, lora=files.lora)
@@ -25,7 +26,7 @@ from .checkpoint.repo import HubRepo, Progress
 from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
 from .errors import CheckpointError, DownloadError
 
-__all__ = ["CheckpointFiles", "builtin_models", "fetch_file", "resolve"]
+__all__ = ["CheckpointFiles", "Survey", "builtin_models", "fetch_file", "resolve", "survey"]
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -81,6 +82,39 @@ class CheckpointFiles:
     revision: str | None = None
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint needs, and what of it is here.
+
+    Attributes
+    ----------
+    source : str
+    files : mapping of str to (int, int)
+        Bytes of each file that :func:`resolve` would return, and how many of them it would have to fetch.
+    place : Path
+        Where they are, or would be put.
+    """
+
+    source: str
+    files: Mapping[str, tuple[int, int]]
+    place: Path
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that would have to be fetched."""
+        return sum(missing for _, missing in self.files.values())
+
+    @property
+    def begun(self) -> int:
+        """Bytes that are here already."""
+        return self.total - self.missing
+
+
 class _Place(Protocol):
     """Where a checkpoint's files are: names, and a way to have them here."""
 
@@ -90,6 +124,8 @@ class _Place(Protocol):
     def has(self, name: str) -> bool: ...
 
     def names(self) -> list[str]: ...
+
+    def sizes(self, name: str) -> tuple[int, int]: ...
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]: ...
 
@@ -104,6 +140,9 @@ class _Folder:
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        return inner_path(self.path, name, self.label).stat().st_size, 0
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
         paths = {name: inner_path(self.path, name, self.label) for name in names}
@@ -125,6 +164,9 @@ class _Repo:
 
     def names(self) -> list[str]:
         return sorted(self.hub.sizes)
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        return self.hub.sizes[name] or 0, self.hub.missing(name)
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
         return self.hub.fetch(names)
@@ -167,25 +209,68 @@ def resolve(
     DownloadError
         If a file cannot be fetched.
     """
-    text = os.fspath(source)
     options = {"cache": cache, "offline": offline, "progress": progress}
-    place: _Place
-    builtin = isinstance(source, str) and source in builtin_models()
-    if builtin:
-        place = _Folder(BUILTIN / text)
-    elif text and Path(text).expanduser().is_dir():
-        place = _Folder(Path(text).expanduser())
-    elif Path(text).expanduser().is_file():
-        path = Path(text).expanduser()
-        place, weights = _Folder(path.parent), path.name
-    elif isinstance(source, str) and (match := _REPO.fullmatch(source)):
-        place = _Repo(HubRepo(match[1], match[2], **options))  # type: ignore[arg-type]
-    else:
-        names = ", ".join(builtin_models()) or "none"
-        raise CheckpointError(
-            f"{text!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
-        )
-    return _collect(text, place, weights, extras, options, may_lack_weights=builtin)
+    place, weights = _place(source, weights, options)
+    return _collect(os.fspath(source), place, weights, extras, options)
+
+
+def survey(
+    source: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    timeout: float | None = None,
+) -> Survey:
+    """How much :func:`resolve` would fetch. Only the configuration is fetched for it.
+
+    Parameters
+    ----------
+    source, cache, offline
+        As for :func:`resolve`.
+    timeout : float, optional
+        Seconds to wait for the hub's answer.
+
+    Raises
+    ------
+    CheckpointError, DownloadError
+        As :func:`resolve`.
+    """
+    options: dict[str, Any] = {"cache": cache, "offline": offline, "progress": _nothing, "timeout": timeout}
+    place, weights = _place(source, None, options)
+    wanted, shards, _ = _plan(place, weights)
+    files: dict[str, tuple[int, int]] = {}
+    for name in dict.fromkeys(["config.json", *wanted.values(), *shards]):
+        if name.startswith("hf://"):
+            repo, inner = _split_hub_name(name)
+            files[inner] = _Repo(HubRepo(repo, **options)).sizes(inner)
+        elif not _is_reference(name) and place.has(name):  # resolve() knows whether it can do without
+            files[name] = place.sizes(name)
+    folder = place.hub.cache if isinstance(place, _Repo) else place.path
+    return Survey(os.fspath(source), files, folder)
+
+
+def _nothing(*_: object) -> None:
+    """Progress that nobody looks at."""
+
+
+def _place(
+    source: str | os.PathLike[str], weights: str | None, options: dict[str, Any]
+) -> tuple[_Folder | _Repo, str | None]:
+    """Where a checkpoint is, and which of its weights are meant if the source says so."""
+    text = os.fspath(source)
+    if isinstance(source, str) and source in builtin_models():
+        return _Folder(BUILTIN / text), weights
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return _Folder(path), weights
+    if path.is_file():
+        return _Folder(path.parent), path.name
+    if isinstance(source, str) and (match := _REPO.fullmatch(source)):
+        return _Repo(HubRepo(match[1], match[2], **options)), weights
+    names = ", ".join(builtin_models()) or "none"
+    raise CheckpointError(
+        f"{text!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
+    )
 
 
 def fetch_file(
@@ -205,45 +290,47 @@ def fetch_file(
     return HubRepo(repo, cache=cache, offline=offline, progress=progress).fetch([name])[name]
 
 
-def _collect(
-    source: str,
-    place: _Place,
-    weights: str | None,
-    extras: Sequence[str],
-    options: dict[str, Any],
-    *,
-    may_lack_weights: bool,
-) -> CheckpointFiles:
+def _plan(place: _Place, weights: str | None) -> tuple[dict[str, str], list[str], Path | None]:
+    """Names of a checkpoint's parts (``weights`` among them, unless a built-in model has none yet), names of the shards
+    that its index lists, and its configuration."""
     config: Path | None = None
     data: dict[str, Any] = {}
     if place.has("config.json"):
         config = place.fetch(["config.json"])["config.json"]
         data = read_json(config)
     wanted = {part: name for part, name in _part_names(data, place).items() if name is not None}
-    weights_name = _choose_weights(place, weights, data)
+    name = _choose_weights(place, weights, data)
     # A built-in model that is not trained yet has sizes and a tokenizer, and no weights.
-    if may_lack_weights and (weights_name is None or not place.has(weights_name)):
-        weights_name = None
-    elif weights_name is None:
+    if _is_builtin(place) and (name is None or not place.has(name)):
+        return wanted, [], config
+    if name is None:
         raise CheckpointError(
             f"{place.label} holds no weights: looked for {data.get('moshi_name') or DEFAULT_WEIGHTS}, "
             f"found {shown(place.names(), 12) or 'nothing'}"
         )
-    if weights_name is not None:
-        wanted["weights"] = weights_name
+    wanted["weights"] = name
+    return wanted, _shard_names(place, name) if name.endswith(_INDEX) else [], config
+
+
+def _is_builtin(place: _Place) -> bool:
+    return isinstance(place, _Folder) and place.path.parent == BUILTIN
+
+
+def _collect(
+    source: str, place: _Place, weights: str | None, extras: Sequence[str], options: dict[str, Any]
+) -> CheckpointFiles:
+    wanted, shards, config = _plan(place, weights)
     here = {part: name for part, name in wanted.items() if not _is_reference(name) and place.has(name)}
     missing = [name for name in extras if not place.has(name)]
     if missing:
         raise CheckpointError(f"{place.label} has no {shown(missing)}")
     # One call for all, so that disk space is checked for the whole.
-    index = weights_name if weights_name is not None and weights_name.endswith(_INDEX) else None
-    shards = _shard_names(place, index) if index else []
     fetched = place.fetch([*here.values(), *shards, *extras])
     paths = {part: fetched[name] for part, name in here.items()}
     for part, name in wanted.items():
         if _is_reference(name):
             paths[part] = _fetch_reference(name, place, options)
-    if weights_name is not None and "weights" not in paths:
+    if "weights" in wanted and "weights" not in paths:
         raise CheckpointError(f"{place.label} lacks {wanted['weights']}")
     folder = config.parent if config is not None else paths["weights"].parent
     return CheckpointFiles(

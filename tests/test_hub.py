@@ -16,7 +16,7 @@ import pytest
 from moshi_mlx import hub
 from moshi_mlx.checkpoint import repo as repo_module
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, fetch_file, resolve
+from moshi_mlx.hub import builtin_models, fetch_file, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -354,16 +354,41 @@ def test_interrupted_download_goes_on_in_the_next_run(
         if name == "weights.safetensors" and done < size:
             raise KeyboardInterrupt
 
+    total = len(FILES["config.json"]) + len(weights) + 150
+    before = survey(NAME, cache=cache)
+    assert (before.total, before.missing, before.place) == (total, total - len(FILES["config.json"]), cache)
     with pytest.raises(KeyboardInterrupt):
         resolve(NAME, cache=cache, progress=interrupt)
     kept = list(cache.rglob("*.incomplete"))
     assert len(kept) == 1 and 0 < kept[0].stat().st_size < len(weights)
     done = kept[0].stat().st_size
+    assert survey(NAME, cache=cache).missing == len(weights) - done + 150 - sum(
+        path.stat().st_size for path in cache.rglob("snapshots/*/*") if path.name in (MIMI, TOKENIZER)
+    )
     server.requests.clear()
     files = resolve(NAME, cache=cache, progress=lambda *_: None)
     assert files.weights[0].read_bytes() == weights
     assert [r for m, p, r in server.requests if m == "GET" and p.endswith("weights.safetensors")] == [f"bytes={done}-"]
     assert not list(cache.rglob("*.incomplete"))
+
+
+def test_survey_of_what_is_here(server: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken: a model that is here is announced as a download, or a short patience is not kept."""
+    server.repos[NAME] = FakeRepo(
+        FILES | {"config.json": json.dumps({"moshi_name": "weights.safetensors", "mimi_name": "hf://a/b/m"}).encode()}
+    )
+    server.repos["a/b"] = FakeRepo({"m": b"m" * 77})
+    assert survey(NAME, cache=cache).missing == 5000 + 77 + 50
+    resolve(NAME, cache=cache)
+    assert survey(NAME, cache=cache).missing == survey(NAME, cache=cache, offline=True).missing == 0
+    assert survey("small").missing == 0 and survey("small").total > 1e6
+    folder = make_folder(tmp_path / "model", FILES)
+    assert (survey(folder).missing, survey(folder).place) == (0, folder)
+    server.repos[NAME].delay = 1.0
+    began = time.monotonic()
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        survey(NAME, cache=tmp_path / "empty", timeout=0.2)
+    assert time.monotonic() - began < 0.9
 
 
 def test_damaged_partial_download_is_noticed(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

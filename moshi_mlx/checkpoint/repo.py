@@ -48,6 +48,8 @@ class HubRepo:
         Never ask the network. By default as ``HF_HUB_OFFLINE`` says.
     progress : callable, optional
         Replaces huggingface_hub's progress bars.
+    timeout : float, optional
+        Seconds to wait for the hub's list of files.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class HubRepo:
         cache: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
         progress: Progress | None = None,
+        timeout: float | None = None,
     ):
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
@@ -70,6 +73,8 @@ class HubRepo:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.cache = Path(cache or constants.HF_HUB_CACHE)
         self._root = self.cache / repo_folder_name(repo_id=repo, repo_type="model")
+        self._timeout = _TIMEOUT if timeout is None else timeout
+        self._hashes: dict[str, str] = {}  # of large files: the names of their contents in the cache
         self.commit, self.sizes = self._list_cached() if self.offline else self._list()
 
     # ------------------------------------------------------------------------------------------- listing
@@ -80,7 +85,7 @@ class HubRepo:
 
         try:
             info = HfApi(endpoint=self.endpoint).model_info(
-                self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT
+                self.repo, revision=self.revision, files_metadata=True, timeout=self._timeout
             )
         except Exception as error:
             if not _is_network(error) or self._cached_commit() is None:
@@ -89,7 +94,9 @@ class HubRepo:
             return self._list_cached()
         if not info.sha:
             raise DownloadError(f"{self.endpoint} does not say which commit {self._label} is at")
-        return info.sha, {file.rfilename: file.size for file in info.siblings or []}
+        siblings = info.siblings or []
+        self._hashes = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
+        return info.sha, {file.rfilename: file.size for file in siblings}
 
     def _cached_commit(self) -> str | None:
         wanted = self.revision or "main"
@@ -143,8 +150,19 @@ class HubRepo:
             reference.write_text(self.commit)
         return {name: folder / name for name in names}
 
+    def missing(self, name: str) -> int:
+        """Bytes of a file that are not in the cache; an interrupted download counts as far as it came."""
+        size = self.sizes[name] or 0
+        if (self._root / "snapshots" / self.commit / name).is_file():
+            return 0
+        blob = self._root / "blobs" / self._hashes.get(name, "unknown")
+        if blob.is_file():
+            return 0
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        return max(size - (partial.stat().st_size if partial.is_file() else 0), 0)
+
     def _check_space(self, names: list[str]) -> None:
-        needed = sum(self.sizes[name] or 0 for name in names)
+        needed = sum(self.missing(name) for name in names)
         place = self.cache
         while not place.exists() and place != place.parent:
             place = place.parent

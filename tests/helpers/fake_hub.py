@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", repo.sha, *repo.tags):
             self._send(404, error="RevisionNotFound")
             return
-        siblings = [{"rfilename": file, "size": len(data)} for file, data in repo.files.items()]
+        siblings = [{"rfilename": file, "size": len(data), **_lfs(data)} for file, data in repo.files.items()]
         info = {"id": name, "modelId": name, "sha": repo.sha, "siblings": siblings, "tags": [], "downloads": 0}
         self._send(200, json.dumps(info).encode())
 
@@ -153,6 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.close()
+
+
+def _lfs(data: bytes) -> dict[str, Any]:
+    """What a hub says about a file that it keeps beside the repository: the large ones."""
+    if len(data) < 1000:
+        return {}
+    return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
 
 
 class _Server(ThreadingHTTPServer):
