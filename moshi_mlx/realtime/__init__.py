@@ -5,5 +5,6 @@ from __future__ import annotations
 from .conversation import Conversation, Event
 from .meters import Meters
 from .ring import Ring
+from .trace import Trace
 
-__all__ = ["Conversation", "Event", "Meters", "Ring"]
+__all__ = ["Conversation", "Event", "Meters", "Ring", "Trace"]

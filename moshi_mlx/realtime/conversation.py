@@ -15,6 +15,7 @@ dropped, whole frames of it, and counted. Nothing is of a size that grows with t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from ..text import Word
 from .meters import Meters
 from .player import Player
 from .ring import Bell, Ring
+from .trace import Trace
 
 __all__ = ["Conversation", "ConversationError", "Event"]
 
@@ -87,6 +89,8 @@ class Conversation:
         Called in a worker thread with every frame: what the model heard, array [frame_size], valid during the call
         only, and the :class:`SessionFrame` that it answered. Index 0 comes again after :meth:`reset`. For recordings;
         it must be quick, and what it raises ends the conversation.
+    trace : Trace, optional
+        Gets what each thread does, what waits in the rings, and everything that is late or dropped.
     clock : callable
         Seconds, monotonic; for tests.
 
@@ -112,11 +116,13 @@ class Conversation:
         backlog: float = 0.32,
         margin: float = 0.02,
         tap: Callable[[NDArray[np.float32], SessionFrame], object] | None = None,
+        trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model = model
         self.meters = Meters()
         self._clock = clock
+        self._trace = trace
         self._settings: dict[str, Any] = {
             "seed": seed,
             "generation": generation,
@@ -130,6 +136,9 @@ class Conversation:
         self._pcm_in = Ring(room)
         self._pcm_out = Ring(room)
         lm = model.lm.config
+        # Frames of silence that the model is to hear first, as some that write down speech were trained.
+        prefix = float(model.config.stt_config.get("audio_silence_prefix_seconds", 0.0))
+        self._lead = math.ceil(round(prefix * self._rate) / self._size)
         self._tap = tap
         self._said: deque[tuple[str, tuple[Word, ...]]] = deque()  # for the tap, one for each record of codes_out
         tapped = self._size if tap is not None else 0
@@ -238,11 +247,14 @@ class Conversation:
             raise AudioError(f"feed takes one channel [samples], not shape {list(samples.shape)}")
         if self._paused or self._stopping:
             return len(samples)
+        began = 0.0 if self._trace is None else self._clock()
         taken = self._pcm_in.write(samples)
         if taken < len(samples):
             self.meters.dropped_in += len(samples) - taken
         if self._pcm_in.available >= self._size:
             self._bells["pcm_in"].ring()
+        if self._trace is not None:
+            self._trace.span("feed", began, self._clock())
         return taken
 
     def read(self, count: int) -> NDArray[np.float32]:
@@ -256,8 +268,11 @@ class Conversation:
         if self._paused:
             out[:] = 0
             return
+        began = 0.0 if self._trace is None else self._clock()
         self._player.read_into(out)
         self.meters.underruns = self._player.underruns
+        if self._trace is not None:
+            self._trace.span("read", began, self._clock())
 
     def events(self) -> list[Event]:
         """What happened since the last call, oldest first; the last thousand at most."""
@@ -269,6 +284,11 @@ class Conversation:
     def wait(self, timeout: float) -> bool:
         """Wait for the next event, at most ``timeout`` seconds; False if none came."""
         return bool(self._events) or self._news.wait(timeout)
+
+    @property
+    def backlog(self) -> float:
+        """Seconds of the user's sound that wait to be heard."""
+        return self._pcm_in.available / self._rate
 
     @property
     def delay(self) -> float:
@@ -320,10 +340,21 @@ class Conversation:
 
     def _encode(self) -> None:
         encoder = self.model.codec.encoder() if self.model.codec and self.model.lm.config.user_q else None
-        self._ready.release()
         frame = np.zeros(self._size, np.float32)
         record = np.zeros(1, self._codes_in.dtype)
         resets = 0
+
+        def lead() -> None:
+            frame[:] = 0
+            record["lead"] = True
+            for _ in range(self._lead):
+                if encoder is not None:
+                    record["codes"][0] = encoder.encode(frame)
+                self._pass_on(record, "codes_in")
+            record["lead"] = False
+
+        lead()  # before anybody can speak: it takes longer than what may wait
+        self._ready.release()
         while not self._stopping:
             if resets != self._resets:
                 resets = self._resets
@@ -333,6 +364,7 @@ class Conversation:
                 record["reset"] = True
                 self._pass_on(record, "codes_in")
                 record["reset"] = False
+                lead()
             waiting = self._pcm_in.available
             if waiting < self._size:
                 self._bells["pcm_in"].wait(_POLL)
@@ -354,12 +386,17 @@ class Conversation:
                 record["codes"][0] = encoder.encode(frame)
             if self._tap is not None:
                 record["heard"][0] = frame
-            self.meters.encode.add(self._clock() - began)
+            ended = self._clock()
+            self.meters.encode.add(ended - began)
             self._pass_on(record, "codes_in")
+            if self._trace is not None:
+                self._trace.span("encode", began, ended)
+                self._trace.span("heard a frame", began, self._clock())
+                self._counters(self._trace)
 
     def _model(self) -> None:
         generator = make_generator(self.model, **self._settings)
-        reader = TextReader(self.model)
+        reader = TextReader(self.model, lead=self._lead * self._size / self._rate)
         lm = self.model.lm.config
         early = reader.step(generator.first)
         self._say(*early)
@@ -380,7 +417,15 @@ class Conversation:
                 continue
             began = self._clock()
             step = generator.step(record["codes"][0][: lm.user_q] if lm.user_q else None)
-            self.meters.step.add(self._clock() - began)
+            if record["lead"][0]:
+                text, words = reader.step(step)
+                self._say(text, words)
+                early = early[0] + text, early[1] + words
+                continue
+            ended = self._clock()
+            self.meters.step.add(ended - began)
+            if self._trace is not None:
+                self._trace.span("model", began, ended, {"frame": self.meters.frames})
             self.meters.frames += 1
             text, words = reader.step(step)
             self._say(text, words)
@@ -420,7 +465,8 @@ class Conversation:
                 continue
             began = self._clock()
             frame = decoder.decode(record["codes"][0])
-            self.meters.decode.add(self._clock() - began)
+            ended = self._clock()
+            self.meters.decode.add(ended - began)
             self.meters.level_out = _level(frame)
             self.meters.dropped_out += len(frame) - self._pcm_out.write(frame)
             lag = self._clock() - float(record["came"][0])
@@ -430,6 +476,20 @@ class Conversation:
                 self._tell(Event("late", self.meters.frames, seconds=lag))
             self._show(record, index, frame)
             index += 1
+            if self._trace is not None:
+                self._trace.span("decode", began, ended)
+                self._trace.span("spoke a frame", began, self._clock(), {"lag_ms": round(lag * 1e3, 1)})
+                self._counters(self._trace)
+
+    def _counters(self, trace: Trace) -> None:
+        meters, rate = self.meters, self._rate / 1e3
+        waiting = {"to be heard": self._pcm_in.available / rate, "to be played": self._pcm_out.available / rate}
+        trace.counter("waiting, ms", waiting)
+        trace.counter("frames between threads", {name: ring.available for name, ring in self._rings.items()})
+        dropped = {"in": meters.dropped_in / rate, "out": meters.dropped_out / rate}
+        trace.counter("dropped, ms", dropped)
+        trace.counter("frames late", {"late": meters.late})
+        trace.counter("gaps", {"gaps": meters.underruns})
 
     def _show(self, record: NDArray[Any], index: int, frame: NDArray[np.float32]) -> None:
         """The decoder's frame, and what belongs to it, to the tap."""
@@ -461,6 +521,8 @@ class Conversation:
             self._tell(Event("text", self.meters.frames, text=text))
 
     def _tell(self, event: Event) -> None:
+        if self._trace is not None and event.kind not in ("text", "word"):
+            self._trace.instant(event.kind, {"frame": event.frame, "samples": event.samples})
         self._events.append(event)
         self._news.ring()
 
@@ -468,12 +530,13 @@ class Conversation:
 def _record(codebooks: int, samples: int) -> np.dtype[Any]:
     """One frame on its way: its codes, when its last sample came, and whether it says "begin anew" instead.
 
-    For a tap also the sound that was heard, and whether there is no voice to decode.
+    For a tap also the sound that was heard, and whether there is no voice to decode. The lead is silence before it.
     """
     return np.dtype(
         [
             ("reset", np.bool_),
             ("silent", np.bool_),
+            ("lead", np.bool_),
             ("came", np.float64),
             ("codes", np.int32, (codebooks,)),
             ("heard", np.float32, (samples,)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Meters", "Stopwatch"]
 
@@ -32,6 +33,11 @@ class Stopwatch:
         """Over the durations kept, in seconds; 0 before the first."""
         kept = self._seconds[: min(self.count, len(self._seconds))]
         return float(np.percentile(kept, percent)) if len(kept) else 0.0
+
+    def recent(self) -> NDArray[np.float64]:
+        """The durations kept, in seconds, oldest first."""
+        size = len(self._seconds)
+        return np.roll(self._seconds, -(self.count % size)) if self.count > size else self._seconds[: self.count].copy()
 
     @property
     def last(self) -> float:

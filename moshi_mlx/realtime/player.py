@@ -1,10 +1,12 @@
 """Plays decoded frames at the loudspeaker's own pace.
 
-The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes blocks
-at its own. In between, a small margin is held: enough that no block finds the ring empty, and no more. Where the two
-clocks drift apart, or the margin should change, sound is played a little faster or slower, by at most half a percent,
-with interpolation: no sample is cut out, so nothing clicks. Only what a standing loudspeaker let pile up, so much that
-it would take minutes to be made up for in this way, is left out at once, with a short fade from before to after it.
+The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes
+blocks at its own. In between, a small margin is held: enough that no block finds the ring empty, and no more. An
+underrun widens it; when none has come for a while it narrows again, the more patiently the more often that went wrong.
+Where the two clocks drift apart, or the margin should change, sound is played a little faster or slower, by at most
+half a percent, with interpolation: no sample is cut out, so nothing clicks. Only what a standing loudspeaker let pile
+up, so much that it would take minutes to be made up for in this way, is left out at once, with a short fade from
+before to after it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ _WINDOW = 4.0  # seconds over which the lowest filling is taken
 _PILE = 0.06  # seconds beyond the margin that are left out if they are there ...
 _PILE_WINDOW = 1.0  # ... for so many seconds
 _FADE = 0.005
+_PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before the margin narrows
+_NARROWING = 0.25  # of what it is wider than at first
 
 
 class Player:
@@ -41,7 +45,7 @@ class Player:
     def __init__(self, ring: Ring, sample_rate: int, margin: float = 0.02, most: float = 0.4):
         self._ring = ring
         self._rate = sample_rate
-        self._margin = round(margin * sample_rate)
+        self._margin = self._first = round(margin * sample_rate)
         self._most = round(most * sample_rate)
         self._work = np.zeros(0, np.float32)
         self._lowest = ring.capacity
@@ -51,6 +55,7 @@ class Player:
         self._playing = False
         self._held = 0
         self._clear_to = 0
+        self._calm, self._patience, self._narrowed = 0, round(_PATIENCE * sample_rate), False
         self.underruns = 0
         self.skipped = 0
 
@@ -92,7 +97,7 @@ class Player:
             _fade_out(out, got)
             self._playing = False
             self.underruns += 1
-            self._margin = min(self._margin + round(_STEP * self._rate), self._most)
+            self._widen()
             return
         excess = available - count - 2 * self._most
         if excess > margin:
@@ -115,6 +120,20 @@ class Player:
             self._read_warped(out, count + shift)
         self._lowest = min(self._lowest, self._ring.available)
         self._since += count
+        self._calm += count
+        if self._calm >= self._patience:
+            self._narrow()
+
+    def _widen(self) -> None:
+        self._margin = min(self._margin + round(_STEP * self._rate), self._most)
+        if self._narrowed:  # too early: wait longer the next time
+            self._patience = min(2 * self._patience, round(_MOST_PATIENCE * self._rate))
+        self._calm, self._narrowed = 0, False
+
+    def _narrow(self) -> None:
+        wider = self._margin - self._first
+        self._margin -= min(wider, max(round(_STEP * self._rate), round(_NARROWING * wider)))
+        self._calm, self._narrowed = 0, wider > 0
 
     def _shift(self, count: int, left: int, margin: int) -> int:
         """Samples to take more (or fewer) than asked for, towards the margin."""

@@ -6,6 +6,7 @@ that model, on the machine's own sound devices; with ``--fake-card`` first, on d
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ class Parrot:
         self.codec = SimpleNamespace(num_codebooks=BOOKS, encoder=lambda: _Ear(self), decoder=lambda: _Mouth(self))
         self.frames: dict[int, np.ndarray] = {}
         self.heard = 0
+        self._numbers = itertools.count()
 
     def load(self, *_: Any, **__: Any) -> Parrot:
         return self
@@ -57,9 +59,9 @@ class _Ear:
     def encode(self, frame: np.ndarray) -> np.ndarray:
         parrot = self.parrot
         time.sleep(parrot.seconds)
-        number = parrot.heard
+        number = next(parrot._numbers)  # several conversations may share a parrot
         parrot.frames[number] = frame.copy()
-        parrot.frames.pop(number - 100, None)
+        parrot.frames.pop(number - 1000, None)
         parrot.heard += 1
         return np.full(BOOKS, number, np.int32)
 
@@ -124,17 +126,17 @@ def main() -> int:
     arguments = sys.argv[1:]
     install(Parrot())
     if arguments[:1] == ["--fake-card"]:
-        from moshi_mlx_app import device
+        from moshi_mlx_app import portaudio
 
         from tests.app.test_device import FakeCard
 
         card = FakeCard()
-        device._sounddevice = lambda: card
+        portaudio.sounddevice = lambda: card
         pump(card)
         arguments = arguments[1:]
     from moshi_mlx_app.cli import main as program
 
-    return program(arguments)
+    return program([*arguments, "--model", "parrot"])  # without a name it would measure the machine first
 
 
 if __name__ == "__main__":

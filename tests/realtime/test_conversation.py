@@ -103,6 +103,29 @@ def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("moshi ")]
 
 
+@pytest.mark.parametrize("voice", [0, BOOKS], ids=["writes", "speaks"])
+def test_silence_comes_first_where_the_checkpoint_asks_for_it(parts: SimpleNamespace, voice: int) -> None:
+    """If this fails, live speech-to-text misses the first words, or its recording and its times begin with silence."""
+    parts.model.config.stt_config["audio_silence_prefix_seconds"] = 0.38  # 4.75 frames
+    parts.model.lm.config.own_q = voice
+    parts.generator.stalls = dict.fromkeys(range(5), 0.05)
+    taped: list[tuple[int, int]] = []
+    with Conversation(
+        parts.model, backlog=1.0, tap=lambda heard, frame: taped.append((frame.index, round(heard[0] * 1e6)))
+    ) as conversation:
+        assert len(parts.generator.heard) >= 2, "nobody can speak before it"
+        for number in (1, 2):
+            conversation.feed(_frame(number))
+        assert _until(lambda: len(taped) == 2) and conversation.meters.frames == 2
+        conversation.reset()
+        assert _until(lambda: parts.generator.resets == 1)
+        conversation.feed(_frame(7))
+        assert _until(lambda: len(taped) == 3)
+    assert parts.generator.heard == [*[0] * 5, 1, 2, *[0] * 5, 7]
+    assert taped == [(0, 1), (1, 2), (0, 7)]
+    assert conversation.meters.dropped_in == 0 and not _threads()
+
+
 def test_an_hour_in_order_and_flat(parts: SimpleNamespace) -> None:
     """If this fails, a long conversation loses frames, shuffles them, or grows in memory."""
     out, said, burst = np.empty(480, np.float32), [], 10
