@@ -31,6 +31,7 @@ from torch import Tensor
 from moshi_mlx.training import checkpoint
 from moshi_mlx.training.adversary import Judge, losses_of
 from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
+from moshi_mlx.training.export import from_published
 from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
 from moshi_mlx.training.process import Stop, keep_memory
@@ -115,6 +116,7 @@ class Shared:
     judged: Any  # steps the judge has taken
     level: Any  # learning rate, as a share of the full one
     stop: Any
+    first: int = 0  # the step at which this model's optimizer began: later than 0 if it goes on from published weights
 
 
 def no_moments(model: torch.nn.Module) -> Moments:
@@ -140,8 +142,9 @@ def adamw(theirs: torch.nn.Module, mine: torch.nn.Module, moments: Moments, step
 def apply_step(shared: Shared, local: Mimi, before: dict[str, Tensor], options: argparse.Namespace) -> None:
     """A worker's gradients move the shared parameters; its codebooks' movement is added to the shared ones."""
     step = shared.steps.value + 1
-    rate = options.rate * min(1.0, step / WARMUP_STEPS) * max(shared.level.value, 0.01)
-    adamw(shared.model, local, shared.moments, step, rate)
+    age = step - shared.first
+    rate = options.rate * min(1.0, age / WARMUP_STEPS) * max(shared.level.value, 0.01)
+    adamw(shared.model, local, shared.moments, age, rate)
     with torch.no_grad():
         for name, mine in local.named_buffers():
             shared.model.get_buffer(name).add_(mine - before[name])
@@ -179,6 +182,21 @@ def fit_codebooks(model: Mimi, corpus: Corpus, options: argparse.Namespace) -> N
     z = torch.cat(latents)
     for quantizer in (model.first, model.rest):
         quantizer.fit(quantizer.project(z), usage=60 / model.shape.bins)
+
+
+def learn_phone_head(model: Mimi, corpus: Corpus, options: argparse.Namespace, steps: int = 150) -> None:
+    """Fit a new phone head to the codes as they are, so that its first mistakes do not pull at a trained encoder."""
+    rng, (size, frames) = np.random.default_rng([options.seed, 1 << 41]), CROPS[0]
+    optimizer = torch.optim.Adam(model.phone_head.parameters(), 1e-2)
+    for _ in range(steps):
+        heard, _, labels = (torch.from_numpy(a) for a in corpus.batch(size, frames, rng, options.answer_share))
+        with torch.no_grad():
+            semantic = model.first.quantize(model.first.project(model.latent(heard[:, None])))[0]
+        loss = F.cross_entropy(model.phones(semantic, size).flatten(0, 2), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"phone head fitted to the codes: cross-entropy {float(loss):.2f}", flush=True)
 
 
 def work(number: int, shared: Shared, results: Any, options: argparse.Namespace) -> None:
@@ -250,10 +268,10 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     context = torch.multiprocessing.get_context("spawn")
     stop, path = Stop(), options.run / ("codec.pt" if options.stage == "codec" else "finetuned.pt")
-    Corpus(options.data)  # complains here, once, if there is nothing to learn from
+    corpus = Corpus(options.data)  # complains here, once, if there is nothing to learn from
     torch.manual_seed(options.seed)
     model = Mimi()
-    step, heard_seconds, level = 0, 0.0, 1.0
+    step, first, heard_seconds, level = 0, 0, 0.0, 1.0
     moments = no_moments(model)
     judge = Judge() if options.stage == "decoder" and options.adversarial else None
     judge_moments, judged = [] if judge is None else no_moments(judge), 0
@@ -261,13 +279,18 @@ def train(options: argparse.Namespace) -> None:
         state = checkpoint.load(path)
         model.load_state_dict(state["model"])
         step, heard_seconds, level = state["step"], state["heard_seconds"], state["level"] or 1.0
-        moments = state["moments"]
+        moments, first = state["moments"], state.get("first", 0)
         if judge is not None and "judge" in state:
             judge.load_state_dict(state["judge"])
             judge_moments, judged = state["judge_moments"], state["judged"]
         print(f"going on from step {step}, {heard_seconds / 3600:.2f} h heard", flush=True)
     elif options.stage == "decoder":
         model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
+    elif options.start_from is not None:
+        size, frames = CROPS[0]
+        model = from_published(options.start_from, size * frames / model.shape.bins)
+        learn_phone_head(model, corpus, options)
+        step = first = BYPASS_STEPS  # its codebooks have their places
     model.share_memory()
     if judge is not None:
         judge.share_memory()
@@ -285,6 +308,7 @@ def train(options: argparse.Namespace) -> None:
         judged=context.Value("q", judged, lock=False),
         level=context.Value("d", level, lock=False),
         stop=context.Value("b", 0, lock=False),
+        first=first,
     )
     results = context.Queue()
     workers = [
@@ -303,6 +327,7 @@ def train(options: argparse.Namespace) -> None:
                 **checkpoint.model_state(model),
                 "moments": shared.moments,
                 "step": shared.steps.value,
+                "first": shared.first,
                 "heard_seconds": heard_seconds,
                 "level": shared.level.value,
             }
@@ -375,6 +400,9 @@ def parser_for(module: str, description: str, rate: float, answer_share: float) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for("codec", __doc__.split("\n")[0], 5e-4, 0.5)
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this mimi.safetensors"
+    )
     options = parser.parse_args(arguments)
     options.stage = "codec"
     keep_memory()

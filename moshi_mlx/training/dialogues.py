@@ -277,11 +277,11 @@ def ask(exchange: Exchange, rng: random.Random) -> str:
     return lead + (first if keep else first.lower()) + (" " + rest if rest else "")
 
 
-def pick(rng: random.Random) -> Exchange:
-    """An exchange, topics being equally likely by the square root of their size: sums do not drown the rest."""
+def pick(rng: random.Random, power: float = 0.5) -> Exchange:
+    """An exchange, topics being likely by a power of their size: at the square root, sums do not drown the rest."""
     by_topic = _by_topic()
     topics = list(by_topic)
-    topic = rng.choices(topics, [len(by_topic[t]) ** 0.5 for t in topics])[0]
+    topic = rng.choices(topics, [len(by_topic[t]) ** power for t in topics])[0]
     return rng.choice(by_topic[topic])
 
 

@@ -42,6 +42,28 @@ def export(model: Mimi, folder: Path, dtype: torch.dtype = torch.float16) -> tup
     return weights, config
 
 
+def from_published(weights: Path, usage: float) -> Mimi:
+    """A model that goes on from a published file: what `export` wrote, each codebook entry used ``usage`` times a step.
+
+    Raises KeyError naming a tensor that the file lacks. The phone head, which is not published, is new.
+    """
+    from safetensors.torch import load_file
+
+    model, stored = Mimi(), load_file(weights)
+    state = {name: stored[name].float() for name in model.state_dict() if not name.startswith("phone_head")}
+    for name, module in model.named_modules():
+        if isinstance(module, Codebook):
+            entries = state[f"{name}.embedding_sum"] / state[f"{name}.cluster_usage"].clamp_min(1e-5)[:, None]
+            state[f"{name}.embedding_sum"] = entries * usage
+            state[f"{name}.cluster_usage"] = torch.full_like(state[f"{name}.cluster_usage"], usage)
+            state[f"{name}._initialized"] = torch.ones(1)
+        elif isinstance(module, CausalConv) and module.gain != 1:
+            for kind in ("weight", "bias"):
+                state[f"{name}.conv.conv.{kind}"] = state[f"{name}.conv.conv.{kind}"] / module.gain
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     from moshi_mlx.training.checkpoint import load_model
 

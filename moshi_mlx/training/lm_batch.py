@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 
 from moshi_mlx.config import LmConfig
 from moshi_mlx.text import EPAD, PAD
-from moshi_mlx.training.lm_dialogue import NONE, Pieces, Window, compose
+from moshi_mlx.training.lm_dialogue import LEAD, NONE, Pieces, Window, compose
 
 PAD_WEIGHT, WORD_WEIGHT, FIRST_WEIGHT = 0.3, 1.0, 10.0  # of text tokens
+DECIDING_WEIGHT = 8.0  # of words that tell answers apart
+LISTENING_WEIGHT, SAID_WEIGHT, STOPPED_WEIGHT = 0.6, 1.0, 2.0  # of padding in questions, answers, after interruptions
 DEPTH_SHARE = 0.16  # of all frames, whose codes are learnt in one step
 SILENT_SHARE = 0.15  # of those, frames in which the own voice is silent
-# Chance that an input is spoiled, per conversation and then per token.
+# Chance that an input is spoiled, per conversation and then per token, on average.
 SPOIL = 0.7
-OWN_SPOILED, USER_SEMANTIC_SPOILED, USER_ACOUSTIC_SPOILED, TEXT_SPOILED = 0.15, 0.04, 0.12, 0.05
+OWN_SPOILED, USER_SEMANTIC_SPOILED, USER_ACOUSTIC_SPOILED, TEXT_SPOILED = 0.15, 0.04, 0.15, 0.05
+USER_FRAME_SPOILED = 0.02  # all codes of a user's frame at once
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Batch:
         Where to tell the answer, which it is, and 0 for rows that only fill up.
     heard_rows, heard, heard_weight : arrays [rows]
         The same for words just heard.
+    phone_rows, phone_weight : arrays [rows]; phones : array [rows, 2]
+        The same for what is being said.
     first_weight : array [n]
         1 where the first word of an answer is predicted.
     """
@@ -57,6 +62,9 @@ class Batch:
     heard_rows: mx.array
     heard: mx.array
     heard_weight: mx.array
+    phone_rows: mx.array
+    phones: mx.array
+    phone_weight: mx.array
     first_weight: mx.array
 
     def arrays(self) -> tuple[mx.array, ...]:
@@ -78,14 +86,15 @@ def spoil(inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator)
     if rng.random() > SPOIL:
         return
     own, time = 1 + config.own_q, inputs.shape[1]
-    chance = np.full((len(inputs), 1), USER_ACOUSTIC_SPOILED)
-    chance[own] = USER_SEMANTIC_SPOILED
+    chance = np.full((len(inputs), 1), USER_ACOUSTIC_SPOILED * rng.random() * 2)
+    chance[own] = USER_SEMANTIC_SPOILED * rng.random() * 2
     chance[1:own] = OWN_SPOILED * rng.random() * 2
     chance[0] = 0
     # Whole frames of the own voice go wrong together as often as single codes do.
     frames = np.repeat(rng.random((1, time)) < chance[1, 0] / 2, own - 1, axis=0)
     hit = rng.random(inputs.shape) < chance
     hit[1:own] |= frames
+    hit[own:] |= rng.random((1, time)) < USER_FRAME_SPOILED
     hit[:, 0] = False
     inputs[hit] = rng.integers(0, config.card, int(hit.sum()))
     lost = (rng.random(time) < TEXT_SPOILED) & (inputs[0] != config.text_start_id)
@@ -114,13 +123,19 @@ def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Gener
     text = np.stack([window.tokens[0] for window in windows]).reshape(n)
     first = np.stack([window.first for window in windows]).reshape(n)
     weight = np.where(text == PAD, PAD_WEIGHT, WORD_WEIGHT).astype(np.float32)
+    phones = np.stack([window.phones for window in windows]).reshape(n, 2)
+    speaking = np.stack([window.speaking for window in windows])
+    written = np.pad(speaking, ((0, 0), (0, LEAD)))[:, LEAD:].reshape(n)
+    weight[(phones[:, 0] != NONE) & (text == PAD)] = LISTENING_WEIGHT  # or weighty words are begun too early
+    weight[written & (text == PAD)] = SAID_WEIGHT  # or begun twice
+    weight[np.stack([window.deciding for window in windows]).reshape(n) & (text != PAD)] = DECIDING_WEIGHT
+    weight[np.stack([window.stopped for window in windows]).reshape(n) & (text == PAD)] = STOPPED_WEIGHT
     begins = np.flatnonzero(first)
     announced = begins[begins > 0] - 1
     weight[announced[text[announced] == EPAD]] = FIRST_WEIGHT / 3  # when to speak matters too
     weight[first] = FIRST_WEIGHT
     depth_count = int(n * DEPTH_SHARE)
     silent_count = int(depth_count * SILENT_SHARE)
-    speaking = np.stack([window.speaking for window in windows])
     known = (targets[:, 1:] < config.card).all(1)
     loud, still = np.flatnonzero(speaking & known), np.flatnonzero(~speaking & known)
     loud = rng.permutation(loud)[: depth_count - silent_count]
@@ -130,6 +145,7 @@ def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Gener
     heard = np.stack([window.heard for window in windows]).reshape(n)
     answer_rows, answer_weight = _rows(np.flatnonzero(answer != NONE), n // 8, rng)
     heard_rows, heard_weight = _rows(np.flatnonzero(heard != NONE), n // 8, rng)
+    phone_rows, phone_weight = _rows(np.flatnonzero(phones[:, 0] != NONE), n // 4, rng)
     return Batch(
         mx.array(inputs),
         mx.array(text),
@@ -142,6 +158,9 @@ def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Gener
         mx.array(heard_rows),
         mx.array(np.maximum(heard[heard_rows], 0)),
         mx.array(heard_weight),
+        mx.array(phone_rows),
+        mx.array(np.maximum(phones[phone_rows], 0)),
+        mx.array(phone_weight),
         mx.array(first.astype(np.float32)),
     )
 

@@ -1,6 +1,6 @@
 """What the language model hears and says, as codes on disk.
 
-    python -m moshi_mlx.training.lm_data speak  runs/lm/data --questions 14000
+    python -m moshi_mlx.training.lm_data speak  runs/lm/data --questions 32000
     python -m moshi_mlx.training.lm_data encode runs/lm/data --codec runs/codec/codec.pt
 
 ``speak`` needs the synthesizers and no codec: it writes spoken questions by many voices (``train-NNNN``), new
@@ -42,6 +42,7 @@ ROOMS, ROOM_FRAMES, DEAD_ROOMS = 32, 500, 4  # rooms 0 to 3 are digital silence
 ANSWER_BEFORE, ANSWER_AFTER = 32, 24  # frames of silence around an answer when it is encoded
 SHARD = 500  # questions
 FLITE_SHARE = 0.35  # of the training questions; espeak-ng's voices are many but alike
+TRAINING_POWER = 0.7  # how much likelier large topics are asked in training: sums have most to tell apart
 USERS = tuple(voice for voice in TRAINING if voice != ANSWERING_VOICE)
 VOICES = {"train": USERS, "known": USERS, "held": HELD_OUT}
 OTHER_WORD = 0
@@ -89,7 +90,7 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
     if rng.random() < UNKNOWN_SHARE:
         exchange, text = UNKNOWN, sentences.sentence(rng)
     else:
-        chosen = dialogues.pick(rng)
+        chosen = dialogues.pick(rng, TRAINING_POWER if split == "train" else 0.5)
         exchange, text = dialogues.exchanges().index(chosen), dialogues.ask(chosen, rng)
     voices = VOICES[split]
     if split != "held":
@@ -123,6 +124,7 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
         "room": room,
         "end": BEFORE + spoken,
         "words": words,
+        "phones": utterance.labels(2 * (len(clip) // FRAME), (at - first) / SAMPLE_RATE),
         "text": text,
     }
 
@@ -179,8 +181,9 @@ def speak_set(folder: Path, name: str, size: int) -> bool:
     arrays = {key: np.array([clip[key] for clip in clips]) for key in ("exchange", "voice", "room", "end", "text")}
     pieces = _flat([clip["pcm"] for clip in clips])
     spelled = _flat(words)
-    _write(path, {**arrays, "data": pieces["data"], "count": pieces["count"], "words": spelled["data"],
-                  "word_count": spelled["count"]})  # fmt: skip
+    arrays |= {"words": spelled["data"], "word_count": spelled["count"]}
+    arrays["phones"] = np.concatenate([clip["phones"] for clip in clips])  # two a frame
+    _write(path, {**arrays, **pieces})
     return True
 
 
@@ -258,6 +261,8 @@ def encode_set(folder: Path, name: str, codec: Any, digest: str) -> bool:
         arrays = {key: source[key] for key in source.files}
     codes = encode_clips(codec, split_flat(arrays.pop("data"), arrays.pop("count")))
     if "end" in arrays:  # a question: forget the frames that feel the clip's beginning
+        phones = split_flat(arrays["phones"].reshape(-1, 2), np.array([len(piece) for piece in codes]))
+        arrays["phones"] = np.concatenate([piece[DROPPED:] for piece in phones])
         codes = [piece[DROPPED:] for piece in codes]
         arrays["end"] -= DROPPED
         arrays["words"][:, 0] -= DROPPED
@@ -272,23 +277,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encode = commands.add_parser("encode", help="turn waveforms into codes")
     for command in (speak, encode):
         command.add_argument("folder", type=Path, help="where the sets are; those already there are kept")
-    speak.add_argument("--questions", type=int, default=14000, help="spoken questions to train on (14000)")
+        command.add_argument(
+            "--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="only every Nth set"
+        )
+    speak.add_argument("--questions", type=int, default=32000, help="spoken questions to train on (32000)")
     speak.add_argument("--evaluated", type=int, default=200, help="questions of each kind to evaluate on (200)")
     encode.add_argument("--codec", type=Path, required=True, help="a PyTorch checkpoint of the codec")
     encode.add_argument("--threads", type=int, default=1)
-    encode.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="only every Nth set")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     if options.command == "speak":
-        speak_answers(options.folder)
-        speak_rooms(options.folder)
-        for name, size in set_names(options.questions, options.evaluated):
+        if options.share[0] == 0:
+            speak_answers(options.folder)
+            speak_rooms(options.folder)
+        for number, (name, size) in enumerate(set_names(options.questions, options.evaluated)):
+            if number % options.share[1] != options.share[0]:
+                continue
             made = speak_set(options.folder, name, size)
             print(f"{name}: {size} questions{'' if made else ' (kept)'}, {time.monotonic() - began:.0f} s", flush=True)
         return
     import torch
 
+    from moshi_mlx.training.process import keep_memory
+
+    keep_memory()  # encoding is twice as fast with it
     torch.set_num_threads(options.threads)
     codec, digest = load_codec(options.codec)
     names = sorted(path.name.removesuffix(".pcm.npz") for path in options.folder.glob("*.pcm.npz"))

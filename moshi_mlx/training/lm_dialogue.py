@@ -10,13 +10,13 @@ Around one question, with the text two frames ahead of the sound::
     text   PAD ................... PAD EPAD The PAD PAD cap.. PAD EPAD of PAD ...
                              end ^        ^ 3 frames before the sound, which comes 5 to 7 after the question
 
-When the user interrupts, the own voice is quiet from the fourth frame after the user's first one.
+When the user interrupts, the own voice is quiet from the third or fourth frame after the user's first one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from numpy.typing import NDArray
 
 from moshi_mlx.text import EPAD, PAD, TextTokenizer
 from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_data import BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
+from moshi_mlx.training.lm_data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
 
 LEAD = 2  # frames by which a word's first token comes before its sound
 GAP = (5, 8)  # frames from the end of a question to the first sound of its answer: 5, 6 or 7
 PAUSE = (3, 20)  # frames from the end of an answer to the next question's clip
-STOP = 4  # frames after the user's first sound from which an interrupted answer is quiet
-INTERRUPTED, SILENT = 1 / 8, 0.07  # shares of turns
+STOP = 4  # frames after the user's first sound from which an interrupted answer is quiet at the latest
+INTERRUPTED, SILENT = 1 / 4, 0.07  # shares of turns
+PHONES_AFTER = 2  # frames until the phones of a frame are to be known: the acoustic codes come one frame late
+WARPED = 0.08  # share of a question's frames left out or doubled, in half of the questions
 STEADY = 40  # frames after which the codes of a room no longer feel its beginning
 NONE = -1  # label: nothing to learn here
 
@@ -41,7 +43,10 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Question:
-    """A clip: codes [frames, books], in which speech ends before ``end``; ``words`` [n, 2] are (end frame, index)."""
+    """A clip: codes [frames, books], in which speech ends before ``end``.
+
+    ``words`` [n, 2] are (end frame, index), ``phones`` [frames, 2] what is being said (`speech.PHONES`).
+    """
 
     codes: NDArray[np.uint16]
     exchange: int
@@ -49,6 +54,7 @@ class Question:
     room: int
     end: int
     words: NDArray[np.int32]
+    phones: NDArray[np.uint8]
     text: str
 
     @property
@@ -64,11 +70,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Codes of the sound and of the silence after it, and ``tokens`` [n, 2]: (frame from the sound's first, id)."""
+    """Codes of the sound and of the silence after it.
+
+    ``tokens`` [n, 2] are (frame from the sound's first, id); ``deciding`` [n] marks those that do not follow from
+    the two words before.
+    """
 
     codes: NDArray[np.uint16]
     frames: int
     tokens: Ints
+    deciding: NDArray[np.bool_]
 
 
 @cache
@@ -102,6 +113,24 @@ def answer_tokens(answer: str, starts: Sequence[float], tokenizer: TextTokenizer
     return np.array(out, np.int32)
 
 
+def deciding_tokens(answers: Sequence[Ints]) -> list[NDArray[np.bool_]]:
+    """Of each answer's tokens [n, 2] the words' that do not follow from the two words before: [n] each.
+
+    In "The capital of France is Paris." these are "The", "capital" and "France", which must have been heard; in "Two
+    plus three is five." all but "is".
+    """
+    after: dict[tuple[int, ...], set[int]] = {}
+    spelled = [tokens[tokens[:, 1] != EPAD, 1].tolist() for tokens in answers]
+    for words in spelled:
+        for i, word in enumerate(words):
+            after.setdefault(tuple(words[max(0, i - 2) : i]), set()).add(word)
+    out = []
+    for tokens, words in zip(answers, spelled, strict=True):
+        out.append(np.zeros(len(tokens), bool))
+        out[-1][tokens[:, 1] != EPAD] = [len(after[tuple(words[max(0, i - 2) : i])]) > 1 for i in range(len(words))]
+    return out
+
+
 class Pieces:
     """Everything that conversations are made of, from one folder and one codec.
 
@@ -121,18 +150,21 @@ class Pieces:
         if int(loaded["taught"]) != taught():
             raise ValueError(f"{folder} was made for other questions and answers: make it again in an empty folder")
         texts = dialogues.answers()
+        tokens = [
+            answer_tokens(text, starts.tolist(), tokenizer)
+            for text, starts in zip(texts, split_flat(loaded["starts"], loaded["start_count"]), strict=True)
+        ]
         self.answers = [
-            Answer(codes, int(frames), answer_tokens(text, starts.tolist(), tokenizer))
-            for text, codes, frames, starts in zip(
-                texts,
+            # Codes of the silence before an answer have done their work.
+            Answer(codes[ANSWER_BEFORE:], int(frames), placed, decides)
+            for codes, frames, placed, decides in zip(
                 split_flat(loaded["data"], loaded["count"]),
                 loaded["frames"],
-                split_flat(loaded["starts"], loaded["start_count"]),
+                tokens,
+                deciding_tokens(tokens),
                 strict=True,
             )
         ]
-        # Codes of the silence before an answer have done their work.
-        self.answers = [Answer(a.codes[len(a.codes) - a.frames - _tail(a) :], a.frames, a.tokens) for a in self.answers]
         rooms = self._load("rooms.npz")
         self.rooms = split_flat(rooms["data"], rooms["count"])
         assert len(self.rooms) == ROOMS
@@ -152,14 +184,15 @@ class Pieces:
                 continue  # left over from another codec; `encode` will replace it
             self._read.add(path.name)
             self.questions += [
-                Question(codes, int(exchange), int(voice), int(room), int(end), words, str(text))
-                for codes, exchange, voice, room, end, words, text in zip(
+                Question(codes, int(exchange), int(voice), int(room), int(end), words, phones, str(text))
+                for codes, exchange, voice, room, end, words, phones, text in zip(
                     split_flat(loaded["data"], loaded["count"]),
                     loaded["exchange"],
                     loaded["voice"],
                     loaded["room"],
                     loaded["end"],
                     split_flat(loaded["words"], loaded["word_count"]),
+                    split_flat(loaded["phones"], loaded["count"]),
                     loaded["text"],
                     strict=True,
                 )
@@ -176,12 +209,6 @@ class Pieces:
             ) from None
 
 
-def _tail(answer: Answer) -> int:
-    from moshi_mlx.training.lm_data import ANSWER_AFTER
-
-    return min(ANSWER_AFTER, len(answer.codes) - answer.frames)
-
-
 @dataclass
 class Window:
     """One conversation.
@@ -194,8 +221,14 @@ class Window:
         Index of the answer that the question just ended asks for, until its first word is out; else -1.
     heard : array [frames], int32
         Index of the word that the user has just said (`lm_data.heard_words`), else -1.
+    phones : array [frames, 2], int32
+        What the user was saying ``PHONES_AFTER`` frames ago, -1 outside of questions.
     first : array [frames], bool
         Where the first word of an answer is written.
+    deciding : array [frames], bool
+        Where a text token stands that does not follow from the two before.
+    stopped : array [frames], bool
+        Where an interrupted answer would have gone on, and does not.
     speaking : array [frames], bool
         Where the own voice sounds or has just ended.
     interruptions : list of (int, int)
@@ -205,9 +238,27 @@ class Window:
     tokens: Ints
     answer: Ints
     heard: Ints
+    phones: Ints
     first: NDArray[np.bool_]
+    deciding: NDArray[np.bool_]
+    stopped: NDArray[np.bool_]
     speaking: NDArray[np.bool_]
     interruptions: list[tuple[int, int]]
+
+
+def stretched(question: Question, rng: np.random.Generator) -> Question:
+    """The question a little faster here and slower there: some frames are left out, some come twice."""
+    times = rng.choice(3, len(question.codes), p=(WARPED / 2, 1 - WARPED, WARPED / 2))
+    times[: question.onset + 1] = times[question.end - 1 :] = 1
+    until = np.cumsum(times)  # frames up to and including each
+    words = np.stack([until[question.words[:, 0] - 1], question.words[:, 1]], axis=1)
+    return replace(
+        question,
+        codes=np.repeat(question.codes, times, axis=0),
+        end=int(until[question.end - 1]),
+        words=words,
+        phones=np.repeat(question.phones, times, axis=0),
+    )
 
 
 def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
@@ -222,12 +273,15 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
     own[:, :STEADY] = quiet[:STEADY].T
     own[:, STEADY:] = np.resize(quiet[STEADY:], (longest - STEADY, books)).T
     answer, heard = np.full(longest, NONE, np.int32), np.full(longest, NONE, np.int32)
-    first, speaking = np.zeros(longest, bool), np.zeros(longest, bool)
+    phones = np.full((longest, 2), NONE, np.int32)
+    first, deciding, stopped, speaking = (np.zeros(longest, bool) for _ in range(4))
     interruptions = []
-    at, filled, interrupts = int(rng.integers(1, PAUSE[1])), 0, False
+    at, filled, sound, interrupts = int(rng.integers(1, PAUSE[1])), 0, 0, False
     room, said = pieces.rooms[0], pieces.answers[0]
     while True:
         question = pieces.questions[int(rng.integers(len(pieces.questions)))]
+        if rng.random() < 0.5:
+            question = stretched(question, rng)
         if not interrupts and rng.random() < SILENT:
             at += int(rng.integers(30, 100))
         if filled == 0:
@@ -238,12 +292,17 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
             break
         if interrupts:
             onset = at + question.onset
-            _silence_from(own, text, speaking, onset + STOP, said, quiet)
-            interruptions.append((onset, onset + STOP))
+            stop = onset + int(rng.integers(STOP - 1, STOP + 1))
+            _silence_from(own, text, speaking, stop, said, quiet)
+            deciding[stop - 1 :] = False
+            stopped[stop - 1 : sound + said.frames] = True
+            interruptions.append((onset, stop))
         user[:, at : at + len(question.codes)] = question.codes.T
         filled = at + len(question.codes)
         for frame, word in question.words:
             heard[at + frame + 1] = word
+        spoken = slice(at + PHONES_AFTER, at + PHONES_AFTER + len(question.phones))
+        phones[spoken] = question.phones
         room = pieces.rooms[question.room]
         end = at + question.end
         said = pieces.answers[question.answer]
@@ -251,6 +310,7 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
         own[:, sound : sound + len(said.codes)] = said.codes.T
         speaking[sound : sound + said.frames + 2] = True
         text[sound + said.tokens[:, 0]] = said.tokens[:, 1]
+        deciding[sound + said.tokens[said.deciding, 0]] = True
         begin = sound - LEAD
         first[begin] = True
         answer[end : begin + 1] = question.answer
@@ -261,7 +321,17 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
             at = sound + said.frames + int(rng.integers(*PAUSE))
     cut = slice(frames)
     kept = [pair for pair in interruptions if pair[1] < frames]
-    return Window(tokens[:, cut], answer[cut], heard[cut], first[cut], speaking[cut], kept)
+    return Window(
+        tokens[:, cut],
+        answer[cut],
+        heard[cut],
+        phones[cut],
+        first[cut],
+        deciding[cut],
+        stopped[cut],
+        speaking[cut],
+        kept,
+    )
 
 
 def _fill_room(user: Ints, start: int, stop: int, room: NDArray[np.uint16], rng: np.random.Generator) -> None:

@@ -122,9 +122,19 @@ def in_batches(lm: Lm, user: NDArray[Any], settings: GenerationConfig, size: int
 
 
 def answers(
-    lm: Lm, tokenizer: TextTokenizer, pieces: Pieces, settings: GenerationConfig, count: int, codec: Any, size: int
+    lm: Lm,
+    tokenizer: TextTokenizer,
+    pieces: Pieces,
+    settings: GenerationConfig,
+    count: int,
+    codec: Any,
+    size: int,
+    listened: int | None = None,
 ) -> Report:
-    """Free-running answers to the first ``count`` questions, right if the words are exactly the right answer's."""
+    """Free-running answers to the first ``count`` questions, right if the words are exactly the right answer's.
+
+    With a codec, the sound of the first ``listened`` of them is judged too.
+    """
     questions = pieces.questions[:count]
     frames = max(BEFORE + len(question.codes) for question in questions) + AFTER
     user = np.stack([question_stream(pieces, question, frames) for question in questions])
@@ -150,7 +160,8 @@ def answers(
         "by_topic": {topic: [int(sum(hits)), len(hits)] for topic, hits in sorted(topics.items())},
     }
     if codec is not None:
-        figures |= heard_by_ear(codec, questions, codes, text, tokenizer)
+        figures |= heard_by_ear(codec, questions[:listened], codes, text, tokenizer)
+        figures["text_right_of_those"] = float(np.mean(right[:listened]))
     return Report(figures, wrong)
 
 
@@ -162,12 +173,11 @@ def heard_by_ear(
 
     judge, texts = Recogniser(dialogues.answers()), dialogues.answers()
     right, written = [], []
-    for question, own, tokens in zip(questions, codes, text, strict=True):
+    for question, own, tokens in zip(questions, codes[: len(questions)], text[: len(questions)], strict=True):
         words = np.flatnonzero(sounds(tokens, tokenizer))
         begin = max(0, BEFORE + question.end - 6)
         end = min(len(own), int(words[-1]) + 18) if len(words) else begin + 6
-        pcm = codec.decode(own[begin:end].T)
-        heard = judge.hear(pcm)
+        heard = judge.hear(codec.decode(own[begin:end].T))
         right.append(heard == " ".join(dialogues.words(texts[question.answer])))
         written.append(heard == " ".join(dialogues.words(said(tokens, tokenizer))))
     return {"ear_right": float(np.mean(right)), "ear_as_written": float(np.mean(written))}
@@ -221,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=100, help="conversations at once (100)")
     parser.add_argument("--text-only", action="store_true", help="answers alone: no silence, no interruptions")
     parser.add_argument("--ear", type=Path, metavar="FOLDER", help="folder with the codec that makes the sound")
+    parser.add_argument("--ear-count", type=int, default=60, help="answers of each kind to judge by ear (60)")
     parser.add_argument("--wrong", type=int, default=10, help="how many wrong answers to print (10)")
     options = parser.parse_args(arguments)
     preload_blas()
@@ -239,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         began, lm = time.monotonic(), load_weights(path, config)
         table: dict[str, Any] = {}
         for name, pieces in sets.items():
-            report = answers(lm, tokenizer, pieces, settings, options.count, codec, options.batch)
+            report = answers(lm, tokenizer, pieces, settings, options.count, codec, options.batch, options.ear_count)
             table[name] = report.figures
             for question, wanted, reply in report.wrong[: options.wrong]:
                 print(f"  {name}: {question!r}: {wanted!r}, but said {reply!r}", flush=True)

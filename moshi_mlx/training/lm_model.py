@@ -1,7 +1,7 @@
-"""What is trained: our own language model, two heads that teach it to listen, and the losses.
+"""What is trained: our own language model, three heads that teach it to listen, and the losses.
 
-The heads tell, from what the temporal transformer knows, which word the user has just said and, at the end of a
-question, which answer it asks for. They are thrown away at export.
+The heads tell, from what the temporal transformer knows, which phones the user is saying, which word has just been said
+and, at the end of a question, which answer it asks for. They are thrown away at export.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from moshi_mlx.config import LmConfig
 from moshi_mlx.lm import Lm
 from moshi_mlx.training import dialogues
 from moshi_mlx.training.lm_data import heard_words
+from moshi_mlx.training.speech import PHONES
 
-ANSWER, HEARD, SEMANTIC, ACOUSTIC = 0.5, 0.5, 1.0, 0.7  # weights of losses beside the text's
+ANSWER, HEARD, PHONE, SEMANTIC, ACOUSTIC = 0.5, 0.5, 0.3, 1.0, 0.7  # weights of losses beside the text's
 
 
 class Learner(nn.Module):
@@ -29,6 +30,7 @@ class Learner(nn.Module):
         self.lm = Lm(config)
         self.answer_head = nn.Linear(config.dim, len(dialogues.answers()), bias=False)
         self.heard_head = nn.Linear(config.dim, len(heard_words()) + 1, bias=False)
+        self.phone_head = nn.Linear(config.dim, 2 * len(PHONES), bias=False)
 
 
 def flat(tree: Any) -> list[tuple[str, mx.array]]:
@@ -63,6 +65,9 @@ def losses(
     heard_rows: mx.array,
     heard: mx.array,
     heard_weight: mx.array,
+    phone_rows: mx.array,
+    phones: mx.array,
+    phone_weight: mx.array,
     first_weight: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """The loss, and the figures named by ``FIGURES`` [len(FIGURES)]; arguments are a ``Batch``'s arrays."""
@@ -79,7 +84,10 @@ def losses(
     answer_loss = _mean(entropy(told, answer), answer_weight)
     words = learner.heard_head(hidden[heard_rows])
     heard_loss = _mean(entropy(words, heard), heard_weight)
-    total = text_loss + ANSWER * answer_loss + HEARD * heard_loss + SEMANTIC * semantic + ACOUSTIC * acoustic
+    saying = learner.phone_head(hidden[phone_rows]).reshape(*phones.shape, -1)
+    phone_loss = _mean(entropy(saying, phones).mean(-1), phone_weight)
+    total = text_loss + ANSWER * answer_loss + HEARD * heard_loss + PHONE * phone_loss
+    total = total + SEMANTIC * semantic + ACOUSTIC * acoustic
     figures = [
         total,
         text_loss,
@@ -89,6 +97,8 @@ def losses(
         _mean((told.argmax(-1) == answer).astype(mx.float32), answer_weight),
         heard_loss,
         _mean((words.argmax(-1) == heard).astype(mx.float32), heard_weight),
+        phone_loss,
+        _mean((saying.argmax(-1) == phones).astype(mx.float32).mean(-1), phone_weight),
         semantic,
         acoustic,
     ]
@@ -96,5 +106,6 @@ def losses(
 
 
 FIGURES = (
-    "loss", "text", "first", "first_right", "answer", "answer_right", "heard", "heard_right", "semantic", "acoustic",
+    "loss", "text", "first", "first_right", "answer", "answer_right", "heard", "heard_right", "phone", "phone_right",
+    "semantic", "acoustic",
 )  # fmt: skip

@@ -145,6 +145,14 @@ class Trainer:
         extra: dict[str, Any] = json.loads(metadata["extra"])
         return extra
 
+    def start_from(self, path: Path) -> None:
+        """Begin with the weights of a published file; the heads, which are not published, are new."""
+        from moshi_mlx.training.lm_evaluate import load_weights
+
+        lm = load_weights(path, self.config)
+        self.learner.lm.load_weights([(name, value.astype(mx.float32)) for name, value in flat(lm.parameters())])
+        mx.eval(self.learner.state)
+
 
 def _replace(into: Any, values: Any) -> None:
     """Put ``values`` into a tree in place: compiled functions hold on to the containers."""
@@ -197,6 +205,8 @@ def work(worker: int, shared: SharedSum | None, orders: Any, results: Any, optio
     path, extra = options.run / "lm.safetensors", {}
     if path.exists():
         extra = trainer.load(path)
+    elif options.start_from is not None:
+        trainer.start_from(options.start_from)
     pieces = Pieces(options.data, tokenizer)
     if extra and extra["codec"] != pieces.codec:
         raise ValueError(f"{path} was trained on codec {extra['codec']}, {options.data} holds {pieces.codec}")
@@ -349,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--save-every", type=float, default=2, metavar="MINUTES")
     parser.add_argument("--keep-every", type=float, metavar="MINUTES", help="keep a copy this often, to choose from")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this model.safetensors"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", action="store_true", help="draw the log to lm.png and end")
     options = parser.parse_args(arguments)

@@ -53,6 +53,7 @@ def write_data(folder: Path, sets: tuple[str, ...] = ("train-0000",), size: int 
             end=[around + 12] * size,
             words=np.array([[around + 5, 1], [around + 12, 2]] * size),
             word_count=[2] * size,
+            phones=np.concatenate([np.array([[0, 0]] * around + [[3, 4]] * 12 + [[0, 0]] * data.AFTER)] * size),
             text=["a question"] * size,
             codec="random",
         )

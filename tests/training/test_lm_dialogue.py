@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,18 @@ from moshi_mlx.delays import delay_tokens
 from moshi_mlx.text import EPAD, PAD, TextTokenizer
 from moshi_mlx.training import dialogues, lm_data, lm_tokenizer
 from moshi_mlx.training.lm_batch import delayed, spoil, training_batch
-from moshi_mlx.training.lm_dialogue import GAP, LEAD, NONE, STOP, Pieces, Window, answer_tokens, compose
+from moshi_mlx.training.lm_dialogue import (
+    GAP,
+    LEAD,
+    NONE,
+    PHONES_AFTER,
+    STOP,
+    Pieces,
+    Window,
+    answer_tokens,
+    compose,
+    stretched,
+)
 from moshi_mlx.training.speech import HELD_OUT, TRAINING
 from tests.helpers.lm_data import QUIET, write_data
 
@@ -71,7 +83,7 @@ def test_an_answer_follows_its_question(pieces: Pieces, tokenizer: TextTokenizer
             sound = begin + LEAD
             asked = np.flatnonzero(window.answer[:begin] == NONE)[-1] + 1  # first frame after the question
             assert GAP[0] <= sound - asked < GAP[1]
-            assert (own[:, sound - 1] == QUIET).all()
+            assert (own[:, sound - 1 : sound] == QUIET).all()
             answer = pieces.answers[window.answer[begin]]
             if sound + answer.frames < len(text) and not any(begin < onset for onset, _ in window.interruptions):
                 written = text[begin - 1 : sound + answer.frames]
@@ -87,7 +99,7 @@ def test_an_interrupted_answer_stops(pieces: Pieces) -> None:
     for window in windows(pieces, 120):
         turns += int(window.first.sum())
         for onset, stop in window.interruptions:
-            assert stop - onset == STOP <= 4
+            assert STOP - 1 <= stop - onset <= STOP <= 4
             found += 1
             assert window.speaking[onset]
             until = np.flatnonzero(window.first[stop:])
@@ -95,7 +107,8 @@ def test_an_interrupted_answer_stops(pieces: Pieces) -> None:
             assert (window.tokens[1:9, silent] == QUIET).all()
             assert (window.tokens[0, stop - 1 : silent.stop - LEAD - 1] == PAD).all()
             assert (window.tokens[9, onset : onset + 12] != QUIET).any()
-    assert 1 / 14 < found / turns < 1 / 5  # short answers cannot be interrupted
+    assert any(window.stopped.any() for window in windows(pieces, 20))
+    assert 1 / 8 < found / turns < 1 / 3  # short answers cannot be interrupted
 
 
 def test_silence_is_answered_with_silence(pieces: Pieces) -> None:
@@ -145,7 +158,49 @@ def test_first_words_weigh_most(pieces: Pieces, config: LmConfig) -> None:
     batch = training_batch(pieces, config, 8, 128, 0, 0)
     text, weight, first = np.array(batch.text), np.array(batch.text_weight), np.array(batch.first_weight) > 0
     assert set(weight[first]) == {10.0}
-    assert set(weight[(text == PAD) & ~first].round(3)) == {np.float32(0.3)}
+    rng = np.random.default_rng([0, 0, 0])
+    stopped = np.stack([compose(pieces, 128, rng).stopped for _ in range(8)])
+    assert set(weight[(text == PAD) & ~first & ~stopped.reshape(-1)]) == {np.float32(w) for w in (0.3, 0.6, 1.0)}
+
+
+def test_words_that_tell_answers_apart_weigh_more(pieces: Pieces, tokenizer: TextTokenizer) -> None:
+    """If this fails, an answer's form is learnt and the word that was asked for is not: "The capital of Japan"."""
+
+    def decides(answer: str) -> list[str]:
+        piece = pieces.answers[dialogues.answers().index(answer)]
+        words = piece.tokens[piece.deciding & (piece.tokens[:, 1] != EPAD), 1]
+        return tokenizer.decode(words.tolist()).split()
+
+    assert decides("The capital of France is Paris.") == ["The", "capital", "France"]
+    assert decides("Two plus three is five.") == ["Two", "plus", "three", "five"]
+    assert "is" not in decides("The opposite of poor is rich.")
+    for window in windows(pieces, 10):
+        assert (window.tokens[0, window.deciding] != PAD).all()
+        assert window.deciding[window.first].all()
+
+
+def test_a_stretched_question_keeps_its_labels(pieces: Pieces) -> None:
+    """If this fails, words and phones lie beside the sounds that they name, or an answer beside its question's end."""
+    rng, lengths = np.random.default_rng(0), set()
+    for question in pieces.questions[:30]:
+        own = replace(question, codes=np.arange(len(question.codes), dtype=np.uint16)[:, None].repeat(8, 1))
+        own = replace(own, phones=np.array(own.codes[:, :2], np.uint8))
+        other = stretched(own, rng)
+        lengths.add(len(other.codes) - len(question.codes))
+        assert (other.codes[:, 0] == other.phones[:, 0]).all() and (np.diff(other.codes[:, 0].astype(int)) >= 0).all()
+        assert other.codes[other.end - 1, 0] == question.end - 1 and other.codes[other.onset, 0] == question.onset
+        for (frame, word), (moved, same) in zip(question.words, other.words, strict=True):
+            assert word == same and other.codes[moved - 1, 0] <= frame - 1 < other.codes[moved, 0]
+    assert len(lengths) > 2
+
+
+def test_phones_follow_the_user_s_sound(pieces: Pieces) -> None:
+    """If this fails, the head that teaches hearing is told sounds that are not in the codes it has seen."""
+    for window in windows(pieces, 10):
+        spoken = np.flatnonzero(window.phones[:, 0] > 0)
+        assert (window.tokens[9, spoken - PHONES_AFTER] != QUIET).all() and len(spoken) > 12
+        quiet = np.setdiff1d(np.arange(PHONES_AFTER, window.tokens.shape[1]), spoken)
+        assert (window.tokens[9, quiet - PHONES_AFTER] == QUIET).mean() > 0.9
 
 
 def test_held_out_speakers_are_not_in_training() -> None:

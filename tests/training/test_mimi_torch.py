@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from moshi_mlx.training import checkpoint, codec, losses  # noqa: E402
 from moshi_mlx.training.adversary import Judge, losses_of  # noqa: E402
-from moshi_mlx.training.export import export, published_tensors  # noqa: E402
+from moshi_mlx.training.export import export, from_published, published_tensors  # noqa: E402
 from moshi_mlx.training.mimi_torch import CausalConv, CausalConvTranspose, Codebook, Mimi, MimiShape  # noqa: E402
 
 SMALL = MimiShape(n_filters=4, dimension=32, num_heads=2, dim_feedforward=64, bins=32, codebook_dimension=16)
@@ -192,6 +192,19 @@ def test_export_keeps_the_codes_in_16_bits() -> None:
     assert torch.equal(model.encode(pcm), again.encode(pcm))
 
 
+def test_a_published_codec_can_go_on_learning(tmp_path: Path) -> None:
+    """If this fails, training that starts from a published file starts from another codec, or from dead codebooks."""
+    model = codec_on_noise(MimiShape())
+    model.round_to_half()
+    weights, _ = export(model, tmp_path)
+    again = from_published(weights, usage=2.0)
+    pcm = 0.1 * torch.randn(1, 1, 12 * 1920)
+    codes = model.encode(pcm)
+    assert torch.equal(codes, again.encode(pcm))
+    torch.testing.assert_close(again.decode(codes), model.decode(codes), atol=1e-4, rtol=1e-2)
+    assert all((book.cluster_usage == 2).all() and book._initialized for book in again.rest.books)
+
+
 def test_codebook_follows_and_revives() -> None:
     """If this fails, codebooks stay where they started, or entries die and the codec loses bits."""
     torch.manual_seed(0)
@@ -248,8 +261,8 @@ def test_training_goes_on_and_the_decoder_alone_is_tuned(tmp_path: Path) -> None
     data.mkdir()
     noise_corpus(data)
 
-    def command(module: str) -> str:
-        line = [sys.executable, "-m", f"moshi_mlx.training.{module}", str(data), str(run), "--workers", "1"]
+    def command(module: str, *more: str, run: Path = run) -> str:
+        line = [sys.executable, "-m", f"moshi_mlx.training.{module}", str(data), str(run), "--workers", "1", *more]
         return subprocess.run([*line, "--finish-in", "0.1"], check=True, capture_output=True, text=True).stdout
 
     command("codec")
@@ -264,5 +277,10 @@ def test_training_goes_on_and_the_decoder_alone_is_tuned(tmp_path: Path) -> None
     tuned = checkpoint.load_model(run / "finetuned.pt")
     pcm = 0.1 * torch.randn(1, 1, 10 * 1920)
     assert torch.equal(model.encode(pcm), tuned.encode(pcm))
+    export(tuned, tmp_path)
+    other = tmp_path / "other"
+    assert "phone head fitted" in command("codec", "--start-from", str(tmp_path / "mimi.safetensors"), run=other)
+    state = checkpoint.load(other / "codec.pt")
+    assert state["step"] >= state["first"] == codec.BYPASS_STEPS
     changed = {n for n, p in tuned.state_dict().items() if not torch.equal(p, model.state_dict()[n])}
     assert changed and all(n.startswith(("decoder", "upsample")) or "output_proj" in n for n in changed)
