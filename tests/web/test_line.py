@@ -1,0 +1,173 @@
+"""More people than places: who waits, where, and when a place becomes free."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import aiohttp
+import pytest
+from moshi_mlx_app.web.line import Full, Line
+
+from .serving import Client, install, serving, tone
+
+EVENTS = "audio=pcm&events=1"
+
+
+async def place(client: Client) -> int:
+    return int(json.loads(await client.until(0x11, "queue"))["place"])
+
+
+def test_the_line_moves_up(monkeypatch):
+    """If it fails, somebody waits for ever, or is let in before another who came earlier."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served, served.client(EVENTS) as first:
+            await first.begun()
+            async with served.client(EVENTS) as second, served.client(EVENTS) as third:
+                assert await place(second) == 1 and await place(third) == 2
+                info = await served.info()
+                assert (info["places"], info["free"], info["waiting"]) == (1, 0, 2)
+                await first.socket.close()
+                await second.begun()
+                assert await place(third) == 1
+                await second.say(tone(0))
+                await second.socket.close()
+                await third.begun()
+
+    asyncio.run(run())
+
+
+def test_who_waits_in_kyutais_client_is_told(monkeypatch):
+    """If it fails, Kyutai's clients, which know no line, show nothing while they wait."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served, served.client() as client:
+            await client.begun()
+            async with served.client() as other:
+                assert "busy: 1 in line" in (await other.until(0x02)).decode()
+                await client.socket.close()
+                await other.begun()
+
+    asyncio.run(run())
+
+
+def test_sound_before_the_handshake_is_not_heard_later(monkeypatch):
+    """If it fails, Kyutai's Python client, which sends at once, is answered to what it said while it waited."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served, served.client() as client:
+            await client.begun()
+            async with served.client() as other:
+                await other.until(0x02)
+                await other.socket.send_bytes(b"\x10" + tone(3).tobytes())
+                await client.socket.close()
+                await other.begun()
+                assert (await other.say(tone(5)) == tone(5)).all()
+
+    asyncio.run(run())
+
+
+def test_a_full_line_says_so(monkeypatch):
+    """If it fails, a crowd makes the server hold connections without bound."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1, longest=1) as served, served.client() as client:
+            await client.begun()
+            async with served.client() as second, served.client() as third:
+                await second.until(0x02)
+                error, code = await third.end()
+                assert error.startswith("busy") and code == 1013
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["closed", "aborted"])
+def test_a_dropped_connection_frees_its_place_within_a_second(monkeypatch, how):
+    """If it fails, a closed tab or a lost connection keeps the next one waiting."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served, served.client() as client:
+            await client.begun()
+            await client.say(tone(0))
+            connection = client.socket._response.connection
+            assert connection is not None and connection.transport is not None
+            if how == "closed":
+                await client.socket.close()
+            else:
+                connection.transport.abort()
+            assert await served.until_free(1) < 1.0
+            async with served.client() as other:
+                await other.begun()
+
+    asyncio.run(run())
+
+
+def test_the_place_of_one_who_vanished_goes_to_the_next(monkeypatch):
+    """If it fails, a laptop that was closed, which says no goodbye, keeps its place while others wait."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served:
+            # Without autoping nothing answers the server's pings, as if the cable had been pulled.
+            async with served.client(autoping=False) as client:
+                await client.begun()
+                assert await served.until_free(1) < 1.3  # 0.8 s of silence, in steps of 0.2, and what the machine adds
+                began = time.monotonic()
+                async with served.client() as other:
+                    await other.begun()
+                    assert time.monotonic() - began < 1.5
+                    while (received := await client.socket.receive()).type != aiohttp.WSMsgType.CLOSE:
+                        if received.type == aiohttp.WSMsgType.BINARY and received.data[0] == 5:
+                            assert b"another was waiting" in received.data
+
+    asyncio.run(run())
+
+
+def test_one_who_vanished_may_come_back_while_nobody_waits(monkeypatch):
+    """If it fails, a second without network ends a conversation that nobody else wanted the place of."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served, served.client(autoping=False) as client:
+            await client.begun()
+            await served.until_free(1)
+            await client.say(tone(0))
+            await served.until_free(0)
+
+    asyncio.run(run())
+
+
+def test_line_alone():
+    """If it fails, places are given twice, or never."""
+
+    async def run() -> None:
+        line, dismissed = Line(2, longest=3), []
+        gone = set()
+
+        def join(name: str):
+            return line.join(lambda: name in gone, lambda: dismissed.append(name))
+
+        tickets = [join(name) for name in "abcde"]
+        assert [ticket.place for ticket in tickets] == [0, 0, 1, 2, 3]
+        with pytest.raises(Full):
+            join("f")
+        line.leave(tickets[3])
+        assert [ticket.place for ticket in tickets] == [0, 0, 1, 2, 2]
+        gone.update("ab")
+        line.settle()
+        assert dismissed == ["a", "b"] and line.free == 2
+        line.leave(tickets[0])
+        assert tickets[2].place == 0 and tickets[4].place == 1
+        line.leave(tickets[1])
+        assert tickets[4].place == 0 and line.waiting == 0 and line.free == 0
+        line.leave(tickets[1])  # twice does no harm
+        assert line.free == 0
+
+    asyncio.run(run())

@@ -1,0 +1,166 @@
+"""The verb ``web`` as a program: what it prints, how it ends, and its encryption."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+from cryptography import x509
+from moshi_mlx_app import fetching
+from moshi_mlx_app.cli import main
+from moshi_mlx_app.web import certificates
+
+from moshi_mlx.errors import ConfigError
+from tests.helpers.parrot import Parrot
+
+from .serving import SOON, Client, install, serving, tone
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def program(*arguments: str, state: Path) -> subprocess.Popen[str]:
+    """The program with the parrot; its state and caches in a folder of the test's."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state), "XDG_CACHE_HOME": str(state)}
+    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, ROOT / "app", ROOT / "quantize"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.parrot", "web", "--port", "0", "--no-browser", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ctrl_c_closes_everything_with_a_reason(tmp_path):
+    """If it fails, ending the server hangs, prints a traceback, or leaves clients without a word."""
+
+    async def talk(link: str, process: subprocess.Popen[str]) -> tuple[str, int]:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{link}api/chat?audio=pcm") as socket:
+            client = Client(socket)
+            await client.begun()
+            assert (await client.say(tone(2)) == tone(2)).all()
+            process.send_signal(signal.SIGINT)
+            return await client.end()
+
+    with program("--places", "1", state=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        link = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://localhost:\d+/", link), process.stderr.read()
+        assert asyncio.run(talk(link, process)) == ("", 1001)
+        _, told = process.communicate(timeout=SOON)
+        assert process.returncode == 130
+        assert "1 can talk at once" in told and "Traceback" not in told
+
+
+def test_elsewhere_there_is_a_token_and_with_tls_a_certificate(tmp_path):
+    """If it fails, what others can reach is open, or its link does not work."""
+
+    async def look(link: str, trusted: ssl.SSLContext) -> list[int]:
+        found = []
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session:
+            origin, _, query = link.partition("/?")
+            for path in (f"/api/info?{query}", "/api/info", f"/api/info?{query}x"):
+                async with session.get(origin + path) as answer:
+                    found.append(answer.status)
+        return found
+
+    with program("--places", "1", "--host", "0.0.0.0", "--tls", state=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        link = process.stdout.readline().strip()
+        assert re.fullmatch(r"https://[^/]+:\d+/\?token=[\w-]{32}", link), process.stderr.read()
+        made = next(tmp_path.rglob("certificate.pem"))
+        assert made.stat().st_mode & 0o777 == 0o600
+        trusted = ssl.create_default_context(cafile=str(made))
+        assert asyncio.run(look(re.sub(r"//[^/]+:", "//localhost:", link), trusted)) == [200, 403, 403]
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=SOON)
+        assert process.returncode == 0
+        fingerprint = re.search(r"SHA-256 is ([0-9A-F:]{95})", told)
+        assert fingerprint and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--key", "k.pem"], "--key goes with --cert"),
+        (["--tls", "--cert", "c.pem"], "leave it out"),
+        (["--cert", "nothing.pem"], "nothing.pem: No such file"),
+        (["--places", "0"], "--places"),
+        (["--port", "70000"], "--port"),
+        (["--places", "1", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments, said):
+    """If it fails, a wrong option ends in a traceback, or in a line that does not name it."""
+    monkeypatch.setattr(fetching, "load_model", lambda *_, **__: Parrot())
+    assert main(["web", "--no-browser", *arguments]) in (1, 2)
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+def test_a_port_in_use_is_named(monkeypatch, capsys):
+    """If it fails, a second server ends in a traceback, or takes the port from the first."""
+    monkeypatch.setattr(fetching, "load_model", lambda *_, **__: Parrot())
+
+    async def run() -> str:
+        async with serving() as served:
+            port = served.url.rpartition(":")[2]
+            arguments = ["web", "--no-browser", "--places", "1", "--host", "127.0.0.1", "--port", port]
+            assert await asyncio.to_thread(main, arguments) == 1
+            return port
+
+    assert f"cannot listen on 127.0.0.1 port {asyncio.run(run())}: " in capsys.readouterr().err
+
+
+def test_own_certificate(tmp_path, monkeypatch):
+    """If it fails, the browser asks at every start, or a certificate without this machine's name is used."""
+    first, printed = certificates.own("moshi.example", tmp_path)
+    path = tmp_path / "certificate.pem"
+    kept = path.read_bytes()
+    assert certificates.own("moshi.example", tmp_path)[1] == printed and path.read_bytes() == kept
+    names = x509.load_pem_x509_certificate(kept).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {"localhost", "moshi.example"} <= set(names.get_values_for_type(x509.DNSName))
+    assert "127.0.0.1" in map(str, names.get_values_for_type(x509.IPAddress))
+    assert path.stat().st_mode & 0o777 == 0o600 and b"PRIVATE KEY" in kept
+    certificates.own("other.example", tmp_path)
+    other = path.read_bytes()
+    assert other != kept
+    path.write_bytes(b"damaged")
+    certificates.own("other.example", tmp_path)
+    monkeypatch.setattr(certificates, "_RENEW_BEFORE", datetime.timedelta(days=398))
+    before = path.read_bytes()
+    certificates.own("other.example", tmp_path)
+    assert path.read_bytes() != before and first is not None
+    with pytest.raises(ConfigError, match="cannot be used"):
+        path.write_bytes(b"nothing")
+        certificates.given(str(path), None)
+
+
+def test_a_conversation_over_tls(monkeypatch, tmp_path):
+    """If it fails, the microphone of a phone cannot be used: browsers want encryption for it."""
+    install(monkeypatch)
+    tls, _ = certificates.own("localhost", tmp_path)
+    trust = ssl.create_default_context(cafile=str(tmp_path / "certificate.pem"))
+    trust.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python does from 3.13
+
+    async def run() -> None:
+        async with serving(tls=tls, trust=trust) as served:
+            origin = served.url.replace("https://", "http://")
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                async with served.client(headers={"Origin": origin}):
+                    pass
+            async with served.client(headers={"Origin": served.url}) as client:
+                await client.begun()
+                assert (await client.say(tone(4)) == tone(4)).all()
+
+    asyncio.run(run())
