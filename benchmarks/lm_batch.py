@@ -1,0 +1,88 @@
+"""Many conversations on one machine: frames a second at batch 1 to 32, and where it stops being real time.
+
+The built-in model advances a batch of conversations together on one thread; each conversation has a codec stream of
+its own. Processor time, so that it is what a core of this kind could do undisturbed. Real time is 12.5 frames a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+import moshi_mlx
+from moshi_mlx.generate import Generator
+from moshi_mlx.model import generation_defaults
+
+from .workers import machine
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks lm_batch", description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--model", default="small")
+    args = parser.parse_args(argv)
+    about = machine()
+    print(about)
+    model = moshi_mlx.load(args.model)
+    config = model.lm.config
+    generators = {
+        batch: Generator(model.lm, generation_defaults(model.config), seeds=range(batch)) for batch in BATCHES
+    }
+    rng = np.random.default_rng(0)
+    took: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    for number in range(args.steps + 3):
+        for batch, generator in generators.items():
+            codes = rng.integers(0, config.card, (batch, config.user_q))
+            began = time.process_time()
+            generator.step(codes)
+            if number >= 3:
+                took[batch].append(time.process_time() - began)
+    assert model.codec is not None
+    encoder, decoder = model.codec.encoder(), model.codec.decoder()
+    codec: list[float] = []
+    pcm = rng.normal(0, 0.1, model.frame_size).astype(np.float32)
+    for number in range(args.steps + 3):
+        began = time.process_time()
+        decoder.decode(encoder.encode(pcm))
+        if number >= 3:
+            codec.append(time.process_time() - began)
+    sound = float(np.median(codec))
+    rate = model.frame_rate
+    print(f"codec: {1e3 * sound:.1f} ms a frame and conversation")
+    print(f"{'conversations':>13} {'ms a step':>10} {'frames/s':>9} {'times real time':>16} {'with codec':>11}")
+    rows = []
+    for batch in BATCHES:
+        step = float(np.median(took[batch]))
+        both = step + batch * sound
+        rows.append(
+            {
+                "batch": batch,
+                "step_ms": round(1e3 * step, 2),
+                "frames_per_second": round(batch / step, 1),
+                "times_real_time": round(1 / step / rate, 2),
+                "times_real_time_with_codec": round(1 / both / rate, 2),
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{batch:13d} {row['step_ms']:10.1f} {row['frames_per_second']:9.0f} {row['times_real_time']:16.1f} "
+            f"{row['times_real_time_with_codec']:11.2f}"
+        )
+    alone = [row["batch"] for row in rows if row["times_real_time"] >= 1]
+    together = [row["batch"] for row in rows if row["times_real_time_with_codec"] >= 1]
+    print(
+        f"in real time on one core: {max(alone, default=0)} conversations or more (model alone), "
+        f"{int((1 / rate - float(np.median(took[1]))) / sound)} at most by the codec alone"
+    )
+    result = {"codec_ms": round(1e3 * sound, 2), "rows": rows, "real_time_model": alone, "real_time_both": together}
+    print(json.dumps({"benchmark": "lm_batch", "machine": about, "model": args.model, **result}))
+
+
+if __name__ == "__main__":
+    main()

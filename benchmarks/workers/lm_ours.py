@@ -1,0 +1,155 @@
+"""Steps of our generator on a random model. The same questions and answers as lm_kyutai.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from moshi_mlx import generate
+from moshi_mlx.config import LmConfig
+from moshi_mlx.generate import GenerationConfig, Generator
+from moshi_mlx.lean import NumpyStepper, Stepper
+from moshi_mlx.lm import Lm
+from moshi_mlx.sampling import GREEDY
+
+
+def build(ask: dict[str, Any]) -> Lm:
+    """A random model of the sizes asked for, its delays Moshi's."""
+    mx.random.seed(0)
+    config = LmConfig.from_dict(
+        {
+            "dim": ask["dim"],
+            "num_layers": ask["layers"],
+            "num_heads": ask["heads"],
+            "hidden_scale": 4.125,
+            "context": ask["context"],
+            "depformer_dim": ask["depth_dim"],
+            "depformer_dim_feedforward": 33 * ask["depth_dim"] // 8,
+            "depformer_num_layers": ask["depth_layers"],
+            "depformer_num_heads": ask["depth_heads"],
+            "text_card": ask["text_card"],
+        }
+    )
+    lm = Lm(config)
+    lm.set_dtype(getattr(mx, ask["dtype"]))
+    return lm
+
+
+class Recorder:
+    """Stands in for ``mx.eval`` during one step: counts the evaluations and the primitives in their graphs."""
+
+    def __init__(self) -> None:
+        self.primitives = self.reads = 0
+        self._eval, self._async_eval = mx.eval, mx.async_eval
+
+    def __enter__(self) -> Recorder:
+        mx.eval = self._waited
+        mx.async_eval = self._launched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        mx.eval, mx.async_eval = self._eval, self._async_eval
+
+    def _count(self, arrays: tuple[Any, ...]) -> None:
+        flat = [value for _, value in tree_flatten(list(arrays)) if isinstance(value, mx.array)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "graph.dot"
+            mx.export_to_dot(str(path), *flat)
+            self.primitives += len(re.findall("shape=rectangle", path.read_text()))
+
+    def _waited(self, *arrays: Any) -> None:
+        self._count(arrays)
+        self.reads += 1
+        self._eval(*arrays)
+
+    def _launched(self, *arrays: Any) -> None:
+        self._count(arrays)
+        self._eval(*arrays)  # else a graph that is half done would be counted
+
+
+def products(generator: Generator) -> float:
+    """Milliseconds of processor time of a step's products of a row with a weight, alone."""
+    stepper: Any = generator._stepper
+    assert isinstance(stepper, NumpyStepper)
+    depth = stepper._depth
+    matrices = [m for layer in stepper._layers for m in (layer._in, layer._out, layer._gating._in, layer._gating._out)]
+    matrices.append(stepper._text_linear)
+    for index, weights in enumerate(depth._schedule):
+        matrices.append(depth._in[weights])
+        for layer in depth._layers:
+            gating = layer._gating[weights]
+            matrices += [layer._in[weights], layer._out[weights], gating._in, gating._out]
+        matrices.append(depth._out[index])
+    rows = {size: np.ones((1, size), np.float32) for size in {m.shape[0] for m in matrices}}
+    began = time.process_time()
+    for matrix in matrices:
+        rows[matrix.shape[0]] @ matrix
+    return (time.process_time() - began) * 1e3
+
+
+def skip(generator: Generator, frames: int) -> None:
+    """Set the counters of a full cache ahead, by a multiple of its length: what would be there after so many frames."""
+    assert frames % generator.lm.config.context == 0 and frames % generator._columns == 0
+    for layer in generator._state["transformer"].values():
+        layer["offset"] += frames
+    generator._position += frames
+
+
+def resident() -> float | None:
+    """Megabytes in memory, where the system tells (Linux)."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * 4096 / 1e6 if path.exists() else None
+
+
+def main() -> None:
+    ask = json.loads(sys.argv[1])
+    lm = build(ask)
+    parameters = sum(value.size for _, value in tree_flatten(lm.parameters()))
+    if ask["bits"]:
+        nn.quantize(lm, bits=ask["bits"], group_size=32 if ask["bits"] == 4 else 64)
+    mx.eval(lm.parameters())
+    batch, config = ask.get("batch", 1), GenerationConfig()
+    if ask.get("greedy"):
+        config = GenerationConfig(GREEDY, GREEDY)
+    if ask.get("modules"):
+        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm)
+    generator = Generator(lm, config, seeds=range(batch), kv_bits=ask.get("kv_bits"))
+    rng = np.random.default_rng(0)
+    users = lm.config.user_q
+    print(json.dumps({"parameters": parameters, "mlx": version("mlx")}), flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        answer: dict[str, Any] = {"wall": [], "cpu": []}
+        for _ in range(question.get("steps", 0)):
+            codes = rng.integers(0, lm.config.card, size=(batch, users))
+            began, used = time.perf_counter(), time.process_time()
+            generator.step(codes)
+            ended = time.perf_counter()
+            answer["wall"].append((ended - began) * 1e3)
+            answer["cpu"].append((time.process_time() - used) * 1e3)
+        if question.get("skip"):
+            skip(generator, question["skip"])
+        if question.get("count"):
+            with Recorder() as recorder:
+                generator.step(rng.integers(0, lm.config.card, size=(batch, users)))
+            answer.update(primitives=recorder.primitives, reads=recorder.reads)
+        if question.get("products"):
+            answer["products"] = [products(generator) for _ in range(question["products"])]
+        answer["position"] = generator.position
+        answer["resident_mb"] = resident()
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
