@@ -7,41 +7,62 @@ Only the standard library is imported before :func:`main` runs: Ctrl-C in the fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("talk", "file", "devices", "check", "bench")
+VERBS = ("talk", "file", "web", "devices", "check", "bench", "completion")
 """Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
 
 DESCRIPTION = """\
 Moshi, the spoken dialogue model that listens and speaks at the same time, on
-this computer. Without a verb it talks with you, by microphone and loudspeaker.
+this computer. Without a verb it talks with you, by microphone and loudspeaker,
+and takes the best model that this machine can hold and run in time.
 """
 EPILOG = """\
 examples:
   moshi-mlx-local                                    talk
-  moshi-mlx-local --model org/name --record talks    with another model, and keep it
+  moshi-mlx-local --model small --record talks       with the built-in model; keep it
   moshi-mlx-local file question.wav -o answer.wav    answer a recording
   moshi-mlx-local file --demo -o answer.wav          the questions that come along
   moshi-mlx-local talk --help                        everything that can be set
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Room for the longest option beside its explanation."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, **{"max_help_position": 30, **options})
+
+    def format_help(self) -> str:
+        self._action_max_length += 2  # argparse forgets that verbs are indented once more
+        return super().format_help()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog=DISTRIBUTION, description=DESCRIPTION, epilog=EPILOG, formatter_class=text, allow_abbrev=False
+        prog=DISTRIBUTION,
+        usage=f"{DISTRIBUTION} [--debug] [VERB] [options of the verb, or of talk]\n       {DISTRIBUTION} --version",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=program())
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", prog=DISTRIBUTION, required=True)
     for name in VERBS:
         module = importlib.import_module(f"moshi_mlx_app.verbs.{name}")
         verb = verbs.add_parser(
@@ -49,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
             epilog=module.EXAMPLES,
-            formatter_class=text,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         module.add_arguments(verb)
@@ -99,8 +120,29 @@ def main(argv: list[str] | None = None) -> int:
         return _report(error)
 
 
+@contextlib.contextmanager
+def _quick_end() -> Iterator[None]:
+    """Ctrl-C ends the process on the spot: MLX, numpy and others abort or swallow it while they are imported."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"stopped: nothing was written\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _run(arguments: list[str]) -> int:
-    parser = build_parser()
+    with _quick_end():
+        parser = build_parser()
     args, unknown = parser.parse_known_args(_with_verb(arguments))
     if unknown:  # said with the verb's own usage, not with the program's
         getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")

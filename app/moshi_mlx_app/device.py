@@ -11,30 +11,31 @@ to be fetched at the loudspeaker's own pace, and a thread in between would cost 
 variable-rate engine does both: its fixed-rate one works on transforms and hands out 18 to 38 ms at a time, the other
 holds 5 to 10 ms and comes evenly.
 
-A second thread opens the devices, watches them, and opens them again when they stop. PortAudio knows only the devices
-that were there when it was started, so it is started anew then. This module knows no model and no terminal.
+A second thread opens the devices, watches them, and opens them again when they stop, or when the system's choice is
+another one now and nobody chose here. PortAudio knows only the devices that were there when it was started, so it is
+started anew then. This module knows no model and no terminal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.errors import MoshiError
 from moshi_mlx.realtime.ring import Bell, Ring
+from moshi_mlx_app import portaudio
+from moshi_mlx_app.portaudio import Device, DeviceError, devices, find_device, reason, silence_hint, ways
+from moshi_mlx_app.resampling import Resampler
+from moshi_mlx_app.watching import Defaults
 
-__all__ = ["Device", "DeviceError", "EchoCanceller", "Resampler", "SoundCard", "devices", "find_device"]
+__all__ = ["EchoCanceller", "SoundCard"]
 
 Pcm = NDArray[np.float32]
 
@@ -46,40 +47,6 @@ _RAW_SECONDS = 2.0
 _LEAST = 64  # samples fetched at a time, at least: the player stretches in proportion to what is taken
 
 
-class DeviceError(MoshiError):
-    """No microphone or loudspeaker can be used; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A microphone, a loudspeaker, or both.
-
-    Attributes
-    ----------
-    index : int
-        PortAudio's number; it changes when devices come and go.
-    inputs, outputs : int
-        Channels.
-    rate : float
-        Its own sample rate, hertz.
-    default_input, default_output : bool
-        Whether the system would choose it.
-    """
-
-    index: int
-    name: str
-    host: str
-    inputs: int
-    outputs: int
-    rate: float
-    default_input: bool
-    default_output: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
 class EchoCanceller(Protocol):
     """What takes the loudspeaker out of the microphone (see :mod:`moshi_mlx_app.echo`)."""
 
@@ -88,143 +55,6 @@ class EchoCanceller(Protocol):
 
     def cancel(self, pcm: Pcm, when: float) -> Pcm:
         """From the feeder: the microphone's ``pcm``, whose first sample came at ``when``, without the echo."""
-
-
-def _sounddevice() -> Any:
-    """The package; imported late, because it looks for the system's library as it is imported."""
-    try:
-        with _hushed():
-            import sounddevice
-    except ImportError as error:
-        raise DeviceError(f"the package 'sounddevice' is missing ({error}): run 'pip install sounddevice'") from None
-    except OSError:
-        way = "'sudo apt-get install libportaudio2'" if sys.platform == "linux" else "'pip install -U sounddevice'"
-        raise DeviceError(f"PortAudio, the library for sound devices, is missing: run {way}") from None
-    return sounddevice
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Nothing on standard error meanwhile: ALSA's library complains there about every device that is not there."""
-    if sys.platform != "linux":
-        yield
-        return
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-def devices(*, refresh: bool = False) -> list[Device]:
-    """Every sound device.
-
-    Parameters
-    ----------
-    refresh : bool
-        Look again at what is plugged in. No stream may be open.
-
-    Raises
-    ------
-    DeviceError
-        If PortAudio is missing or fails.
-    """
-    sd = _sounddevice()
-    try:
-        if refresh:
-            with _hushed():
-                sd._terminate()  # there is no public way
-                sd._initialize()
-        hosts = sd.query_hostapis()
-        entry, leave = sd.default.device
-        found = []
-        for index, entries in enumerate(sd.query_devices()):
-            host = hosts[entries["hostapi"]]
-            found.append(
-                Device(
-                    index=index,
-                    name=str(entries["name"]),
-                    host=str(host["name"]),
-                    inputs=int(entries["max_input_channels"]),
-                    outputs=int(entries["max_output_channels"]),
-                    rate=float(entries["default_samplerate"]),
-                    default_input=index == (entry if entry >= 0 else hosts[0]["default_input_device"]),
-                    default_output=index == (leave if leave >= 0 else hosts[0]["default_output_device"]),
-                )
-            )
-        return found
-    except sd.PortAudioError as error:
-        raise DeviceError(f"the sound devices cannot be listed: {_reason(error)}") from None
-
-
-def find_device(wanted: str | None, kind: str, among: list[Device]) -> Device:
-    """The device that ``--input-device`` or ``--output-device`` names.
-
-    Parameters
-    ----------
-    wanted : str or None
-        A number, or a part of a name (the whole name wins); None for the system's choice.
-    kind : {"input", "output"}
-
-    Raises
-    ------
-    DeviceError
-        If there is none, or several.
-    """
-    what = "microphone" if kind == "input" else "loudspeaker"
-    usable = [device for device in among if (device.inputs if kind == "input" else device.outputs) > 0]
-    look = "'moshi-mlx-local devices' lists them"
-    if not usable:
-        raise DeviceError(f"this machine shows no {what}: plug one in, or check the system's sound settings")
-    if wanted is None:
-        for device in usable:
-            if device.default_input if kind == "input" else device.default_output:
-                return device
-        return usable[0]
-    if wanted.strip().isdigit():
-        for device in usable:
-            if device.index == int(wanted):
-                return device
-        raise DeviceError(f"no {what} has the number {wanted}; {look}")
-    whole = [device for device in usable if device.name.casefold() == wanted.casefold()]
-    found = whole or [device for device in usable if wanted.casefold() in device.name.casefold()]
-    if not found:
-        raise DeviceError(f"no {what} is called {wanted!r}; {look}")
-    if len(found) > 1 and not whole:
-        names = ", ".join(f"{device.index}: {device.name}" for device in found)
-        raise DeviceError(f"several {what}s are called {wanted!r} ({names}); name one by its number")
-    return found[0]
-
-
-class Resampler:
-    """One channel from one rate to another, piece by piece, with little delay.
-
-    Parameters
-    ----------
-    source, target : float
-        Hertz.
-    """
-
-    def __init__(self, source: float, target: float):
-        self._stream: Any = None
-        if source != target:
-            import soxr
-
-            self._stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality="HQ", vr=True)
-
-    def __call__(self, pcm: Pcm) -> Pcm:
-        """[samples] at the source's rate in, what is ready at the target's out."""
-        if self._stream is None:
-            return pcm
-        return np.asarray(self._stream.resample_chunk(pcm), np.float32)
 
 
 class SoundCard:
@@ -243,6 +73,8 @@ class SoundCard:
     echo : EchoCanceller, optional
     latency : float, optional
         Seconds that the system may hold the sound on either side; by default what suits it.
+    follow : bool, optional
+        Go along when the system's choice of device changes. By default on macOS; elsewhere the sound server does it.
 
     Attributes
     ----------
@@ -264,10 +96,13 @@ class SoundCard:
         output_device: str | None = None,
         echo: EchoCanceller | None = None,
         latency: float | None = None,
+        follow: bool | None = None,
     ):
         self._take, self._fill, self._rate, self._echo = take, fill, rate, echo
         self._wanted = {"input": input_device, "output": output_device}
         self._latency = latency
+        followed = sys.platform == "darwin" if follow is None else follow
+        self._defaults = Defaults() if followed and None in self._wanted.values() else None
         self._streams: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._raw = Ring(1)
@@ -320,6 +155,8 @@ class SoundCard:
             self.stop()
             assert self._failure is not None
             raise self._failure
+        if self._defaults is not None:
+            self._defaults.start()
         return self
 
     def stop(self) -> None:
@@ -327,6 +164,8 @@ class SoundCard:
         self._stopping = True
         self._watch.ring()
         self._bell.ring()
+        if self._defaults is not None:
+            self._defaults.stop()
         until = time.monotonic() + 2.0
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -420,7 +259,7 @@ class SoundCard:
                     zeros = -1 if raw.any() else zeros + got
                     if zeros > _SILENT * rate and not doubted:
                         doubted = True
-                        self._notices.append(_silence_hint(self.input))
+                        self._notices.append(silence_hint(self.input))
                 pcm = resample(raw)
                 if not len(pcm):
                     continue
@@ -459,7 +298,7 @@ class SoundCard:
                 attempt += 1
                 self._opened.set()
             self._watch.wait(0.25 if self._streams else _RETRY)
-            trouble = self._trouble()
+            trouble = self._trouble() or self._elsewhere()
             if self._streams and (trouble or self._reopen) and not self._stopping:
                 told = trouble or "looking for the sound devices again"
                 self._notices.append(told)
@@ -477,21 +316,31 @@ class SoundCard:
                 if not stream.active:
                     return f"{name} has stopped; opening it again"
             except Exception as error:
-                return f"{name} has failed ({_reason(error)}); opening it again"
+                return f"{name} has failed ({reason(error)}); opening it again"
             patience = _STILL if self._last_call[kind] > self._opened_at + 1 else _OPENING
             if now - max(self._last_call[kind], self._opened_at) > patience:
                 return f"{name} has gone quiet; opening it again"
         return ""
 
+    def _elsewhere(self) -> str:
+        """Which other device the system has chosen since it was last looked at; an empty string if none."""
+        chosen = None if self._defaults is None else self._defaults.changed()
+        for kind, device in (("input", self.input), ("output", self.output)):
+            name = (chosen or {}).get(kind)
+            if name and device is not None and self._wanted[kind] is None and name != device.name:
+                what = "microphone" if kind == "input" else "loudspeaker"
+                return f"the system's {what} is {name!r} now; opening it"
+        return ""
+
     def _open(self, *, refresh: bool) -> None:
-        sd = _sounddevice()
+        sd = portaudio.sounddevice()
         known = devices(refresh=refresh)
         self.input = find_device(self._wanted["input"], "input", known)
         self.output = find_device(self._wanted["output"], "output", known)
         latency: float | str = self._latency or ("low" if sys.platform == "darwin" else 0.02)
         for kind, device in (("input", self.input), ("output", self.output)):
             error: Exception | None = None
-            for rate, channels in _ways(device, kind):
+            for rate, channels in ways(device, kind):
                 try:
                     self._streams.append(self._stream(sd, kind, device, rate, channels, latency))
                     break
@@ -500,7 +349,7 @@ class SoundCard:
             else:
                 what = "microphone" if kind == "input" else "loudspeaker"
                 raise DeviceError(
-                    f"the {what} {device.name!r} cannot be opened: {_reason(error)}; "
+                    f"the {what} {device.name!r} cannot be opened: {reason(error)}; "
                     f"close other programs that use it, or choose another with --{kind}-device"
                 )
         self._opened_at = time.monotonic()
@@ -508,7 +357,7 @@ class SoundCard:
             for stream in self._streams:
                 stream.start()
         except sd.PortAudioError as failure:
-            raise DeviceError(f"the sound devices cannot be started: {_reason(failure)}") from None
+            raise DeviceError(f"the sound devices cannot be started: {reason(failure)}") from None
         self.openings += 1
 
     def _stream(self, sd: Any, kind: str, device: Device, rate: float, channels: int, latency: float | str) -> Any:
@@ -545,15 +394,6 @@ def _close_all(streams: list[Any]) -> None:
             pass
 
 
-def _ways(device: Device, kind: str) -> list[tuple[float, int]]:
-    """Rates and channels to try, the device's own first."""
-    most = device.inputs if kind == "input" else device.outputs
-    # One channel of a microphone is the first one; a loudspeaker's single channel would be the left one.
-    channels = [1, min(2, most), most] if kind == "input" else [min(2, most), 1, most]
-    rates = [device.rate, 48_000.0, 44_100.0, 24_000.0, 16_000.0]
-    return [(rate, count) for rate in dict.fromkeys(rates) for count in dict.fromkeys(channels)]
-
-
 def _held(seconds: float) -> float:
     """A time span that the system reports, where it makes sense; some report nothing, or nonsense."""
     return seconds if 0 <= seconds <= 1 else 0.0
@@ -561,18 +401,3 @@ def _held(seconds: float) -> float:
 
 def _names(entry: Device | None, leave: Device | None) -> str:
     return f"{entry.name if entry else '?'} > {leave.name if leave else '?'}"
-
-
-def _silence_hint(device: Device | None) -> str:
-    name = f"the microphone {device.name!r}" if device else "the microphone"
-    if sys.platform == "darwin":
-        return (
-            f"{name} gives nothing but zeros: allow your terminal to use it in System Settings > Privacy & Security > "
-            "Microphone, then start the terminal again"
-        )
-    return f"{name} gives nothing but zeros: is it muted, or is it another one? 'moshi-mlx-local devices' lists them"
-
-
-def _reason(error: Exception | None) -> str:
-    """PortAudio's own words on one line."""
-    return " ".join(str(error).split()).rstrip(".")

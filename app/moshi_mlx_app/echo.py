@@ -1,15 +1,16 @@
 """Echo cancellation: what the loudspeaker plays is taken out of what the microphone hears.
 
 Two cancellers work side by side. WebRTC's (AEC3, from the package ``livekit``) takes some 30 dB off from the first
-second on, but while both sides speak it damages the user's voice. A plain adaptive filter takes off less, and leaves
-the voice alone. So AEC3 is heard while only Moshi speaks, and the filter where AEC3 lets much through: then the user
-speaks. ``benchmarks/echo.py`` measures it.
+second on, but while both sides speak it damages the user's voice. An adaptive filter (:mod:`moshi_mlx_app.adaptive`)
+takes off less, and leaves the voice alone. The filter knows how much echo it may have missed: while it leaves no more
+than that, only Moshi speaks, and AEC3 is heard; while it leaves more, the user speaks, and the filter is heard.
+``benchmarks/echo.py`` measures it.
 
 Both need the alignment that is made here: for every 10 ms of the microphone, the 10 ms that left the loudspeaker then.
 The devices run on clocks of their own, in blocks of their own, and stop now and then. So each side says when its
 samples leave or come, on one clock, and the reference is read where the microphone's time falls, a little early: an
-echo that comes before its reference could not be cancelled. Small differences are left to the cancellers, larger ones
-jump.
+echo that comes before its reference could not be cancelled. Large differences jump. Clocks of different speed are
+found by ear: the response that the filter has learnt moves, and the reference is read faster or slower until it stays.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 
 from moshi_mlx.errors import MoshiError
 from moshi_mlx.realtime.ring import Ring
+from moshi_mlx_app.adaptive import AdaptiveFilter, Drift, Interpolator
 
-__all__ = ["AdaptiveFilter", "EchoError", "WebRtcEcho"]
+__all__ = ["EchoError", "WebRtcEcho"]
 
 Pcm = NDArray[np.float32]
 
@@ -33,60 +35,15 @@ _PATIENCE = 20  # frames of 10 ms that it must last before the reference jumps
 _KEPT = 4.0  # seconds of reference that are kept
 _AEC3_DELAY = 0.00925  # seconds by which AEC3's output comes later than its input (measured: 222 samples at 24 kHz)
 _FILTER_SECONDS = 0.3  # of echo that the filter can model
-# Decibels of AEC3's output relative to the filter's: up to the first only AEC3 is heard, from the second on the filter.
-_ONLY_AEC3, _ONLY_FILTER = -14.0, -6.0
+# Decibels of what the filter leaves, relative to the echo that it expects to leave: up to the first only AEC3 is heard,
+# from the second on only the filter.
+_ONLY_AEC3, _ONLY_FILTER = -3.0, 4.0
+_LEAK_FIRST, _LEAK_LAST = 3.0, 0.003  # before it is known how fast the clocks are, and after
+_SLOW, _FASTEST = 2e-5, 1e-3  # by which clocks differ without harm, and at most
 
 
 class EchoError(MoshiError):
     """Echo cancellation cannot be had; the message says what to do."""
-
-
-class AdaptiveFilter:
-    """A linear echo canceller: the frequency-domain adaptive Kalman filter of Enzner and Vary (Signal Processing 86,
-    2006), in partitions of one block. It needs no detector of double talk: what it does not explain slows it down.
-
-    Parameters
-    ----------
-    size : int
-        Samples in a block.
-    partitions : int
-        Blocks that an echo may last.
-    transition : float
-        How steady the room is, a block: its response is expected to keep this share of itself.
-    """
-
-    def __init__(self, size: int, partitions: int, transition: float = 0.997):
-        bins = size + 1
-        self._size, self._keep = size, np.float32(transition**2)
-        self._input = np.zeros(2 * size, np.float32)
-        self._spectra = np.zeros((partitions, bins), np.complex64)  # of the reference, newest first
-        self._weights = np.zeros((partitions, bins), np.complex64)
-        # How wrong the weights may be: at first anything, less so for late echoes.
-        fall = (10 ** (-0.05 * np.arange(partitions))).astype(np.float32)
-        self._doubt = np.repeat(fall[:, None], bins, axis=1)
-        self._rest = np.full(bins, 1e-3, np.float32)  # power of what the filter does not explain
-
-    def __call__(self, reference: Pcm, heard: Pcm) -> Pcm:
-        """``heard`` [size] without what follows from the ``reference`` [size] and those before it."""
-        size = self._size
-        self._input[:size] = self._input[size:]
-        self._input[size:] = reference
-        self._spectra[1:] = self._spectra[:-1].copy()
-        self._spectra[0] = np.fft.rfft(self._input)
-        echo = np.fft.irfft((self._weights * self._spectra).sum(axis=0))[size:]
-        left = (heard - echo).astype(np.float32)
-        error = np.fft.rfft(np.concatenate([np.zeros(size, np.float32), left])).astype(np.complex64)
-        power = np.square(np.abs(self._spectra))
-        self._rest += np.float32(0.3) * (np.square(np.abs(error)) - self._rest)
-        # Half of each window is new: the factors of one half come from that.
-        gain = 0.5 * self._doubt / (0.5 * (self._doubt * power).sum(axis=0) + self._rest + np.float32(1e-6))
-        step = np.fft.irfft(gain * np.conj(self._spectra) * error)
-        step[:, size:] = 0
-        self._weights += np.fft.rfft(step).astype(np.complex64)
-        self._doubt = (
-            self._keep * (1 - 0.5 * gain * power) * self._doubt + (1 - self._keep) * np.square(np.abs(self._weights))
-        ).astype(np.float32)
-        return left
 
 
 class WebRtcEcho:
@@ -101,6 +58,8 @@ class WebRtcEcho:
     ----------
     jumps : int
         How often the reference was aligned anew.
+    drift : float
+        By how much the loudspeaker's clock seems to run faster than the microphone's.
 
     Raises
     ------
@@ -128,10 +87,19 @@ class WebRtcEcho:
         self._pending = np.zeros(0, np.float32)
         self._reference = np.zeros(self._size, np.float32)
         self._filter = AdaptiveFilter(self._size, round(_FILTER_SECONDS * 100))
+        self._drift, self._interpolate = Drift(self._size), Interpolator()
+        self._around = np.zeros(self._interpolate.before + self._size + self._interpolate.after, np.float32)
+        self._part = 0.0  # of a sample that the reference comes after _place
+        self._gained = 0.0  # samples of the reference that were read beyond those that were heard
+        self._match = np.zeros(3)  # of what is heard and the filter's echo: product, power of the one and of the other
+        self._resting = 0  # blocks until the filter may be told to learn the room anew
+        self._leak = _LEAK_FIRST  # share of the echo that the filter may miss without expecting it
+        self._told = 0  # times that the drift was told
         self._filtered = np.zeros(self._size + round(_AEC3_DELAY * rate), np.float32)
-        self._power = np.full(2, 1e-9)  # of AEC3's output and of the filter's
+        self._power = np.full(2, 1e-9)  # of what the filter leaves, and expected to leave
         self._share = 0.0  # of the filter in what is heard
         self.jumps = 0
+        self.drift = 0.0
 
     def played(self, pcm: Pcm, when: float) -> None:
         """From the loudspeaker's callback: ``pcm`` [samples] leaves the loudspeaker from ``when`` on."""
@@ -163,14 +131,42 @@ class WebRtcEcho:
         self._processing.set_stream_delay_ms(max(round(self._ahead * 1e3), 0))
         self._processing.process_stream(frame)
         out = np.frombuffer(frame.data, np.int16) / np.float32(32768)
-        self._filtered = np.concatenate([self._filtered[self._size :], self._filter(self._reference, heard)])
+        left = self._filter(self._reference, heard)
+        self._filtered = np.concatenate([self._filtered[self._size :], left])
         filtered = self._filtered[: self._size]
-        self._power += 0.3 * (np.array([np.mean(np.square(out)), np.mean(np.square(filtered))]) - self._power)
-        through = 10 * np.log10((self._power[0] + 1e-10) / (self._power[1] + 1e-10))
-        share = float(np.clip((through - _ONLY_AEC3) / (_ONLY_FILTER - _ONLY_AEC3), 0, 1))
+        self._power += 0.3 * (np.array([np.mean(np.square(left)), self._may_miss(heard)]) - self._power)
+        unexplained = 10 * np.log10((self._power[0] + 1e-10) / (self._power[1] + 1e-10))
+        share = float(np.clip((unexplained - _ONLY_AEC3) / (_ONLY_FILTER - _ONLY_AEC3), 0, 1))
         ramp = np.linspace(self._share, share, self._size, dtype=np.float32)
         self._share = share
+        self._follow(heard)
         return np.asarray(out + ramp * (filtered - out), np.float32)
+
+    def _may_miss(self, heard: Pcm) -> float:
+        """Mean square of the echo that the filter may have left in the last block."""
+        echo = self._filter.echo
+        self._match += 0.04 * (np.array([np.dot(heard, echo), np.dot(echo, echo), np.dot(heard, heard)]) - self._match)
+        both, guess, all_of_it = self._match
+        # 0 if what is heard holds the very echo that was guessed; a voice beside it, on average, changes nothing.
+        wrong = 1 - both / (guess + 1e-9)
+        leak = self._leak + 4 * min(max(wrong, 0.0), 1.0) ** 2
+        self._resting = max(self._resting - 1, 0)
+        if wrong > 0.6 and guess > 0.2 * all_of_it and not self._resting:
+            self._filter.doubt_all()
+            self._resting = 100
+        return float(self._filter.expected + leak * np.mean(np.square(echo)))
+
+    def _follow(self, heard: Pcm) -> None:
+        """Read the reference at the speed of the loudspeaker's clock, as far as that can be heard."""
+        weights = self._filter.weights
+        lead = int(np.argmax(np.square(np.abs(weights)).sum(axis=1)))
+        drift = self._drift(self._reference, heard, self._gained, lead)
+        if drift is not None and abs(drift) < _FASTEST:
+            self._told = min(self._told + 1, 10)
+            self._leak = max(0.6 * self._leak, _LEAK_LAST)
+            self.drift += (drift - self.drift) / self._told
+            if self._told == 1 and abs(drift) > _SLOW:
+                self._filter.doubt_all()  # what it learnt until now was on its way
 
     def _refer(self, when: float) -> None:
         """Read what leaves the loudspeaker at ``when``, or a little after it."""
@@ -180,17 +176,26 @@ class WebRtcEcho:
         if self._off < _PATIENCE:
             self._off = self._off + 1 if abs(off) > _TOLERANCE * self._rate else 0
         if self._off >= _PATIENCE or abs(off) > self._rate or (written and not self.jumps):
-            self._place, self._off = wanted, 0
+            self._place, self._part, self._off = wanted, 0.0, 0
+            self._drift.forget()
+            self._told = min(self._told, 1)  # perhaps these are other devices
             self.jumps += 1
-        self._reference[:] = 0
+        around = self._around
+        around[:] = 0
+        begin = self._place - self._interpolate.before
         oldest = self._ring.written - self._ring.available
         # What was not played yet, or is forgotten, is silence.
-        lead = min(max(oldest - self._place, 0), self._size)
-        self._ring.skip_to(self._place + lead)
-        self._ring.read_into(self._reference[lead:])
-        self._place += self._size
+        lead = min(max(oldest - begin, 0), len(around))
+        self._ring.skip_to(begin + lead)
+        self._ring.peek_into(around[lead:])
+        step = 1 + self.drift
+        self._reference[:] = self._interpolate(around, self._part, step, self._size)
         # Known only after it was needed: while something plays, that must not go on.
-        late = written and self._place > self._ring.written
+        late = written and begin + len(around) > self._ring.written
+        self._part += self._size * step
+        self._gained += self._size * self.drift
+        whole = int(self._part)
+        self._place, self._part = self._place + whole, self._part - whole
         self._missed = self._missed + 1 if late else 0
         if self._missed >= 5 and self._ahead > 0:
             self._ahead, self._missed, self._off = self._ahead - _STEP, 0, _PATIENCE

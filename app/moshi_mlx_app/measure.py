@@ -7,8 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.resources import as_file, files
 from typing import Any
@@ -22,8 +21,6 @@ from moshi_mlx.realtime import Conversation
 from moshi_mlx.realtime.meters import Stopwatch
 
 __all__ = [
-    "KNOWN",
-    "Known",
     "machine",
     "memory_used",
     "paced",
@@ -31,47 +28,11 @@ __all__ = [
     "question",
     "speeds",
     "unpaced",
-    "verdict",
 ]
 
 _PACKAGES = ("mlx", "numpy", "rustymimi", "sounddevice", "soxr", "livekit")
-_SHARE_OF_MEMORY = 0.75  # of the machine's memory that a model may take: the system and other programs want theirs
-_BESIDE = 1.2e9  # bytes beside the language model's weights: codec, caches, Python
-_SHARE_OF_TIME = 0.8  # of a frame that the language model may take
-_OVERHEAD = 1.25  # a step by the time its weights alone take to be read
-
-
-@dataclass(frozen=True)
-class Known:
-    """A published model.
-
-    Attributes
-    ----------
-    name : str
-        What to give to ``--model``.
-    size : int
-        Bytes of the language model's weights.
-    bits : {4, 8, 16}
-        Of a weight.
-    """
-
-    name: str
-    size: int
-    bits: int
-
-
-KNOWN = (
-    Known("kyutai/moshiko-mlx-q4", 4_805_000_000, 4),
-    Known("kyutai/moshiko-mlx-q8", 8_169_000_000, 8),
-    Known("kyutai/moshiko-mlx-bf16", 15_376_000_000, 16),
-    Known("kyutai/moshika-mlx-q4", 4_805_000_000, 4),
-    Known("kyutai/moshika-mlx-q8", 8_169_000_000, 8),
-    Known("kyutai/moshika-mlx-bf16", 15_376_000_000, 16),
-    Known("nvidia/personaplex-7b-v1", 16_743_000_000, 16),
-    Known("kyutai/stt-1b-en_fr-mlx", 1_978_000_000, 16),
-    Known("kyutai/stt-2.6b-en-mlx", 5_234_000_000, 16),
-)
-"""Sizes as the repositories' files say."""
+_GROUP = 64
+_AT_ONCE = {True: 5e8, False: 5e7}  # bytes of weights to go through at a time, on a GPU and on a processor
 
 
 def machine() -> dict[str, Any]:
@@ -93,6 +54,8 @@ def machine() -> dict[str, Any]:
         "device": "gpu" if mx.default_device().type == mx.gpu else "cpu",
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        # What Metal lets a program keep for the GPU; other backends say nothing of the kind.
+        "gpu_memory": int(described.get("max_recommended_working_set_size", 0)) or None,
         "packages": versions,
     }
 
@@ -109,6 +72,10 @@ def percentiles(watch: Stopwatch) -> dict[str, float]:
         **{f"p{percent}": round(watch.percentile(percent) * 1e3, 2) for percent in (50, 95)},
         "max": round(watch.longest * 1e3, 2),
     }
+
+
+def _milliseconds(watch: Stopwatch) -> list[float]:
+    return [round(float(seconds) * 1e3, 3) for seconds in watch.recent()]
 
 
 def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
@@ -130,8 +97,19 @@ def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
             yield np.ascontiguousarray(pcm[start : start + size], np.float32)
 
 
-def unpaced(model: Moshi, frames: int, generation: GenerationConfig | None = None) -> dict[str, Any]:
+def unpaced(
+    model: Moshi,
+    frames: int,
+    generation: GenerationConfig | None = None,
+    *,
+    series: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
     """Each stage by itself, one frame after the other, as fast as it goes.
+
+    Parameters
+    ----------
+    series : dict, optional
+        Gets the milliseconds of every frame, by stage.
 
     Returns
     -------
@@ -165,6 +143,8 @@ def unpaced(model: Moshi, frames: int, generation: GenerationConfig | None = Non
                 watches[name].add(float(seconds))
             watches["frame"].add(marks[-1] - marks[0])
             total += marks[-1] - marks[0]
+    if series is not None:
+        series.update({name: _milliseconds(watch) for name, watch in watches.items()})
     return {
         **{name: percentiles(watch) for name, watch in watches.items()},
         "frames": frames,
@@ -174,8 +154,17 @@ def unpaced(model: Moshi, frames: int, generation: GenerationConfig | None = Non
     }
 
 
-def paced(model: Moshi, frames: int, generation: GenerationConfig | None = None) -> dict[str, Any]:
-    """A conversation on a microphone that gives one frame every 80 ms, with all its threads."""
+def paced(
+    model: Moshi,
+    frames: int,
+    generation: GenerationConfig | None = None,
+    *,
+    series: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """A conversation on a microphone that gives one frame every 80 ms, with all its threads.
+
+    ``series`` as for :func:`unpaced`, with ``answer``, and at most the last thousand frames.
+    """
     sound = question(model)
     with Conversation(model, generation=generation) as conversation:
         out = np.zeros(model.frame_size // 8, np.float32)
@@ -190,9 +179,11 @@ def paced(model: Moshi, frames: int, generation: GenerationConfig | None = None)
         while conversation.meters.frames < frames and time.monotonic() < until and conversation.running:
             time.sleep(0.01)
         meters = conversation.meters
+    stages = {"encode": meters.encode, "step": meters.step, "decode": meters.decode, "answer": meters.lag}
+    if series is not None:
+        series.update({name: _milliseconds(watch) for name, watch in stages.items()})
     return {
-        **{name: percentiles(getattr(meters, name)) for name in ("encode", "step", "decode")},
-        "answer": percentiles(meters.lag),
+        **{name: percentiles(watch) for name, watch in stages.items()},
         "frames": meters.frames,
         "late": meters.late,
         "dropped_seconds": round(meters.dropped_in / model.sample_rate, 3),
@@ -200,70 +191,50 @@ def paced(model: Moshi, frames: int, generation: GenerationConfig | None = None)
     }
 
 
-def speeds() -> dict[int, float]:
-    """Bytes of weights that go through a matrix-vector product in a second, for weights of 4, 8 and 16 bits."""
+def speeds(seconds: float = 1.0) -> dict[int, float]:
+    """Bytes of weights that go through a matrix-vector product in a second, for weights of 4, 8 and 16 bits.
+
+    The matrices are many, and large together: one alone would stay in a cache, where a model's weights never are.
+
+    Parameters
+    ----------
+    seconds : float
+        To spend, about; other programs only ever make it slower, so the best of several rounds counts.
+    """
     import mlx.core as mx
 
-    wide, high = 4096, 2048
+    gpu = mx.default_device().type == mx.gpu
+    kind, wide, high = (mx.bfloat16, 4096, 16_384) if gpu else (mx.float32, 4096, 512)
     matrix = mx.random.normal((high, wide)).astype(mx.bfloat16)
-    kind = mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
     x = mx.random.normal((1, wide)).astype(kind)
     found = {}
     for bits in (4, 8, 16):
-        if bits == 16:
-            plain = matrix if kind == mx.bfloat16 else matrix.astype(mx.float32)
-            mx.eval(plain, x)
-            size, product = plain.nbytes, _times(plain, x)
-        else:
-            quantized = mx.quantize(matrix, group_size=64, bits=bits)
-            mx.eval(quantized, x)
-            size, product = sum(part.nbytes for part in quantized), _quantized_times(quantized, x, bits)
-        # A 16-bit weight is twice as large on a processor that multiplies 32 bits: count what the file holds.
-        found[bits] = (2 * high * wide if bits == 16 else size) / _fastest(product)
+        parts = [matrix.astype(kind)] if bits == 16 else list(mx.quantize(matrix, group_size=_GROUP, bits=bits))
+        mx.eval(parts, x)
+        once = min(_seconds_of([parts], x, bits) for _ in range(2))  # the first call compiles
+        held = sum(part.nbytes for part in parts)
+        count = int(min(_AT_ONCE[gpu] / held, max(seconds / 9 / once, 1)))
+        copies = [parts, *([part + 0 for part in parts] for _ in range(count - 1))]
+        mx.eval(copies)
+        best, until = once, time.perf_counter() + seconds / 3
+        while time.perf_counter() < until:
+            best = min(best, _seconds_of(copies, x, bits) / count)
+        # A processor multiplies 32 bits where the file has 16: count what the file holds.
+        found[bits] = (2 * high * wide if bits == 16 else held) / best
+        del parts, copies
+        mx.clear_cache()  # the model that comes next may need all there is
     return found
 
 
-def _times(matrix: Any, x: Any) -> Callable[[], Any]:
-    return lambda: x @ matrix.T
-
-
-def _quantized_times(parts: Any, x: Any, bits: int) -> Callable[[], Any]:
+def _seconds_of(matrices: list[list[Any]], x: Any, bits: int) -> float:
+    """Time of one product with each of them."""
     import mlx.core as mx
 
-    weights, scales, biases = parts
-    return lambda: mx.quantized_matmul(x, weights, scales, biases, transpose=True, group_size=64, bits=bits)
+    def product(weights: Any, scales: Any = None, biases: Any = None) -> Any:
+        if scales is None:
+            return x @ weights.T
+        return mx.quantized_matmul(x, weights, scales, biases, transpose=True, group_size=_GROUP, bits=bits)
 
-
-def _fastest(product: Callable[[], Any], chain: int = 8, tries: int = 5) -> float:
-    """Seconds of one product: the best of several chains, because other programs only ever make it slower."""
-    import mlx.core as mx
-
-    best = float("inf")
-    for _ in range(tries):
-        began = time.perf_counter()
-        mx.eval([product() for _ in range(chain)])
-        best = min(best, (time.perf_counter() - began) / chain)
-    return best
-
-
-def verdict(known: Known, memory: int, speed: dict[int, float], frame: float = 0.08) -> dict[str, Any]:
-    """Whether a model fits into ``memory`` [bytes] and keeps up, and why.
-
-    A step reads nearly all weights once: Moshi's depth transformer has its own for every codebook.
-    """
-    needed = known.size + _BESIDE
-    room = memory * _SHARE_OF_MEMORY
-    step = known.size / speed[known.bits] * _OVERHEAD
-    fits, in_time = needed <= room, step <= _SHARE_OF_TIME * frame
-    why = (
-        f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; "
-        f"a step would take about {step * 1e3:.0f} ms of {frame * 1e3:.0f}"
-    )
-    return {
-        "model": known.name,
-        "fits": fits,
-        "keeps_up": in_time,
-        "needed_bytes": round(needed),
-        "step_ms": round(step * 1e3, 1),
-        "why": why,
-    }
+    began = time.perf_counter()
+    mx.eval([product(*parts) for parts in matrices])
+    return time.perf_counter() - began

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `--help` needs no MLX
     from moshi_mlx.generate import GenerationConfig
 
-__all__ = ["add_generation_options", "add_model_options", "bounded", "generation_from"]
+__all__ = ["add_cache_option", "add_generation_options", "add_model_options", "bounded", "generation_from"]
 
 
 def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -31,14 +31,21 @@ def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -
     return convert
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--model``, ``--codec``."""
+def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> None:
+    """``--model``, ``--codec``.
+
+    Parameters
+    ----------
+    chosen : str
+        What happens without ``--model``, where that is not the built-in model: its default is None then.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default="small",
+        default=None if chosen else "small",
         metavar="M",
-        help="a folder, a hub repository (org/name or org/name@revision) or a built-in model (default: %(default)s)",
+        help="a folder, a repository on the hub such as kyutai/moshiko-mlx-q4 (a revision behind an @), or small, "
+        f"which is built in; the verb check says which would do here. Default: {chosen or 'small'}",
     )
     group.add_argument(
         "--codec",
@@ -78,6 +85,16 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=bounded(float, -1000, 1000),
         metavar="B",
         help="above 0 the model speaks less, below 0 more",
+    )
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """``--kv-bits``: precision of the attention's memory."""
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8,),
+        help="keep what the model remembers of the talk in 8 bits: about half the memory, for large models on a GPU",
     )
 
 

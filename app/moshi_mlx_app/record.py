@@ -231,8 +231,7 @@ class _Part:
 
     def finish(self) -> None:
         line = {"path": self.path.name, "duration": self.samples / self._rate}
-        with open(self.path.parent / "recordings.jsonl", "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        _append(self.path.parent / "recordings.jsonl", f"{json.dumps(line)}\n".encode())
         self.close()
 
     def close(self) -> None:
@@ -256,6 +255,21 @@ def _write_at(file: int, data: bytes, place: int) -> None:
     while data:
         count = os.pwrite(file, data, place)
         data, place = data[count:], place + count
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of ``data`` at the end of a file, or nothing of it: half a line would spoil the next one, too."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+        except OSError:
+            os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
 
 
 def _header(rate: int, samples: int) -> bytes:

@@ -21,6 +21,7 @@ class FakeSession:
     def __init__(self, model: FakeModel, seed: int, generation: Any):
         self.model, self.seed, self.generation = model, seed, generation
         self.index = 0
+        self.kv_bits: int | None = None
 
     def __enter__(self) -> FakeSession:
         return self
@@ -64,8 +65,9 @@ class FakeModel:
 
     silence = Moshi.silence  # the real one: it looks at the configuration only
 
-    def session(self, *, seed: int = 0, generation: Any = None) -> FakeSession:
+    def session(self, *, seed: int = 0, generation: Any = None, kv_bits: int | None = None) -> FakeSession:
         self.sessions.append(FakeSession(self, seed, generation))
+        self.sessions[-1].kv_bits = kv_bits
         return self.sessions[-1]
 
 
@@ -75,6 +77,14 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
     monkeypatch.setattr(moshi_mlx, "load", fake.load)
     return fake
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's: no network, an empty cache folder, and no second spent on measuring the machine."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("moshi_mlx_app.choice.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr("moshi_mlx_app.measure.speeds", lambda: {4: 1e9, 8: 1e9, 16: 1e9})
 
 
 @pytest.fixture

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from moshi_mlx_app import device as module
+from moshi_mlx_app import portaudio, watching
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.device import Device, DeviceError, Resampler, SoundCard, devices, find_device
+from moshi_mlx_app.device import SoundCard
+from moshi_mlx_app.portaudio import Device, DeviceError, devices, find_device
+from moshi_mlx_app.resampling import Resampler
 
 RATE = 24_000
 
@@ -96,7 +101,7 @@ class FakeCard:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     fake = FakeCard()
-    monkeypatch.setattr(module, "_sounddevice", lambda: fake)
+    monkeypatch.setattr(portaudio, "sounddevice", lambda: fake)
     monkeypatch.setattr(module, "_RETRY", 0.02)
     return fake
 
@@ -230,7 +235,7 @@ def test_a_device_that_falls_silent(card: FakeCard, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("system, hint", [("darwin", "System Settings > Privacy & Security"), ("linux", "is it muted")])
 def test_nothing_but_zeros(card: FakeCard, monkeypatch: pytest.MonkeyPatch, system: str, hint: str) -> None:
     """If this fails, a Mac's user who has not allowed the microphone talks to a deaf program and learns nothing."""
-    monkeypatch.setattr(module, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr(portaudio, "sys", SimpleNamespace(platform=system))
     with SoundCard(lambda pcm: None, lambda out: None, RATE) as sound:
         for _ in range(40):
             card.streams[0].call(np.zeros((4_800, 1), np.float32))
@@ -248,6 +253,86 @@ def test_nothing_but_zeros(card: FakeCard, monkeypatch: pytest.MonkeyPatch, syst
             time.sleep(0.001)
         time.sleep(0.05)
         assert sound.notices() == [], "a microphone that was heard once is allowed"
+
+
+def test_the_systems_choice_changes(card: FakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, who plugs in a headset goes on talking to the laptop, or a device chosen by name is left."""
+    news: list[dict[str, str | None]] = []
+
+    class Told(watching.Defaults):
+        def start(self) -> None:
+            pass
+
+        def changed(self) -> dict[str, str | None] | None:
+            return news.pop() if news else None
+
+    monkeypatch.setattr(module, "Defaults", Told)
+    with SoundCard(lambda pcm: None, lambda out: None, RATE, output_device="headset pro", follow=True) as sound:
+        news.append({"input": "Built-in Mic", "output": "Built-in Speaker"})
+        assert until(lambda: not news)
+        time.sleep(0.1)
+        assert sound.openings == 1, "what was open is what the system chose, or was chosen here"
+        card.default.device = [2, 1]
+        news.append({"input": "Headset", "output": None})
+        assert until(lambda: sound.openings == 2)
+        assert sound.input is not None and sound.input.name == "Headset"
+        assert sound.output is not None and sound.output.name == "Headset Pro"
+        notices = sound.notices()
+        assert "the system's microphone is 'Headset' now; opening it" in notices
+        assert "sound again: Headset > Headset Pro" in notices
+    assert (
+        SoundCard(lambda pcm: None, lambda out: None, RATE, input_device="1", output_device="2", follow=True)._defaults
+        is None
+    )
+
+
+FAKE = """
+import pathlib
+entries = [dict(name=f"device {number}") for number in range(3)]
+choice = [0, 1]
+def _initialize():
+    choice[:] = map(int, pathlib.Path(__file__).with_name("choice").read_text().split())
+def _terminate():
+    print("a library has something to say")
+def query_devices():
+    return entries
+def query_hostapis():
+    return ({"default_input_device": choice[0], "default_output_device": choice[1]},)
+_initialize()
+"""
+
+
+def test_another_process_asks_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, changes of the default device are not noticed, or the process that asks outlives its owner."""
+    (tmp_path / "sounddevice.py").write_text(FAKE)
+    (tmp_path / "choice").write_text("0 1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    defaults, seen = watching.Defaults(every=0.05), []
+
+    def look() -> bool:
+        seen.append(defaults.changed())
+        return seen[-1] is not None
+
+    defaults.start()
+    assert until(look) and seen[-1] == {"input": "device 0", "output": "device 1"}
+    time.sleep(0.3)
+    assert not look(), "it speaks only when something has changed"
+    (tmp_path / "choice").write_text("2 -1")
+    assert until(look) and seen[-1] == {"input": "device 2", "output": None}
+    process = defaults._process
+    assert process is not None and process.poll() is None
+    defaults.stop()
+    assert process.poll() is not None
+    command = [sys.executable, watching.__file__, "0.05"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as orphan:
+        assert orphan.stdin is not None
+        orphan.stdin.close()
+        assert orphan.wait(10) == 0, "it ends with its owner"
+    monkeypatch.setattr(watching.sys, "executable", str(tmp_path / "nothing"))
+    broken = watching.Defaults()
+    broken.start()
+    assert broken.changed() is None
+    broken.stop()
 
 
 def test_errors_in_callbacks_reach_the_owner(card: FakeCard) -> None:
@@ -274,7 +359,7 @@ def test_no_portaudio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(portaudio.sys, "platform", "linux")
     assert main(["devices"]) == 1
     assert "apt-get install libportaudio2" in capsys.readouterr().err
 

@@ -91,12 +91,12 @@ def test_options_reach_the_model(here: Path, model: FakeModel) -> None:
         "0.9",
     ]
     options += ["--audio-temperature", "0.6", "--text-top-k", "9", "--audio-top-k", "10", "--min-p", "0.05"]
-    options += ["--repetition-penalty", "1.2", "--padding-bonus", "-1.5"]
+    options += ["--repetition-penalty", "1.2", "--padding-bonus", "-1.5", "--kv-bits", "8"]
     assert main(["file", "q.wav", "-o", "a.wav", *options]) == 0
     source, given = model.loaded[0]
     assert source == "org/repo@main" and given["codec"] == "mlx"
     session = model.sessions[0]
-    assert session.seed == 7
+    assert session.seed == 7 and session.kv_bits == 8
     text, audio = session.generation.text, session.generation.audio
     assert (text.temperature, text.top_k, text.top_p, text.min_p) == (0.5, 9, 0.9, 0.05)
     assert (audio.temperature, audio.top_k, audio.top_p, audio.min_p) == (0.6, 10, 0.9, 0.05)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from moshi_mlx_app.watching import Defaults
 
 from tests.app.test_talk import ENVIRONMENT, QUESTIONS, ROOT
 from tests.helpers.virtual_audio import RATE, VirtualAudio, unavailable
@@ -46,7 +47,12 @@ def talk(card: VirtualAudio, *arguments: str, parrot: bool = True, **options: An
         [sys.executable, "-m", module, "talk", "--no-aec", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**card.environment, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
+        env={
+            **card.environment,
+            "PYTHONPATH": ENVIRONMENT["PYTHONPATH"],
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": str(card.folder / "cache"),
+        },
         cwd=ROOT,
         text=True,
         **options,
@@ -190,6 +196,45 @@ def onsets(pcm: np.ndarray) -> np.ndarray:
     return loud[np.diff(loud, prepend=-RATE) > RATE // 5] if len(loud) else loud
 
 
+def test_the_systems_choice_changes_while_talking(
+    card: VirtualAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, who chooses another loudspeaker in the system's settings hears nothing there.
+
+    PulseAudio takes the sound along by itself; the process that asks PortAudio meanwhile must not disturb it.
+    """
+
+    def pactl(*words: str) -> None:
+        subprocess.run(["pactl", *words], env=card.environment, check=True, capture_output=True)
+
+    for name, value in card.environment.items():
+        monkeypatch.setenv(name, value)
+    pactl("load-module", "module-null-sink", "sink_name=headset", f"rate={RATE}", "channels=1")
+    ear, defaults = Ear(card.loudspeaker("headset.monitor")), Defaults(every=0.2)
+    program = talk(card, "--json", "--record", str(tmp_path))
+    try:
+        assert grown(tmp_path, 0.5), "recording has begun"
+        defaults.start()
+        speaking = play(card, 0.5 * np.sin(np.arange(30 * RATE) * (2 * np.pi * 500 / RATE)))
+        assert grown(tmp_path, recorded_seconds(tmp_path) + 1.0)
+        pactl("set-default-sink", "headset")
+        assert grown(tmp_path, recorded_seconds(tmp_path) + 2.0)
+        program.send_signal(signal.SIGINT)
+        out, errors = program.communicate(timeout=60)
+        speaking.kill()
+        speaking.wait()
+        chosen = defaults.changed()
+    finally:
+        defaults.stop()
+        program.kill()
+        pactl("set-default-sink", "speaker")
+    played, _ = ear.stop()
+    figures = json.loads(out)
+    assert figures["device_openings"] == 1, errors
+    assert np.sum(np.abs(played) > 0.05) > RATE / 4, "the headset played"
+    assert chosen is not None and chosen["input"] and chosen["output"], "PortAudio was asked"
+
+
 def test_the_plug_is_pulled_and_put_back(card: VirtualAudio, tmp_path: Path) -> None:
     """If this fails, losing the devices hangs or ends a talk, or costs what was recorded."""
     program = talk(card, "--seconds", "10", "--json", "--record", str(tmp_path))
@@ -216,7 +261,8 @@ def test_a_file_that_may_not_grow_and_ctrl_c(card: VirtualAudio, tmp_path: Path)
         str(tmp_path),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
     )
-    time.sleep(6)
+    assert grown(tmp_path, 1.4), "the room is full"  # not by the clock: a busy machine starts slowly
+    time.sleep(2.5)
     began = time.monotonic()
     program.send_signal(signal.SIGINT)
     out, errors = program.communicate(timeout=20)

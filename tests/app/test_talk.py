@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app import device
+from moshi_mlx_app import device, portaudio
 from moshi_mlx_app.cli import main
 from moshi_mlx_app.tui import State, _panel, decibels
 
@@ -36,7 +36,7 @@ PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCard]:
     """Devices whose microphone hears a tone."""
     fake = FakeCard()
-    monkeypatch.setattr(device, "_sounddevice", lambda: fake)
+    monkeypatch.setattr(portaudio, "sounddevice", lambda: fake)
     pump(fake)
     yield fake
     fake.finished = True

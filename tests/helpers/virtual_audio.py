@@ -51,7 +51,7 @@ class VirtualAudio:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
         (folder / "run").mkdir(parents=True, mode=0o700)
         (folder / "state").mkdir()
@@ -75,10 +75,10 @@ class VirtualAudio:
     def start(self) -> None:
         """Start the daemon; raises TimeoutError with its last words if it does not come up."""
         command = ["pulseaudio", "-n", "--daemonize=no", "--disallow-exit", "--exit-idle-time=-1", "--use-pid-file=no"]
-        log = self._folder / "log"
+        log = self.folder / "log"
         with open(log, "wb") as words:
             self._daemon = subprocess.Popen(
-                [*command, "-F", str(self._folder / "modules.pa")], env=self.environment, stderr=words
+                [*command, "-F", str(self.folder / "modules.pa")], env=self.environment, stderr=words
             )
         end = time.monotonic() + 10
         while subprocess.run(["pactl", "info"], env=self.environment, capture_output=True).returncode:

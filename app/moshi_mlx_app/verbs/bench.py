@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
@@ -16,8 +18,9 @@ HELP = "measure the speed of codec and model, stage by stage"
 EXAMPLES = """\
 examples:
   moshi-mlx-local bench
-  moshi-mlx-local bench --model org/name --frames 500
-  moshi-mlx-local bench | tail -1                    one JSON object
+  moshi-mlx-local bench --model kyutai/moshiko-mlx-q4
+  moshi-mlx-local bench --json                       one JSON object
+  moshi-mlx-local bench --picture bench.svg          every frame, stage by stage
 
 Unpaced: one frame after the other, stage by stage. Paced: a frame every 80 ms
 through the threads of a conversation, where late and dropped frames show.
@@ -27,35 +30,50 @@ through the threads of a conversation, where late and dropped frames show.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own options and the shared ones."""
     parser.add_argument(
-        "--frames", type=bounded(int, 4, 1_000_000), default=100, metavar="N", help="in each run (default: %(default)s)"
+        "--frames",
+        type=bounded(int, 4, 1_000_000),
+        default=100,
+        metavar="N",
+        help="in each of the two runs (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
+    parser.add_argument("--picture", metavar="FILE.svg", help="draw the times of every frame, for a browser")
     add_model_options(parser)
     add_generation_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; print a table and one line of JSON. Returns the exit status."""
-    import moshi_mlx
     from moshi_mlx.model import generation_defaults
+    from moshi_mlx_app.fetching import load_model
     from moshi_mlx_app.measure import machine, memory_used, paced, unpaced
 
+    if args.picture is not None and Path(args.picture).suffix.lower() != ".svg":
+        args.parser.error(f"--picture {args.picture}: the picture is SVG; give it a name that ends in .svg")
+    if args.picture is not None and not Path(args.picture).parent.is_dir():
+        raise FileNotFoundError(f"{Path(args.picture).parent}: there is no such folder for the picture")
+    model = load_model(args)
+    fast_series: dict[str, list[float]] = {}
+    slow_series: dict[str, list[float]] = {}
     with Loading() as loading:
-        model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
         generation = generation_from(args, generation_defaults(model.config))
         loading("as fast as it goes")
-        fast = unpaced(model, args.frames, generation)
+        fast = unpaced(model, args.frames, generation, series=fast_series)
         loading("at the pace of a conversation")
-        slow = paced(model, args.frames, generation)
+        slow = paced(model, args.frames, generation, series=slow_series)
     here = machine()
-    say(f"{program()}: {model.description}")
-    say(f"{here['system']} {here['machine']}, {here['cores']} cores, MLX {here['packages']['mlx']} on {here['device']}")
-    say(f"{'ms':10} {'p50':>8} {'p95':>8} {'max':>8}    paced: {'p50':>8} {'p95':>8} {'max':>8}")
-    for name in ("encode", "step", "decode", "frame", "answer"):
-        say(f"{name:10} {_row(fast.get(name))}           {_row(slow.get(name))}".rstrip())
-    say(
-        f"real-time factor {fast['rtf']}; paced: {slow['late']} of {slow['frames']} frames late, "
-        f"{slow['dropped_seconds']} s dropped; {memory_used() / 1e9:.2f} GB"
+    about = (
+        f"{here['system']} {here['machine']}, {here['cores']} cores, MLX {here['packages']['mlx']} on {here['device']}"
     )
+    if args.picture is not None:
+        from moshi_mlx_app.picture import draw
+
+        title = f"{program()}: {model.description}"
+        picture = draw(title, about, fast_series, slow_series, 1e3 / model.frame_rate)
+        Path(args.picture).write_text(picture, encoding="utf-8")
+        print(f"picture: {args.picture}", file=sys.stderr)
+    if not args.json:
+        _table(f"{program()}: {model.description}\n{about}", fast, slow)
     figures = {
         "benchmark": "bench",
         "program": program(),
@@ -67,6 +85,19 @@ def run(args: argparse.Namespace) -> int:
     }
     say(json.dumps(figures))
     return 0
+
+
+def _table(head: str, fast: dict[str, Any], slow: dict[str, Any]) -> None:
+    from moshi_mlx_app.measure import memory_used
+
+    say(head)
+    say(f"{'ms':10} {'p50':>8} {'p95':>8} {'max':>8}    paced: {'p50':>8} {'p95':>8} {'max':>8}")
+    for name in ("encode", "step", "decode", "frame", "answer"):
+        say(f"{name:10} {_row(fast.get(name))}           {_row(slow.get(name))}".rstrip())
+    say(
+        f"real-time factor {fast['rtf']}; paced: {slow['late']} of {slow['frames']} frames late, "
+        f"{slow['dropped_seconds']} s dropped; {memory_used() / 1e9:.2f} GB"
+    )
 
 
 def _row(times: dict[str, Any] | None) -> str:

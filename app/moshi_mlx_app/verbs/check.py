@@ -22,7 +22,7 @@ EXAMPLES = """\
 examples:
   moshi-mlx-local check
   moshi-mlx-local check --json > check.json          for a bug report
-  moshi-mlx-local check --model org/name             measures that model as well
+  moshi-mlx-local check --model kyutai/moshiko-mlx-q4   measures that model
 
 The exit status is 0 if a conversation is possible with the named model, else 1.
 """
@@ -31,7 +31,7 @@ _LISTEN = 2.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own options and the shared ones."""
-    add_model_options(parser)
+    add_model_options(parser, chosen="what talk would take if it is here, else small")
     parser.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
     parser.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
     parser.add_argument("--no-sound", action="store_true", help="leave the sound devices alone")
@@ -47,16 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, measure, report. Returns the exit status."""
-    import moshi_mlx
-    from moshi_mlx_app.measure import KNOWN, machine, memory_used, speeds, unpaced, verdict
+    from moshi_mlx_app.choice import default_model, measured, remember_step
+    from moshi_mlx_app.fetching import load_model
+    from moshi_mlx_app.known import BUILTIN, KNOWN, verdict
+    from moshi_mlx_app.measure import machine, memory_used, unpaced
 
     here = machine()
     sound = {"ok": True, "said": "not looked at"} if args.no_sound else _sound(args)
     with Loading() as loading:
-        model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
-        loading("measuring")
+        loading("measuring how fast weights can be read")
+        known = measured(anew=True)
+        choice = default_model(loading, known)
+    if args.model is None:
+        args.model = BUILTIN if choice.missing else choice.model
+    model = load_model(args)
+    with Loading() as loading:
+        loading("measuring the model")
         stages = unpaced(model, args.frames)
-        speed = speeds()
+    remember_step(model.name, stages["step"]["p95"])
     frame = 1e3 / model.frame_rate
     slowest = max(stages[name]["p95"] for name in ("encode", "step", "decode"))
     whole = stages["silent"] and stages["spoken"]
@@ -68,9 +76,10 @@ def run(args: argparse.Namespace) -> int:
         "model": {"name": model.name, "trained": model.trained, "description": model.description},
         "stages": stages,
         "memory_used": memory_used(),
-        "bytes_per_second": {str(bits): round(value) for bits, value in speed.items()},
+        "bytes_per_second": {str(bits): round(value) for bits, value in known.speeds.items()},
         "keeps_up": in_time,
-        "verdicts": [verdict(known, here["memory"], speed) for known in KNOWN],
+        "verdicts": [verdict(one, known.room, known.speeds, known.steps) for one in KNOWN],
+        "default": {"model": choice.model, "why": choice.line, "download_bytes": choice.missing},
         "ok": bool(sound["ok"] and whole and in_time),
     }
     if args.json:
@@ -82,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sound(args: argparse.Namespace) -> dict[str, Any]:
     """Open both devices for a moment, listen, and play silence."""
-    from moshi_mlx_app.device import DeviceError, SoundCard, devices
+    from moshi_mlx_app.device import SoundCard
+    from moshi_mlx_app.portaudio import DeviceError, devices
     from moshi_mlx_app.tui import own_errors
 
     try:
@@ -160,4 +170,8 @@ def _print(report: dict[str, Any], frame: float) -> None:
         word = "yes" if entry["fits"] and entry["keeps_up"] else "no "
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
         say(f"  {word}  {entry['model']:26} {', '.join(flaws) + ': ' if flaws else ''}{entry['why']}")
+    say(f"talk takes  {report['default']['why']}")
+    fetched = report["default"]["download_bytes"]
+    if fetched:
+        say(f"            {fetched / 1e9:.1f} GB of it will be fetched first")
     say("verdict     " + ("a conversation is possible" if report["ok"] else "a conversation is not possible as it is"))

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list. Returns the exit status."""
-    from moshi_mlx_app.device import devices
+    from moshi_mlx_app.portaudio import devices
 
     found = devices()
     if args.json:

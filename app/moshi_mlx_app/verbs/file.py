@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from moshi_mlx.errors import MoshiError
 from moshi_mlx_app.audio_files import AnswerFile, Recording, partial_name
-from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
-from moshi_mlx_app.terminal import Face, Loading, say, warn
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.terminal import Face, say, warn
+from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.transcript import Transcript, write_json
 from moshi_mlx_app.version import program
 
 if TYPE_CHECKING:
     from moshi_mlx.model import Moshi
+    from moshi_mlx.realtime import Trace
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -70,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quiet", action="store_true", help="no text and no progress; warnings and errors still appear"
     )
+    add_trace_option(parser)
     add_model_options(parser)
     add_generation_options(parser)
+    add_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(args: argparse.Namespace, question: str) -> int:
     output, transcript = _targets(args, question)
-    with Recording(question) as recording:
+    with tracing(args.trace) as trace, Recording(question) as recording:
         for warning in recording.warnings:
             warn(warning)
-        answer = _Answer(args, recording, output, transcript)
+        answer = _Answer(args, recording, output, transcript, trace)
         try:
             answer.compute()
         except KeyboardInterrupt:
@@ -108,20 +118,22 @@ def _answer(args: argparse.Namespace, question: str) -> int:
 class _Answer:
     """One answer on its way into its files."""
 
-    def __init__(self, args: argparse.Namespace, recording: Recording, output: Path, transcript: Path):
+    def __init__(
+        self, args: argparse.Namespace, recording: Recording, output: Path, transcript: Path, trace: Trace | None
+    ):
         self.args, self.recording, self.output, self.transcript = args, recording, output, transcript
+        self.trace = trace
         self.seconds = 0.0
         self._file: AnswerFile | None = None
         self._about: Transcript | None = None
 
     def compute(self) -> None:
         """Load the model and play the recording to it, frame by frame."""
-        import moshi_mlx
         from moshi_mlx.model import generation_defaults
+        from moshi_mlx_app.fetching import load_model
 
         args = self.args
-        with Loading(shown=not args.quiet) as loading:
-            model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+        model = load_model(args, shown=not args.quiet)
         if not model.trained:
             warn(UNTRAINED.format(name=model.name), "notice")
         rate, size = model.sample_rate, model.frame_size
@@ -134,16 +146,20 @@ class _Answer:
         skip = lead  # what speech-to-text models are played first is no part of the answer
         text = not (args.quiet or args.json)
         with (
-            model.session(seed=args.seed, generation=generation) as session,
+            model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
             Face(samples / rate, text=text, bar=not args.quiet) as face,
         ):
+            step, write = session.step, self._file.write
+            if self.trace is not None:
+                session.on_stage = self.trace.span
+                step, write = self.trace.wrap("frame", step), self.trace.wrap("write", write)
             began = time.perf_counter()
             for user in self.recording.frames(rate, size, lead=lead, tail=tail):
-                frame = session.step(user)
+                frame = step(user)
                 start = min(skip, size)
                 stop = min(size, start + samples - self._file.samples)
                 skip -= start
-                self._file.write(frame.pcm[start:stop], user[start:stop])
+                write(frame.pcm[start:stop], user[start:stop])
                 self.seconds = self._file.samples / rate
                 about.duration, about.seconds_computed = self.seconds, time.perf_counter() - began
                 about.text += frame.text

@@ -13,22 +13,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
-from moshi_mlx_app.terminal import Loading, say, warn
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.terminal import say, warn
+from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
-    from moshi_mlx.realtime import Conversation, Event
+    from moshi_mlx.realtime import Conversation, Event, Trace
     from moshi_mlx_app.device import EchoCanceller, SoundCard
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.tui import Keys, Panel
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "talk with Moshi: microphone, loudspeaker and terminal (what happens without a verb)"
+HELP = "talk with Moshi in the terminal: what happens without a verb"
 EXAMPLES = """\
 examples:
-  moshi-mlx-local                                    talk with the default model
+  moshi-mlx-local                                    talk with the best model for this machine
+  moshi-mlx-local talk --model kyutai/moshika-mlx-q4   or with this one
   moshi-mlx-local talk --record talks                and keep it: talks/*.wav, *.json
   moshi-mlx-local talk --input-device 3 --output-device headset
   moshi-mlx-local talk --seconds 60 --json           a minute, then the figures
@@ -38,12 +46,13 @@ again, q or Ctrl-C quit. A recording is stereo, left Moshi, right you, with
 timed words beside it: the layout that moshi-finetune trains on.
 """
 _TICK = 0.05
+_ENOUGH = 250  # frames of a conversation that tell how long a step takes
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own options and the shared ones."""
-    add_model_options(parser)
+    add_model_options(parser, chosen="the best one that this machine can hold and run in time")
     group = parser.add_argument_group("sound")
     group.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
     group.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
@@ -51,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency",
         type=bounded(float, 0.001, 1),
         metavar="SECONDS",
-        help="what the system may hold on either side; more if the sound stutters (default: what suits it)",
+        help="what the system may hold on either side; more if the sound stutters (default: little; 0.02 on Linux)",
     )
     group.add_argument(
         "--no-aec",
@@ -66,27 +75,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how far Moshi may fall behind before the oldest of your words are dropped (default: %(default)s)",
     )
     group = parser.add_argument_group("the talk")
-    group.add_argument("--record", metavar="DIR", help="record into this folder from the start (the key r: recordings)")
+    group.add_argument(
+        "--record",
+        metavar="DIR",
+        help="record into this folder from the start (without it the key r records into ./recordings)",
+    )
     group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after so many seconds")
     group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
     group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors still appear")
+    add_trace_option(group)
     add_generation_options(parser)
+    add_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until someone quits. Returns the exit status: 0, or 130 after Ctrl-C."""
-    import moshi_mlx
+    with tracing(args.trace) as trace:
+        return _run(args, trace)
+
+
+def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx.model import generation_defaults
     from moshi_mlx.realtime import Conversation
-    from moshi_mlx_app.device import SoundCard, devices, find_device
+    from moshi_mlx_app.choice import remember_step
+    from moshi_mlx_app.device import SoundCard
+    from moshi_mlx_app.fetching import load_model
+    from moshi_mlx_app.portaudio import devices, find_device
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.tui import Keys, Panel, own_errors
 
     known = devices()  # what is missing should not come out after a download
     find_device(args.input_device, "input", known)
     find_device(args.output_device, "output", known)
-    with Loading(shown=not args.quiet) as loading:
-        model = moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+    model = load_model(args, shown=not args.quiet)
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     recorder = Recorder(Path(args.record or "recordings"), model.sample_rate, model.frame_size)
@@ -98,10 +119,14 @@ def run(args: argparse.Namespace) -> int:
                 model,
                 seed=args.seed,
                 generation=generation_from(args, generation_defaults(model.config)),
+                kv_bits=args.kv_bits,
                 backlog=args.backlog,
-                tap=recorder.tap,
+                tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
+                trace=trace,
             )
             echo = None if args.no_aec else _echo(model.sample_rate)
+            if trace is not None and echo is not None:
+                echo.cancel = trace.wrap("echo", echo.cancel)  # type: ignore[method-assign]
             card = SoundCard(
                 conversation.feed,
                 conversation.read_into,
@@ -126,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         for notice in recorder.notices():
             warn(notice, "recording")
     talk.report(model.name)
+    if conversation.meters.frames >= _ENOUGH:
+        remember_step(model.name, conversation.meters.step.percentile(95) * 1e3)
     conversation.check()
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 

@@ -1,0 +1,117 @@
+"""Published models, and whether a machine can hold them and keep up with them.
+
+Everything here is arithmetic on what :mod:`moshi_mlx_app.measure` measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["BUILTIN", "KNOWN", "Known", "kind", "room", "verdict"]
+
+BUILTIN = "small"
+"""The model that needs no download."""
+
+_SHARE_OF_MEMORY = 0.75  # of the machine's memory that a model may take: the system and other programs want theirs
+_BESIDE = 0.8e9  # bytes beside weights and cache: the codec, Python, MLX
+_SHARE_OF_TIME = 0.9  # of a frame that a step may take; the codec works beside it
+_OVERHEAD = 0.005  # seconds of a step that are not reading weights
+
+
+@dataclass(frozen=True)
+class Known:
+    """A published model.
+
+    Attributes
+    ----------
+    name : str
+        What to give to ``--model``.
+    size : int
+        Bytes of the language model's weights.
+    bits : {4, 8, 16}
+        Of a weight.
+    read : int
+        Bytes of weights that one step reads: all but the embeddings, of which it takes a row each.
+    cache : int
+        Bytes of keys and values, bfloat16, once the context is full: held, and read at every step.
+    talks : bool
+        Whether anybody who can reach the hub can have a conversation with it.
+    """
+
+    name: str
+    size: int
+    bits: int
+    read: int
+    cache: int
+    talks: bool = False
+
+
+_MOSHI_CACHE = 2 * 32 * 3000 * 4096 * 2  # keys and values, layers, context, dim, bytes
+KNOWN = (
+    Known("kyutai/moshiko-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE, True),
+    Known("kyutai/moshiko-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE, True),
+    Known("kyutai/moshiko-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE, True),
+    Known("kyutai/moshika-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE, True),
+    Known("kyutai/moshika-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE, True),
+    Known("kyutai/moshika-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE, True),
+    # Its publisher asks for an account and an agreement.
+    Known("nvidia/personaplex-7b-v1", 16_743_000_000, 16, 16_080_000_000, _MOSHI_CACHE),
+    # These write down what they hear, and say nothing.
+    Known("kyutai/stt-1b-en_fr-mlx", 1_978_000_000, 16, 1_680_000_000, 2 * 16 * 750 * 2048 * 2),
+    Known("kyutai/stt-2.6b-en-mlx", 5_234_000_000, 16, 4_950_000_000, 2 * 48 * 375 * 2048 * 2),
+)
+"""Sizes as the repositories' files say; the better of two that talk comes first, the man's voice before the woman's."""
+
+
+def kind(name: str) -> str:
+    """The same for models that differ in the voice alone."""
+    return name.replace("moshika", "moshiko")
+
+
+def room(machine: Mapping[str, Any]) -> int:
+    """Bytes that a model may take on a machine that :func:`~moshi_mlx_app.measure.machine` described."""
+    return int(min(machine["memory"] * _SHARE_OF_MEMORY, machine.get("gpu_memory") or float("inf")))
+
+
+def verdict(
+    known: Known,
+    room: int,
+    speed: Mapping[int, float],
+    steps: Mapping[str, float] | None = None,
+    frame: float = 0.08,
+) -> dict[str, Any]:
+    """Whether a model fits into ``room`` [bytes] and keeps up, and why.
+
+    Parameters
+    ----------
+    speed : mapping of int to float
+        Bytes of weights a second, by bits: :func:`~moshi_mlx_app.measure.speeds`.
+    steps : mapping of str to float, optional
+        Milliseconds that a step of a model took here (p95), by :func:`kind`: what was measured beats the estimate.
+    frame : float
+        Seconds.
+
+    Returns
+    -------
+    dict
+        For JSON.
+    """
+    needed = known.size + known.cache + _BESIDE
+    measured = (steps or {}).get(kind(known.name))
+    step = known.read / speed[known.bits] + known.cache / speed[16] + _OVERHEAD
+    limit = _SHARE_OF_TIME
+    if measured is not None:
+        step, limit = measured / 1e3, 1.0
+    takes = "would take about" if measured is None else "took"
+    return {
+        "model": known.name,
+        "fits": needed <= room,
+        "keeps_up": step <= limit * frame,
+        "needed_bytes": round(needed),
+        "step_ms": round(step * 1e3, 1),
+        "measured": measured is not None,
+        "why": f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; a step {takes} {step * 1e3:.0f} ms of "
+        f"{frame * 1e3:.0f}",
+    }

@@ -1,0 +1,81 @@
+"""``--trace FILE``: what the program did and when, for Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moshi_mlx_app.terminal import warn
+
+if TYPE_CHECKING:
+    from moshi_mlx.realtime import Trace
+
+__all__ = ["add_trace_option", "tracing"]
+
+
+def add_trace_option(parser: argparse._ActionsContainer) -> None:
+    """``--trace``."""
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="at the end, write what each thread did in the last minutes, for https://ui.perfetto.dev",
+    )
+
+
+@contextlib.contextmanager
+def tracing(path: str | None) -> Iterator[Trace | None]:
+    """A trace that is written to ``path`` at the end, however that comes; None without a path.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or nothing may be written there: at once, and not after the work.
+    """
+    if path is None:
+        yield None
+        return
+    from moshi_mlx.realtime import Trace
+
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file for the trace")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: there is no such folder for the trace")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target.parent}: the trace cannot be written there; choose another folder")
+    trace = Trace()
+    try:
+        yield trace
+    finally:
+        with _no_interrupt():
+            try:
+                trace.write(target)
+                if trace.forgotten:
+                    warn(
+                        f"{target} holds the last {trace.kept} events; {trace.forgotten} before them are left out",
+                        "trace",
+                    )
+                else:
+                    print(f"trace: {target}", file=sys.stderr)
+            except OSError as error:
+                warn(f"{target} could not be written: {error.strerror or error}", "trace")
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits the second that it takes to write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
