@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 DISTRIBUTION = "moshi-mlx-local"
 MODE_NAMES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+SHELLS = ("bash", "zsh", "fish")
 DTYPES = ("float16", "bfloat16", "float32")
 
 DESCRIPTION = """\
@@ -97,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list-recipes", action="store_true", help="show the named recipes")
     add("--quiet", action="store_true", help="print errors and warnings only")
     add("--debug", action="store_true", help="show the whole traceback of an error")
+    add("--completion", choices=SHELLS, metavar="SHELL",
+        help=f"print a script that completes this command in a shell: {', '.join(SHELLS)}")  # fmt: skip
     add("--version", action="version", version=_program())
     return parser
 
@@ -164,10 +167,29 @@ def _run(arguments: list[str]) -> int:
         for recipe in RECIPES.values():
             print(f"{recipe.name:14} {recipe.text}")
         return 0
+    if args.completion:
+        print(_completion(parser, args.completion))
+        return 0
     _check_arguments(parser, args)
     from .run import run
 
     return run(args)
+
+
+def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """A script for the shell; it starts no Python."""
+    import shtab
+
+    from .recipes import RECIPES
+
+    for action in parser._actions:
+        if action.dest == "recipe":
+            action.choices = tuple(RECIPES)
+        elif action.dest in ("source", "dest", "hf_path", "mlx_path", "report"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif action.dest in ("weights", "lora", "calibration"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(parser, shell)
 
 
 def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -229,7 +229,7 @@ def test_the_codecs_transformers() -> None:
     codec = load_codec(resolve("small"), 8)
     before = codec.encode(pcm)
     fine, coarse = measure_codec(codec, pcm, [Quantization(8, 64), Quantization(3, 64)])
-    assert fine.changed < 0.2 < 0.5 < coarse.changed <= 1.0
+    assert fine.changed < 0.3 < 0.5 < coarse.changed <= 1.0
     assert fine.snr > coarse.snr + 20 > 40 and fine.megabytes > coarse.megabytes
     assert (codec.encode(pcm) == before).all()
 
