@@ -9,16 +9,18 @@ PYTHON ?= python3
 VENV ?= .venv
 REFERENCE ?= .venv-reference
 LOWEST ?= .venv-lowest
+CLIENT ?= .venv-client
 # torch's plain name brings several GB of CUDA on Linux: point pip at a CPU index, or name a CPU build, if you can.
 TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 REFERENCE_READY = $(REFERENCE)/.installed
+CLIENT_READY = $(CLIENT)/.installed
 QUESTIONS = app/moshi_mlx_app/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test talk check format reference resolve lowest wheel-check clean
+.PHONY: help install test talk bench check format reference resolve lowest wheel-check clean kyutai-client
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +36,9 @@ test: $(READY)  ## the default tests: no network, no reference packages
 
 talk: $(READY)  ## the built-in model answers the recorded questions
 	$(BIN)/moshi-mlx-local file $(QUESTIONS) -o answer.wav --force
+
+bench: $(READY)  ## every benchmark; KYUTAI_PYTHON names a Python with Kyutai's moshi_mlx to measure beside
+	$(BIN)/python -m benchmarks
 
 check: $(READY)  ## format, lint, strict types, import direction: the gate before a commit
 	$(BIN)/ruff format --check .
@@ -56,6 +61,14 @@ $(REFERENCE_READY): pyproject.toml scripts/make_venv.py
 reference: $(REFERENCE_READY)  ## tests/parity against live PyTorch moshi and rustymimi, in an environment of its own
 	$(REFERENCE)/bin/python -m pytest -m parity tests/parity
 
+# Kyutai's Python client alone: its module needs these few of the package's dependencies, and not PyTorch.
+$(CLIENT_READY): scripts/make_venv.py
+	@$(PYTHON) scripts/make_venv.py $(CLIENT) aiohttp sphn numpy
+	@$(CLIENT)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --no-deps moshi==0.2.13
+	@touch $@
+
+kyutai-client: $(CLIENT_READY)  ## Kyutai's Python client, for the tests in which it talks with our server
+
 resolve: $(READY)  ## show that every dependency has a wheel, per platform and Python (asks the package index)
 	$(BIN)/python scripts/check_resolve.py
 
@@ -69,4 +82,4 @@ wheel-check: $(READY)  ## build the wheel and look at what it would put into sit
 	$(BIN)/python scripts/check_wheel.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(REFERENCE) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(REFERENCE) $(LOWEST) $(CLIENT) build dist .pytest_cache .mypy_cache .ruff_cache
