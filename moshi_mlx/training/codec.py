@@ -284,13 +284,14 @@ def train(options: argparse.Namespace) -> None:
             judge.load_state_dict(state["judge"])
             judge_moments, judged = state["judge_moments"], state["judged"]
         print(f"going on from step {step}, {heard_seconds / 3600:.2f} h heard", flush=True)
-    elif options.stage == "decoder":
-        model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
     elif options.start_from is not None:
         size, frames = CROPS[0]
         model = from_published(options.start_from, size * frames / model.shape.bins)
-        learn_phone_head(model, corpus, options)
-        step = first = BYPASS_STEPS  # its codebooks have their places
+        if options.stage == "codec":
+            learn_phone_head(model, corpus, options)
+            step = first = BYPASS_STEPS  # its codebooks have their places
+    elif options.stage == "decoder":
+        model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
     model.share_memory()
     if judge is not None:
         judge.share_memory()
@@ -395,14 +396,14 @@ def parser_for(module: str, description: str, rate: float, answer_share: float) 
         "--save-every", type=float, default=3, metavar="MINUTES", help="minutes between checkpoints (3)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the batches and the first weights (0)")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this mimi.safetensors"
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for("codec", __doc__.split("\n")[0], 5e-4, 0.5)
-    parser.add_argument(
-        "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this mimi.safetensors"
-    )
     options = parser.parse_args(arguments)
     options.stage = "codec"
     keep_memory()

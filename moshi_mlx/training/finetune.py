@@ -2,9 +2,9 @@
 
     python -m moshi_mlx.training.finetune runs/data runs/codec
 
-starts from ``codec.pt`` and writes ``finetuned.pt``. Codes made before stay valid, so a language model can be trained
-meanwhile. A share of other voices keeps their resynthesis intelligible. Stops, goes on and finishes as the codec's
-training does.
+starts from ``codec.pt``, or from a published file with ``--start-from``, and writes ``finetuned.pt``. Codes made before
+stay valid, so a language model can be trained meanwhile. A share of other voices keeps their resynthesis intelligible.
+Stops, goes on and finishes as the codec's training does.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, SAMPLE_RATE, TR
 FRAME = 1920  # samples: one column of codes
 RATE = SAMPLE_RATE / FRAME  # frames a second
 UNKNOWN = -1  # "exchange" of a sentence that no answer belongs to
-UNKNOWN_SHARE = 0.08
+# Of sentences that no answer belongs to; more in training, since all of speech lies outside of what it knows.
+UNKNOWN_SHARE, UNKNOWN_IN_TRAINING = 0.08, 0.15
 BEFORE, AFTER = 8, 8  # frames of room around a question
 DROPPED = 5  # of them, frames at the start whose codes still feel the beginning of the clip
 ROOMS, ROOM_FRAMES, DEAD_ROOMS = 32, 500, 4  # rooms 0 to 3 are digital silence
@@ -87,7 +88,7 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
     """One spoken question or unknown sentence in a room: pcm [frames * 1920] and what is known about it."""
     from moshi_mlx.training.data import through_microphone
 
-    if rng.random() < UNKNOWN_SHARE:
+    if rng.random() < (UNKNOWN_IN_TRAINING if split == "train" else UNKNOWN_SHARE):
         exchange, text = UNKNOWN, sentences.sentence(rng)
     else:
         chosen = dialogues.pick(rng, TRAINING_POWER if split == "train" else 0.5)
@@ -218,12 +219,13 @@ def set_names(questions: int, evaluated: int) -> Iterator[tuple[str, int]]:
 
 
 def load_codec(path: Path) -> tuple[Any, str]:
-    """The codec of a PyTorch checkpoint, and a digest of what makes the codes (the decoder may differ)."""
+    """The codec of a checkpoint or published file, and a digest of what makes the codes (the decoder may differ)."""
     import torch
 
     from moshi_mlx.training.checkpoint import load_model
+    from moshi_mlx.training.export import from_published
 
-    model = load_model(path)
+    model = from_published(path, usage=1.0) if path.suffix == ".safetensors" else load_model(path)
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if re.match(r"encoder|downsample|quantizer", name):
@@ -282,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     speak.add_argument("--questions", type=int, default=32000, help="spoken questions to train on (32000)")
     speak.add_argument("--evaluated", type=int, default=200, help="questions of each kind to evaluate on (200)")
-    encode.add_argument("--codec", type=Path, required=True, help="a PyTorch checkpoint of the codec")
+    encode.add_argument("--codec", type=Path, required=True, help="codec.pt, or a published mimi.safetensors")
     encode.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -42,16 +42,23 @@ class Client:
     """One connection."""
 
     socket: aiohttp.ClientWebSocketResponse
+    ended: bool = False
 
     async def next(self) -> tuple[int, bytes]:
-        """Kind and content of the next message; kind -1: closed, and the code."""
+        """Kind and content of the next message; kind -1: closed, and the code. After that there is no next one."""
+        assert not self.ended, "the connection was closed before what was waited for"
         while True:
             received = await self.socket.receive(timeout=SOON)
             if received.type == aiohttp.WSMsgType.BINARY:
                 return received.data[0], received.data[1:]
+            self.ended = received.type in (
+                aiohttp.WSMsgType.CLOSE,
+                aiohttp.WSMsgType.CLOSED,
+                aiohttp.WSMsgType.CLOSING,
+            )
             if received.type == aiohttp.WSMsgType.CLOSE:
                 return -1, str(received.data).encode()
-            if received.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
+            if self.ended:
                 return -1, str(self.socket.close_code).encode()
             assert received.type not in (aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.TEXT), received
 
