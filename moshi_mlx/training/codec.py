@@ -34,7 +34,7 @@ from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
 from moshi_mlx.training.export import from_published
 from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
-from moshi_mlx.training.process import Stop, keep_memory
+from moshi_mlx.training.process import Stop, half_precision, keep_memory
 from moshi_mlx.training.speech import SAMPLE_RATE
 
 Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
@@ -61,7 +61,7 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """Every loss of one batch (heard, target [batch, samples], labels [batch, frames, 2])."""
     heard, target, labels = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         said, commitment, phones = model(heard[:, None], books, bypass)
     said, phones = said.float()[:, 0], phones.float()
     spectral, mel = spectral_loss(said, target, which)
@@ -85,7 +85,7 @@ def freeze_codes(model: Mimi) -> None:
 
 def decode_again(model: Mimi, heard: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """What the decoder makes of the codes, and what it should, less the first frames, which lack their left context."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         with torch.no_grad():
             z = model.latent(heard[:, None])
             points = [rvq.quantize(rvq.project(z))[0] for rvq in (model.first, model.rest)]
@@ -177,7 +177,7 @@ def fit_codebooks(model: Mimi, corpus: Corpus, options: argparse.Namespace) -> N
     latents = []
     for _ in range(40):
         heard = torch.from_numpy(corpus.batch(size, frames, rng, options.answer_share)[0])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             latents.append(model.latent(heard[:, None]).float())
     z = torch.cat(latents)
     for quantizer in (model.first, model.rest):
