@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import soundfile as sf
 from moshi_mlx.realtime import conversation
 from tests.helpers import parrot as birds
 
-from .serving import RATE, Served, serving
+from .serving import RATE, SOON, Served, serving
 
 __all__ = ["ELSEWHERE", "Page", "Site", "chromium", "launched", "parrots", "quiet_wav", "site", "unavailable", "visit"]
 
@@ -47,7 +47,10 @@ def unavailable() -> str:
     if not chromium():
         return "there is no Chromium (Debian: apt-get install chromium)"
     # Ubuntu's package is a program that says where else to look.
-    works = subprocess.run([chromium(), "--version"], capture_output=True, timeout=60).returncode == 0
+    try:
+        works = subprocess.run([chromium(), "--version"], capture_output=True, timeout=120).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        works = False
     return "" if works else f"{chromium()} does not run"
 
 
@@ -78,17 +81,15 @@ class Site:
             async with self.served.client() as client:
                 await client.begun()
                 begun.set()
-                listening = asyncio.ensure_future(client.until(-1))
                 await over.wait()
-                listening.cancel()
 
         task = asyncio.run_coroutine_threadsafe(talk(), self._loop)
         try:
-            assert begun.wait(30)
+            assert begun.wait(SOON)
             yield
         finally:
             self._loop.call_soon_threadsafe(over.set)
-            task.result(timeout=30)
+            task.result(timeout=SOON)
 
 
 @contextlib.contextmanager
@@ -114,12 +115,12 @@ def site(model: Any = None, *, generation: Any = None, **options: Any) -> Iterat
 
     thread = threading.Thread(target=main, daemon=True)
     thread.start()
-    here = begun.result(timeout=30)
+    here = begun.result(timeout=SOON)
     try:
         yield here
     finally:
         here.close()
-        thread.join(timeout=15)
+        thread.join(timeout=SOON)
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ class Page:
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("websocket", lambda socket: self.requests.append(socket.url))
 
-    def state(self, *names: str, seconds: float = 20.0) -> str:
+    def state(self, *names: str, seconds: float = SOON) -> str:
         """Wait until the page is in one of these states."""
         chosen = ",".join(f'body[data-state="{name}"]' for name in names)
         self.page.wait_for_selector(chosen, timeout=seconds * 1e3)
@@ -159,7 +160,7 @@ class Page:
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
 
-    def until(self, expression: str, seconds: float = 20.0) -> Any:
+    def until(self, expression: str, seconds: float = SOON) -> Any:
         """Wait until an expression in the page is true; its value. The page's policy forbids it to evaluate strings, so
         the browser is asked from outside, again and again."""
         deadline = time.monotonic() + seconds
@@ -168,6 +169,13 @@ class Page:
             if value:
                 return value
             assert time.monotonic() < deadline, f"never true: {expression}"
+            self.page.wait_for_timeout(50)
+
+    def wait(self, happened: Callable[[], bool], seconds: float = SOON) -> None:
+        """Wait until something outside of the page is true."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, "it never happens"
             self.page.wait_for_timeout(50)
 
     def saved(self, button: str, folder: Path) -> Path:
@@ -197,7 +205,10 @@ def launched(question: Path | None = None) -> Iterator[Any]:
         flags += ["--mute-audio", "--autoplay-policy=user-gesture-required", "--use-fake-device-for-media-stream"]
         flags += [f"--use-file-for-fake-audio-capture={wav}%noloop", f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
         browser = driver.chromium.launch(
-            executable_path=chromium(), args=flags, chromium_sandbox=getattr(os, "geteuid", lambda: 1)() != 0
+            executable_path=chromium(),
+            args=flags,
+            timeout=2e3 * SOON,
+            chromium_sandbox=getattr(os, "geteuid", lambda: 1)() != 0,
         )
         try:
             yield browser
@@ -242,6 +253,7 @@ def visit(
         accept_downloads=True,
         permissions=["microphone"] if allow else [],
     )
+    context.set_default_timeout(1e3 * SOON)
     try:
         if script:
             context.add_init_script(script)

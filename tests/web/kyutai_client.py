@@ -4,8 +4,8 @@
 
 ``PYTHON`` is an environment with ``moshi``, ``sphn`` and ``aiohttp``. The client's own module is imported without the
 rest of its package, which would want PyTorch and has no part in it. Its microphone gives the frames of QUESTION,
-float32, one every 80 ms; what its loudspeaker plays is kept in HEARD, and the same way what it decoded. After the
-question it is interrupted as by Ctrl-C.
+float32, one every 80 ms, over and over; what its loudspeaker plays is kept in HEARD, and the same way what it decoded.
+When as much has come back as the question is long, or nothing has for a minute, it is interrupted as by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 played: list[np.ndarray] = []
+decoded: list[np.ndarray] = []
 
 
 class Stream:
@@ -53,8 +54,10 @@ class Microphone(Stream):
     question: np.ndarray
 
     def call(self, size: int) -> None:
-        frame = self.question[self.index * size : (self.index + 1) * size]
-        if len(frame) < size:
+        frames = len(self.question) // size
+        start = self.index % frames * size
+        frame = self.question[start : start + size]
+        if sum(map(len, decoded)) >= frames * size or self.index > frames + 750:
             self.running = False
             os.kill(os.getpid(), signal.SIGINT)
             return
@@ -80,7 +83,6 @@ def main() -> None:
     package.__path__ = [str(Path(found.origin).parent)]
     sys.modules["moshi"] = package
     client = importlib.import_module("moshi.client")
-    decoded: list[np.ndarray] = []
     decode = client.Connection._decode
 
     async def keep(self: Any, pcm: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from moshi_mlx.realtime import conversation
 from tests.helpers import parrot as birds
 
 FRAME, RATE = birds.FRAME, birds.RATE
-SOON = 20.0  # seconds: far more than anything here takes, even on a machine that does other things
+SOON = 60.0  # seconds: far more than anything here takes, even on a machine that does other things
+LAST = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.ERROR)
 
 
 def install(monkeypatch: Any, made: list[dict[str, Any]] | None = None) -> None:
@@ -37,30 +38,50 @@ def install(monkeypatch: Any, made: list[dict[str, Any]] | None = None) -> None:
     monkeypatch.setattr(conversation, "make_generator", make)
 
 
-@dataclass
 class Client:
-    """One connection."""
+    """One connection. What comes is read as it comes, also while a test does other things: so the server's pings are
+    answered, and a test that takes its time is not taken for a client that fell silent.
 
-    socket: aiohttp.ClientWebSocketResponse
-    ended: bool = False
+    Parameters
+    ----------
+    socket : aiohttp.ClientWebSocketResponse
+    reading : bool
+        False: nothing is read but what a test reads itself, from ``socket``.
+    """
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse, reading: bool = True):
+        self.socket = socket
+        self.ended = False
+        self._came: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
+        self._reading = asyncio.ensure_future(self._read()) if reading else None
+
+    async def _read(self) -> None:
+        received = None
+        while received is None or received.type not in LAST:
+            received = await self.socket.receive()
+            self._came.put_nowait(received)
 
     async def next(self) -> tuple[int, bytes]:
         """Kind and content of the next message; kind -1: closed, and the code. After that there is no next one."""
         assert not self.ended, "the connection was closed before what was waited for"
+        assert self._reading is not None
         while True:
-            received = await self.socket.receive(timeout=SOON)
+            received = await asyncio.wait_for(self._came.get(), SOON)
             if received.type == aiohttp.WSMsgType.BINARY:
                 return received.data[0], received.data[1:]
-            self.ended = received.type in (
-                aiohttp.WSMsgType.CLOSE,
-                aiohttp.WSMsgType.CLOSED,
-                aiohttp.WSMsgType.CLOSING,
-            )
+            self.ended = received.type in LAST
             if received.type == aiohttp.WSMsgType.CLOSE:
                 return -1, str(received.data).encode()
+            assert received.type not in (aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.TEXT), received
             if self.ended:
                 return -1, str(self.socket.close_code).encode()
-            assert received.type not in (aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.TEXT), received
+
+    async def close(self) -> None:
+        with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # where the test has cut it off
+            await self.socket.close()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
 
     async def until(self, kind: int, what: str = "") -> bytes:
         """Content of the next message of this kind; of kind 0x11, of this type."""
@@ -83,16 +104,22 @@ class Client:
     async def end(self) -> tuple[str, int]:
         """Wait for the end: the error that was told, and the closing code."""
         error = ""
-        while True:
+        deadline = asyncio.get_running_loop().time() + SOON
+        while asyncio.get_running_loop().time() < deadline:
             kind, content = await self.next()
             if kind == 0x05:
                 error = content.decode()
             elif kind == -1:
                 return error, int(content)
+        raise AssertionError("it does not end")
 
     async def say(self, frame: np.ndarray) -> np.ndarray:
         """Send one frame, int16; wait for one."""
         await self.socket.send_bytes(b"\x10" + frame.astype("<i2").tobytes())
+        return await self.heard()
+
+    async def heard(self) -> np.ndarray:
+        """The next sound that comes, int16."""
         return np.frombuffer(await self.until(0x10), "<i2")
 
 
@@ -105,13 +132,12 @@ class Served:
     session: aiohttp.ClientSession
 
     @contextlib.asynccontextmanager
-    async def client(self, query: str = "audio=pcm", **options: Any) -> AsyncIterator[Client]:
-        socket = await self.session.ws_connect(f"{self.url}/api/chat?{query}", **options)
+    async def client(self, query: str = "audio=pcm", *, reading: bool = True, **options: Any) -> AsyncIterator[Client]:
+        client = Client(await self.session.ws_connect(f"{self.url}/api/chat?{query}", **options), reading)
         try:
-            yield Client(socket)
+            yield client
         finally:
-            with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # where the test has cut it off
-                await socket.close()
+            await client.close()
 
     async def info(self) -> dict[str, Any]:
         async with self.session.get(f"{self.url}/api/info") as answer:
@@ -122,7 +148,7 @@ class Served:
         loop = asyncio.get_running_loop()
         began = loop.time()
         while self.server.line.free != places:
-            assert loop.time() - began < SOON
+            assert loop.time() - began < SOON, f"{self.server.line.free} places are free, not {places}"
             await asyncio.sleep(0.01)
         return loop.time() - began
 
@@ -139,6 +165,7 @@ async def serving(
     static: Path = STATIC,
     tls: ssl.SSLContext | None = None,
     trust: ssl.SSLContext | None = None,
+    on_talk: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Served]:
     server = Server(
         model or birds.Parrot(),
@@ -147,6 +174,7 @@ async def serving(
         GenerationConfig(),
         limits=limits or Limits(),
         static=static,
+        on_talk=on_talk,
     )
     connector = aiohttp.TCPConnector(ssl=trust) if trust else None
     async with (

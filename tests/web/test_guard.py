@@ -12,7 +12,7 @@ from moshi_mlx_app.web.guard import Bucket
 from moshi_mlx_app.web.names import is_loopback, own_names, reachable
 from yarl import URL
 
-from .serving import Client, Served, install, serving
+from .serving import SOON, Client, Served, install, serving
 
 TOKEN = "a-token-of-some-length"
 
@@ -172,7 +172,7 @@ def test_idle_connections_make_room(monkeypatch):
             await client.begun()
             idle = [await asyncio.open_connection("127.0.0.1", URL(served.url).port) for _ in range(12)]
             assert (await served.info())["free"] == 1
-            assert (await asyncio.wait_for(idle[0][0].read(), 5)) == b""  # the oldest had to go
+            assert (await asyncio.wait_for(idle[0][0].read(), SOON)) == b""  # the oldest had to go
             await client.socket.send_bytes(b"\x10" + bytes(3840))
             await client.until(0x10)  # the conversation did not
             for _, writer in idle:
@@ -213,6 +213,8 @@ def test_a_token_in_front_of_the_host(monkeypatch):
         async with serving(host="0.0.0.0", token=TOKEN) as served:
             link = served.url.replace("http://", f"ws://moshi:{TOKEN}@")
             async with served.session.ws_connect(f"{link}/api/chat?audio=pcm") as socket:
-                await Client(socket).begun()
+                client = Client(socket)
+                await client.begun()
+                await client.close()
 
     asyncio.run(run())

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import random
 import socket
 import threading
@@ -21,7 +20,7 @@ from yarl import URL
 
 from moshi_mlx.realtime import Conversation
 
-from .serving import RATE, SOON, Client, install, serving, tone
+from .serving import LAST, RATE, SOON, install, serving, tone
 
 sphn = pytest.importorskip("sphn")
 
@@ -35,14 +34,16 @@ def test_bad_messages(monkeypatch):
     """If it fails, a broken client, or one that means harm, ends the server or another's talk, or just hangs."""
     install(monkeypatch)
     good = opus()
+    # The same noise each time: a page that begins with the right version may be one that is still to come.
+    noise = random.Random(1).randbytes(4000)
     bad: dict[str, tuple[str, list[bytes]]] = {
         "empty": ("audio=pcm", [b""]),
         "unknown kind": ("audio=pcm", [b"\x63hello"]),
         "odd samples": ("audio=pcm", [b"\x10\x00\x00\x00"]),
         "opus where pcm was agreed": ("audio=pcm", [b"\x01" + good]),
         "pcm where opus was agreed": ("", [b"\x10\x00\x00"]),
-        "noise for opus": ("", [b"\x01" + os.urandom(4000)]),
-        "noise in a page": ("", [b"\x01" + good, b"\x01" + b"OggS" + os.urandom(4000)]),
+        "noise for opus": ("", [b"\x01" + noise]),
+        "noise in a page": ("", [b"\x01" + good, b"\x01" + b"OggS" + noise]),
         "cut pages": ("", [b"\x01" + good[:-20], b"\x01" + good]),
         "not json": ("audio=pcm", [b"\x11{"]),
         "json of another shape": ("audio=pcm", [b"\x11[1]"]),
@@ -65,8 +66,10 @@ def test_bad_messages(monkeypatch):
             for what, (query, messages) in bad.items():
                 async with served.client(query) as client:
                     await client.begun()
-                    for message in messages:
-                        await client.socket.send_bytes(message)
+                    with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # closed before the last of them
+                        for message in messages:
+                            await client.socket.send_bytes(message)
+                    print(what)
                     error, code = await client.end()
                     if what == "too large":
                         assert code == 1009, what  # aiohttp's own answer
@@ -118,14 +121,14 @@ def test_pings_of_the_client_are_answered(monkeypatch):
     install(monkeypatch)
 
     async def run() -> None:
-        async with serving() as served, served.client(autoping=False) as client:
-            await client.begun()
+        async with serving() as served, served.client(reading=False, autoping=False) as client:
             await client.socket.ping(b"there?")
-            while True:
+            received = None
+            while received is None or received.type != aiohttp.WSMsgType.PONG:
                 received = await client.socket.receive(timeout=SOON)
-                if received.type == aiohttp.WSMsgType.PONG:
-                    assert bytes(received.data) == b"there?"
-                    return
+                assert received.type not in LAST, received
+                await client.socket.pong(received.data if received.type == aiohttp.WSMsgType.PING else b"")
+            assert bytes(received.data) == b"there?"
 
     asyncio.run(run())
 
@@ -134,20 +137,21 @@ def test_a_client_may_answer_the_latest_ping_only(monkeypatch):
     """If it fails, a client that does what RFC 6455, section 5.5.3, allows is taken for one that does not read."""
     install(monkeypatch)
 
+    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+
     async def run() -> None:
-        limits = replace(Limits(), gone=0.9)
-        async with serving(limits=limits) as served, served.client(autoping=False) as client:
-            await client.begun()
-            until = time.monotonic() + 2.0
+        limits = replace(Limits(), gone=1.5)
+        async with serving(limits=limits) as served, served.client(reading=False, autoping=False) as client:
             pings = 0
-            while time.monotonic() < until:
+            while pings < 60:  # twice as long as a client may not read
                 received = await client.socket.receive(timeout=SOON)
+                assert received.type not in LAST, received
                 if received.type == aiohttp.WSMsgType.PING:
                     pings += 1
                     await client.socket.pong(b"1")  # of no use, but no harm
                     if pings % 3 == 0:
                         await client.socket.pong(received.data)
-            assert served.server.line.free == 1 and not client.socket.closed and pings >= 5
+            assert served.server.line.free == 1
 
     asyncio.run(run())
 
@@ -189,37 +193,19 @@ def test_an_opus_bomb_is_cheap(monkeypatch):
     asyncio.run(run())
 
 
-async def _talk(client: Client, seconds: float) -> tuple[int, float]:
-    """Frames that came back to one who talks in time, and the longest pause between them."""
-    got, longest, last = 0, 0.0, time.monotonic()
-
-    async def speak() -> None:
-        for index in range(round(seconds / 0.08)):
-            await client.socket.send_bytes(b"\x10" + tone(index).tobytes())
-            await asyncio.sleep(0.08)
-
-    speaking = asyncio.create_task(speak())
-    while got < round(seconds / 0.08):
-        await client.until(0x10)
-        got += 1
-        longest, last = max(longest, time.monotonic() - last), time.monotonic()
-    await speaking
-    return got, longest
-
-
 @pytest.mark.parametrize("how", ["never reads", "reads slowly"])
 def test_a_slow_reader_is_dropped(monkeypatch, how):
     """If it fails, a client that does not take what it asked for fills the server's memory, or holds others up."""
     install(monkeypatch)
     limits = replace(Limits(), unsent=1.0, gone=1.5, ahead=1e9, bytes=1e9, messages=1e9)
+    told: list[str] = []
 
     async def run() -> None:
-        async with serving(places=2, limits=limits) as served, served.client() as good:
+        async with serving(limits=limits, on_talk=told.append) as served, served.client() as good:
             await good.begun()
-            port = URL(served.url).port
             raw = socket.socket()
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            raw.connect(("127.0.0.1", port))
+            raw.connect(("127.0.0.1", URL(served.url).port))
             raw.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(
@@ -238,15 +224,20 @@ def test_a_slow_reader_is_dropped(monkeypatch, how):
                         await asyncio.sleep(0.02)
 
             pouring = asyncio.create_task(pour())
-            while served.server.line.free:
-                await asyncio.sleep(0.01)
-            talking = asyncio.create_task(_talk(good, 2.0))
-            took = await served.until_free(1)
-            assert took < 6
-            got, longest = await talking
-            assert got == 25
-            print(f"{how}: dropped after {took:.1f} s; the other's longest pause was {longest * 1e3:.0f} ms")
+            await served.until_free(0)
+            began, longest, index = time.monotonic(), 0.0, 0
+            while served.server.line.free == 0 or index < 25:
+                asked = time.monotonic()
+                assert asked - began < SOON, "it is not dropped"
+                assert (await good.say(tone(index)) == tone(index)).all()
+                longest, index = max(longest, time.monotonic() - asked), index + 1
+                await asyncio.sleep(0.02)
             await asyncio.wait_for(pouring, SOON)
+            while not (ends := [line for line in told if "ended" in line]):
+                assert time.monotonic() - began < SOON
+                await asyncio.sleep(0.01)
+            assert len(ends) == 1 and ("reads too slowly" in ends[0] or "does not read" in ends[0]), told
+            print(f"{how}: {ends[0]}; the other's {index} answers took {longest * 1e3:.0f} ms at most")
             raw.close()
 
     asyncio.run(run())
@@ -306,6 +297,9 @@ def test_nothing_is_left_of_many_connections(monkeypatch):
                         connection.transport.abort()
             await served.until_free(1)
             assert (await witness.say(tone(1)) == tone(1)).all()
-            assert left() <= before
+            until = time.monotonic() + SOON  # what ends in threads of its own may take a moment
+            while any(now > then for now, then in zip(left(), before)):
+                assert time.monotonic() < until, (left(), before)
+                await asyncio.sleep(0.1)
 
     asyncio.run(run())

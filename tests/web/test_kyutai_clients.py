@@ -84,7 +84,7 @@ def test_the_python_client(monkeypatch, tmp_path):
     install(monkeypatch)
     monkeypatch.setattr(conversation, "TextReader", Reader)
     spoken = spoken_by(monkeypatch)
-    np.save(tmp_path / "question.npy", question(75))
+    np.save(tmp_path / "question.npy", question(60))
 
     async def run() -> subprocess.CompletedProcess[str]:
         async with serving(places=1) as served:
@@ -100,10 +100,10 @@ def test_the_python_client(monkeypatch, tmp_path):
                 command,
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=200,
                 env={**os.environ, "PYTHONPATH": ""},
             )
-            assert await served.until_free(1) < 1.0
+            await served.until_free(1)
             return done
 
     done = asyncio.run(run())
@@ -111,8 +111,7 @@ def test_the_python_client(monkeypatch, tmp_path):
     assert "connected!" in done.stderr and "Err" not in done.stderr, done.stderr
     heard = np.load(tmp_path / "heard.npz")
     got = heard["decoded"]
-    # Fewer than were sent: a busy machine drops some of the question, and Ctrl-C cuts off the end.
-    assert len(got) >= 30 * FRAME and done.stdout.count(" héllo") >= len(got) // FRAME // 5
+    assert len(got) >= 60 * FRAME and done.stdout.count(" héllo") >= len(got) // FRAME // 5
     np.testing.assert_array_equal(got, as_opus(spoken)[: len(got)])  # bit-exact up to Opus
     delay, snr = against(got, np.concatenate(spoken))
     print(f"moshi.client: {len(got) / RATE:.1f} s, engine's sound at {delay / RATE * 1e3:.1f} ms, SNR {snr:.1f} dB")
@@ -158,7 +157,7 @@ def test_the_rust_clients_bytes(monkeypatch, tmp_path):
                             break
             await client.socket.send_bytes(b"\x03\x03")
             await client.socket.close()
-            assert await served.until_free(1) < 1.0
+            await served.until_free(1)
         return packets, text
 
     packets, text = asyncio.run(run())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,17 @@ from moshi_mlx_app.web.talk import Talk
 
 import moshi_mlx
 from moshi_mlx.model import generation_defaults
+from moshi_mlx.realtime import Conversation
+from tests.helpers import ear
 
 from .browser import Page, launched, parrots, site, unavailable, visit
 from .serving import RATE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 QUESTIONS = Path(moshi_mlx_app.__file__).parent / "assets" / "questions.wav"
-SPOKEN = "document.querySelectorAll('#log span').length >= {}"
+WORDS = "[...document.querySelectorAll('#log span')].map((word) => word.textContent).join(' ')"
+SECONDS = "document.querySelector('#elapsed').textContent.split(':').reduce((m, s) => 60 * m + Number(s), 0)"
+PATIENCE = 150.0  # seconds for a conversation, which a busy machine may not hold in time
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ class Talked:
     figures: dict[str, str] = field(default_factory=dict)
     spoken: list[np.ndarray] = field(default_factory=list)
     heard: list[np.ndarray] = field(default_factory=list)
+    in_time: bool = False
     wav: bytes = b""
     text: str = ""
     json: dict[str, Any] = field(default_factory=dict)
@@ -83,11 +87,14 @@ def talked(browser, tmp_path_factory) -> Talked:
         patch.setattr(Talk, "_tap", listening)
         with visit(browser, here.url) as page:
             talk(page)
-            page.until(SPOKEN.format(5), 60)
+            # Three answers, and the pause behind the last; on a machine that misses questions, whatever it says.
+            sentences = f"({WORDS}.match(/[.?!]/g) ?? []).length"
+            page.until(f"{sentences} >= 4 || ({sentences} >= 1 && {SECONDS} > 45)", PATIENCE)
             page.page.wait_for_timeout(1500)
-            result.figures = {name: page.text(f"#{name}") for name in ("delay", "late", "dropped", "elapsed", "model")}
             page.page.keyboard.press("Escape")
             page.state("ended")
+            result.figures = {name: page.text(f"#{name}") for name in ("delay", "late", "dropped", "elapsed", "model")}
+            result.in_time = (result.figures["late"], result.figures["dropped"]) == ("0", "0.0 s")
             result.words = " ".join(page.page.locator("#log span").all_text_contents())
             result.announced = " ".join(page.page.locator("#announcer p").all_text_contents())
             result.wav = page.saved("#save-sound", folder).read_bytes()
@@ -101,8 +108,9 @@ def to16(frames: list[np.ndarray]) -> np.ndarray:
     return np.clip(np.rint(np.concatenate(frames) * 32768), -32768, 32767).astype("<i2")
 
 
-def found(stream: np.ndarray, sound: np.ndarray, window: int) -> float:
-    """Share of the stream's loud windows that are in the sound, bit for bit and in order."""
+def found(stream: np.ndarray, sound: np.ndarray, window: int = 192) -> tuple[int, int]:
+    """How many of the stream's loud windows are in the sound, bit for bit and in order; and of how many. What was still
+    on its way at the end, and is in one of them only, does not count."""
     inside, place, loud, until, hits = sound.astype("<i2").tobytes(), 0, 0, 0, 0
     for start in range(0, len(stream) - window + 1, window):
         piece = stream[start : start + window].astype("<i2")
@@ -113,12 +121,17 @@ def found(stream: np.ndarray, sound: np.ndarray, window: int) -> float:
         if at >= 0:
             hits, place, until = hits + 1, at + 2 * window, loud
     assert until > 20, f"of {loud} loud windows {hits} are there: too few to compare"
-    return hits / until  # what was still on its way at the end does not count
+    return hits, until
+
+
+def faded(figures: dict[str, str]) -> int:
+    """How many windows of 8 ms may hold a fade: two for each gap, and for each backlog that was left out."""
+    return 2 * (int(figures["late"]) + round(float(figures["dropped"].split()[0]) / 0.3))
 
 
 def test_words_appear(talked):
     """If it fails, a person who speaks to the page does not see what Moshi says."""
-    assert len(talked.words.split()) >= 5
+    assert len(talked.words.split()) >= (5 if talked.in_time else 2)
     assert all(letter.isprintable() for letter in talked.words)
     assert talked.announced.split() == talked.words.split()  # for screen readers
 
@@ -129,31 +142,52 @@ def test_the_sound_that_plays_is_moshis(talked):
     The saved recording is taken where the loudspeaker is fed. On a machine too slow for the moment, sound runs dry in
     the middle of speech, which fades edges, and backlogs are dropped."""
     played, _ = talked.sides
-    share = found(to16(talked.spoken), played, 192)
-    print(f"{share:.1%} of Moshi's loud pieces of 8 ms were played bit for bit; late {talked.figures['late']}")
-    in_time = (talked.figures["late"], talked.figures["dropped"]) == ("0", "0.0 s")
-    assert share > (0.97 if in_time else 0.5)
+    right, count = found(played, to16(talked.spoken))
+    print(f"{right} of {count} loud pieces of 8 ms that were played are the engine's, bit for bit: {talked.figures}")
+    assert right >= count - faded(talked.figures) - 1
+    right, count = found(to16(talked.spoken), played)
+    print(f"{right / count:.1%} of {count} loud pieces that the engine said were played")
+    if talked.in_time:
+        assert right > 0.97 * count
+
+
+def test_the_sound_that_plays_is_recognised(talked):
+    """If it fails, what the loudspeaker plays cannot be understood, or is not what the page writes."""
+    if ear.unavailable():
+        pytest.skip(ear.unavailable())
+    played, _ = talked.sides
+    sound = ear.without_gaps(played.astype(np.float32) / 32768, RATE)
+    judge = ear.Ear()
+    heard = [judge.hear(phrase, RATE) for phrase in ear.phrases(sound, RATE)]
+    print(f"written: {talked.words}\nheard: {heard}")
+    right = [phrase for phrase in heard if phrase and phrase in ear.same(talked.words)]
+    if not right and float(talked.figures["dropped"].split()[0]) > 2:
+        pytest.skip(f"too slow a machine to understand a question, or to be understood: {talked.figures}")
+    assert len(right) >= (2 if talked.in_time else 1)
 
 
 def test_what_the_server_hears_is_the_microphone(talked):
     """If it fails, Moshi hears something else than what the recording shows, or not the question."""
     _, user = talked.sides
-    heard = to16(talked.heard)
-    # Pieces at whose middle the server dropped something, because the machine was too slow, are not in the recording.
-    assert found(heard, user, 192) > (0.99 if talked.figures["dropped"] == "0.0 s" else 0.7)
+    # What is dropped, on a slow machine, is whole frames.
+    right, count = found(to16(talked.heard), user)
+    assert right == count
     # Echo cancellation and the like may change the sound, not when there is speech. The microphone was open before the
-    # conversation began, so the question may be some seconds ahead.
-    question, _ = sf.read(QUESTIONS, dtype="float32", stop=len(user) + 5 * RATE)
+    # conversation began, so the question may be some seconds ahead; a busy browser may stammer now and then.
+    question, _ = sf.read(QUESTIONS, dtype="float32", stop=len(user) + 10 * RATE)
     was, is_now = (
         np.array([np.abs(sound[i : i + 2400]).max() for i in range(0, len(sound) - 2400, 2400)])
         for sound in (question, user)
     )
-    scores = []
-    for ahead in range(-8, 50):  # tenths of a second
-        one, other = was[max(0, ahead) :], is_now[max(0, -ahead) :]
-        count = min(len(one), len(other))
-        scores.append(np.corrcoef(one[:count], other[:count])[0, 1] if count > 20 else 0)
-    assert max(scores) > 0.7
+    score = 0.0
+    for start in range(0, len(is_now) - 50, 5):
+        one = is_now[start : start + 50]
+        for ahead in range(-8, 100):  # tenths of a second
+            other = was[max(0, start + ahead) :][:50]
+            if start + ahead >= 0 and len(other) == 50 and one.std() > 0 and other.std() > 0:
+                score = max(score, float(np.corrcoef(one, other)[0, 1]))
+    print(f"five seconds that lie on the question: correlation of loudness {score:.2f}")
+    assert score > 0.8
 
 
 def test_the_recording_has_the_length_of_the_conversation(talked):
@@ -176,14 +210,15 @@ def test_saved_words_carry_their_times(talked):
     assert all(line.startswith("[") for line in talked.text.strip().split("\n"))
     # A word is shown a little before its sound: something of Moshi's is heard soon after the first one.
     played, _ = talked.sides
-    after = played[round(words[0]["start"] * RATE) :][: 2 * RATE]
+    after = played[round(words[0]["start"] * RATE) :][: (2 if talked.in_time else 60) * RATE]
     assert np.abs(after.astype(np.int32)).max() > 1000
 
 
 def test_figures_are_shown(talked):
     """If it fails, nobody sees that the conversation lags."""
     assert talked.figures["model"] == "small"
-    assert talked.figures["delay"].endswith(" ms") and int(talked.figures["delay"].split()[0]) >= 80
+    assert talked.figures["delay"].endswith(" ms")
+    assert int(talked.figures["delay"].split()[0]) >= (80 if talked.figures["dropped"] == "0.0 s" else 0)
     assert talked.figures["late"].isdigit() and talked.figures["dropped"].endswith(" s")
 
 
@@ -234,18 +269,19 @@ def test_mute_sends_silence(browser, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, parrots(), site() as here, visit(browser, here.url) as page:
         patch.setattr(Talk, "_tap", listening)
+        # The server, told of it, hears nothing either; what the page sends is looked at below.
+        patch.setattr(Conversation, "mute", lambda self, muted=True: None)
         talk(page)
-        until = time.monotonic() + 20
-        while max(heard, default=0) < 0.02 and time.monotonic() < until:
-            page.page.wait_for_timeout(100)
-        assert max(heard) > 0.02  # the question is heard
+        page.wait(lambda: max(heard, default=0) > 0.02)  # the question is heard
         page.page.click("#mute")
-        until = time.monotonic() + 20
-        while heard[-1] and time.monotonic() < until:  # what was on its way
-            page.page.wait_for_timeout(100)
-        del heard[:]
-        page.page.wait_for_timeout(3000)
-        assert len(heard) > 5 and max(heard) == 0
+        page.until("document.querySelector('#mute').getAttribute('aria-pressed') === 'true'")
+        captured = page.page.evaluate("document.querySelector('#elapsed').textContent")
+        page.until(f"document.querySelector('#elapsed').textContent !== '{captured}'")
+        count = len(heard)
+        page.wait(
+            lambda: len(heard) >= count + 50
+        )  # more than what can be on its way, and four seconds of the question
+        assert max(heard[-25:]) == 0
         page.page.click("#main")
         page.state("ended")
         both, _ = sf.read(page.saved("#save-sound", tmp_path), dtype="int16")
@@ -262,17 +298,34 @@ def test_a_browser_that_refuses_24_khz(browser, tmp_path):
       return make.call(this, stream);
     };
     """
-    with parrots(), site() as here, visit(browser, here.url, script=refusing) as page:
+    heard: list[float] = []
+    tap = Talk._tap
+
+    def listening(self: Talk, frame: Any, said: Any) -> None:
+        heard.append(float(np.abs(frame).max()))
+        tap(self, frame, said)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        parrots(),
+        site() as here,
+        visit(browser, here.url, script=refusing) as page,
+    ):
+        patch.setattr(Talk, "_tap", listening)
         talk(page)
         assert page.page.evaluate("window.rate") in (44100, 48000)
-        page.page.wait_for_timeout(5000)
+        page.wait(lambda: sum(loud > 0.05 for loud in heard) >= 15)
+        page.page.wait_for_timeout(1000)
+        figures = {name: page.text(f"#{name}") for name in ("late", "dropped")}
         page.page.click("#main")
         page.state("ended")
         both, rate = sf.read(page.saved("#save-sound", tmp_path), dtype="int16")
         assert rate == RATE and page.complaints == []
         # The parrot says back what it heard.
         assert np.abs(both[:, 1].astype(np.int32)).max() > 1000
-        assert found(both[: -2 * RATE, 1], both[:, 0], 192) > 0.5
+        right, count = found(both[:, 0], both[:, 1])
+        print(f"{right} of {count} loud pieces came back bit for bit: {figures}")
+        assert right >= count - faded(figures) - 1
 
 
 def test_settings_are_used_and_remembered(browser):
@@ -295,9 +348,7 @@ def test_settings_are_used_and_remembered(browser):
         page.page.locator("#text_temperature").fill("0.5")
         page.page.click("#anew")
         page.until("document.body.dataset.state === 'talking' && !document.querySelector('#settings').open")
-        until = time.monotonic() + 20
-        while len(made) < 2 and time.monotonic() < until:
-            page.page.wait_for_timeout(50)
+        page.wait(lambda: len(made) == 2)
         now = made[-1]
         assert (now["generation"].text.top_k, now["generation"].audio.top_k, now["seed"]) == (7, 9, 42)
         assert now["generation"].text.temperature == 0.5
@@ -341,6 +392,5 @@ def test_devices_can_be_changed_while_talking(browser, script):
         page.page.evaluate("window.stream.getAudioTracks()[0].dispatchEvent(new Event('ended'))")
         page.until("document.querySelector('#notice').textContent.includes('unplugged')")
         assert "deviceId" not in page.page.evaluate("window.wishes")
-        seconds = "Number(document.querySelector('#elapsed').textContent.split(':')[1])"
-        page.until(f"{seconds} > {page.page.evaluate(seconds) + 1}")
+        page.until(f"{SECONDS} > {page.page.evaluate(SECONDS) + 1}")
         assert page.complaints == [] and page.state("talking") == "talking"

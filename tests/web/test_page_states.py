@@ -99,11 +99,7 @@ def test_busy_and_in_line(browser):
             assert page.text("#headline") == "You are next"
             page.page.keyboard.press("Escape")
             page.state("ready")
-            for _ in range(100):
-                if here.served.server.line.waiting == 0:
-                    break
-                page.page.wait_for_timeout(50)
-            assert here.served.server.line.waiting == 0
+            page.wait(lambda: here.served.server.line.waiting == 0)
             page.page.click("#main")
             page.state("waiting")
             with visit(browser, here.url) as third:

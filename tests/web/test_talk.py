@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from importlib.resources import files
 from typing import Any
 
@@ -17,7 +16,7 @@ from moshi_mlx_app.web.wire import Pcm
 from moshi_mlx.realtime import conversation
 from tests.helpers.parrot import Parrot
 
-from .serving import FRAME, RATE, Client, install, serving, tone
+from .serving import FRAME, RATE, SOON, Client, install, serving, tone
 
 
 class Reader:
@@ -123,18 +122,16 @@ def test_text_comes_with_its_time(monkeypatch):
         async with serving() as served, served.client("audio=pcm&events=1") as client:
             await client.begun()
             pieces, events = [], []
+            sounds = 0
             for index in range(12):
                 await client.socket.send_bytes(b"\x10" + tone(index).tobytes())
-                while True:
+                while sounds <= index:
                     kind, content = await client.next()
                     if kind == 0x02:
                         pieces.append(content.decode())
                     elif kind == 0x11 and json.loads(content)["type"] == "text":
                         events.append(json.loads(content))
-                    elif kind == 0x10 and index < 11:
-                        break
-                    elif kind == 0x11 and len(events) == 2:
-                        break
+                    sounds += kind == 0x10
             assert pieces == [" héllo", " héllo"]
             # The reader also saw position 0, which runs before the first frame.
             assert events == [
@@ -152,10 +149,12 @@ def test_nothing_unknown_reaches_who_did_not_ask(monkeypatch):
 
     async def run() -> set[int]:
         kinds = set()
-        async with serving() as served, served.client("", autoping=True) as client:
+        async with serving() as served, served.client("") as client:
             encoder = sphn.OpusStreamWriter(RATE)
             while 4 not in kinds:
-                kinds.add((await client.next())[0])
+                kind, content = await client.next()
+                assert kind != -1, f"closed with {content.decode()}"
+                kinds.add(kind)
             for _ in range(25):  # a second, in which the page would be told its figures five times
                 await client.socket.send_bytes(b"\x01" + encoder.append_pcm(tone(0).astype(np.float32) / 32768))
                 await asyncio.sleep(0.04)
@@ -166,7 +165,7 @@ def test_nothing_unknown_reaches_who_did_not_ask(monkeypatch):
                     kinds.add(kind)
         return kinds
 
-    assert asyncio.run(run()) == {0, 1, 4}
+    assert asyncio.run(run()) - {6} == {0, 1, 4}  # a ping where the machine stood still for two seconds
 
 
 def test_stats_and_steering(monkeypatch):
@@ -280,12 +279,10 @@ def test_the_end_of_the_server_is_told(monkeypatch):
             async with served.client("audio=pcm&events=1") as client, served.client("audio=pcm&events=1") as waiting:
                 await client.begun()
                 await waiting.until(0x11, "queue")
-                began = time.monotonic()
                 stopping = asyncio.create_task(served.server._stop(None))  # type: ignore[arg-type]
                 assert json.loads(await client.until(0x11, "end"))["reason"] == "the server stops"
                 assert await client.end() == ("", 1001)
                 assert await waiting.end() == ("", 1001)
-                await stopping
-                assert time.monotonic() - began < 5
+                await asyncio.wait_for(stopping, SOON)
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -27,11 +29,12 @@ from .serving import SOON, Client, install, serving, tone
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def program(*arguments: str, state: Path) -> subprocess.Popen[str]:
-    """The program with the parrot; its state and caches in a folder of the test's."""
+@contextlib.contextmanager
+def program(*arguments: str, state: Path) -> Iterator[subprocess.Popen[str]]:
+    """The program with the parrot; its state and caches in a folder of the test's. It does not outlive the ``with``."""
     environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state), "XDG_CACHE_HOME": str(state)}
     environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, ROOT / "app", ROOT / "quantize"))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.parrot", "web", "--port", "0", "--no-browser", *arguments],
         cwd=ROOT,
         env=environment,
@@ -39,6 +42,21 @@ def program(*arguments: str, state: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def printed(process: subprocess.Popen[str], form: str) -> str:
+    """The link that it prints."""
+    assert process.stdout is not None
+    link = process.stdout.readline().strip()  # empty where it ended before
+    if not re.fullmatch(form, link):
+        process.kill()
+        raise AssertionError((link, process.communicate()[1]))
+    return link
 
 
 def test_ctrl_c_closes_everything_with_a_reason(tmp_path):
@@ -53,9 +71,7 @@ def test_ctrl_c_closes_everything_with_a_reason(tmp_path):
             return await client.end()
 
     with program("--places", "1", state=tmp_path) as process:
-        assert process.stdout is not None and process.stderr is not None
-        link = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://localhost:\d+/", link), process.stderr.read()
+        link = printed(process, r"http://localhost:\d+/")
         assert asyncio.run(talk(link, process)) == ("", 1001)
         _, told = process.communicate(timeout=SOON)
         assert process.returncode == 130
@@ -75,9 +91,7 @@ def test_elsewhere_there_is_a_token_and_with_tls_a_certificate(tmp_path):
         return found
 
     with program("--places", "1", "--host", "0.0.0.0", "--tls", state=tmp_path) as process:
-        assert process.stdout is not None and process.stderr is not None
-        link = process.stdout.readline().strip()
-        assert re.fullmatch(r"https://[^/]+:\d+/\?token=[\w-]{32}", link), process.stderr.read()
+        link = printed(process, r"https://[^/]+:\d+/\?token=[\w-]{32}")
         made = next(tmp_path.rglob("certificate.pem"))
         assert made.stat().st_mode & 0o777 == 0o600
         trusted = ssl.create_default_context(cafile=str(made))

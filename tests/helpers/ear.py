@@ -1,0 +1,83 @@
+"""An ear for the built-in model's voice: which of its answers was said, by pocketsphinx with a grammar of all of them.
+
+The judge of the training (``moshi_mlx.training.recognise``) without what only the training installs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from moshi_mlx.training.dialogues import answers, words
+
+__all__ = ["Ear", "phrases", "same", "unavailable", "without_gaps"]
+
+RATE = 16_000
+_OWN = {"moshi": "M OW SH IY"}  # what its dictionary does not have
+
+
+def unavailable() -> str:
+    """Why nothing can be recognised; empty if it can."""
+    try:
+        import pocketsphinx  # noqa: F401
+    except ImportError:
+        return "the package pocketsphinx is not installed"
+    return ""
+
+
+def same(text: str) -> str:
+    """The form in which sentences are compared."""
+    return " ".join(words(text))
+
+
+class Ear:
+    """Hears which answer was said, or none."""
+
+    def __init__(self) -> None:
+        from pocketsphinx import Decoder
+
+        self.sentences = sorted({same(answer) for answer in answers()})
+        self.decoder = Decoder(loglevel="FATAL", samprate=RATE, cmn="batch")  # no memory of the last speaker
+        for word, sounds in _OWN.items():
+            if self.decoder.lookup_word(word) is None:
+                self.decoder.add_word(word, sounds, True)
+        grammar = "#JSGF V1.0; grammar answers; public <answer> = " + " | ".join(self.sentences) + " ;"
+        self.decoder.add_jsgf_string("answers", grammar)
+        self.decoder.activate_search("answers")
+
+    def hear(self, pcm: NDArray[np.float32], rate: int) -> str:
+        """The answer in pcm [samples], as :func:`same` writes it; an empty string if there is none."""
+        sound = soxr.resample(pcm, rate, RATE)
+        sound = sound * (0.1 / max(1e-4, float(np.sqrt(np.mean(sound**2)))))
+        sound = np.concatenate([np.zeros(RATE // 5), sound, np.zeros(RATE // 5)])
+        # Digital silence misleads it.
+        sound = sound + 1e-3 * np.random.default_rng(0).standard_normal(len(sound))
+        self.decoder.start_utt()
+        self.decoder.process_raw((np.clip(sound, -1, 1) * 32767).astype(np.int16).tobytes(), False, True)
+        self.decoder.end_utt()
+        found = self.decoder.hyp()
+        return str(found.hypstr) if found else ""
+
+
+def without_gaps(pcm: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+    """The sound without what a player puts in where nothing has come: samples that are exactly 0, for 10 ms or more."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], pcm == 0, [0]]).astype(np.int8)))
+    keep = np.ones(len(pcm), bool)
+    for start, end in edges.reshape(-1, 2):
+        if end - start >= rate // 100:
+            keep[start:end] = False
+    return pcm[keep]
+
+
+def phrases(pcm: NDArray[np.float32], rate: int, pause: float = 0.5) -> list[NDArray[np.float32]]:
+    """What is said between pauses, each with a tenth of a second around it."""
+    block = rate // 50
+    loud = np.abs(pcm[: len(pcm) // block * block]).reshape(-1, block).max(1) > 0.02
+    found: list[list[int]] = []
+    for index in np.flatnonzero(loud):
+        if found and (index - found[-1][1]) * block < pause * rate:
+            found[-1][1] = index
+        else:
+            found.append([index, index])
+    return [pcm[max(0, (start - 5) * block) : (end + 6) * block] for start, end in found if end - start >= 10]
