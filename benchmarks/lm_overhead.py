@@ -28,15 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(about)
     results = paired_steps(TINY, {"ours": {}, "modules": {"modules": True}}, args.rounds, args.steps)
     print(HEAD)
-    print(row("Kyutai's moshi_mlx", results.get("kyutai"), None))
-    print(row("ours", results["ours"], ratio(results, "ours")))
-    print(row("ours, modules", results["modules"], ratio(results, "modules")))
+    print(row("Kyutai's moshi_mlx", results, "kyutai"))
+    print(row("ours", results, "ours"))
+    print(row("ours, modules", results, "modules"))
     rows = {
         name: {
             **result,
             "wall": summary(result["wall"]),
             "cpu": summary(result["cpu"]),
             "of_peer": ratio(results, name),
+            "of_peer_by_wall": ratio(results, name, "wall"),
         }
         for name, result in results.items()
     }

@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {}
     for name, bits in (("float32", 0), ("4 bits", 4)):
         results = paired_steps({**SIZE, "bits": bits}, {"ours": {}}, args.rounds, args.steps, warm=2)
-        print(row(f"{name}, Kyutai's moshi_mlx", results.get("kyutai"), None))
-        print(row(f"{name}, ours", results["ours"], ratio(results, "ours")), flush=True)
+        print(row(f"{name}, Kyutai's moshi_mlx", results, "kyutai"))
+        print(row(f"{name}, ours", results, "ours"), flush=True)
         rows[name] = {
             who: {**result, "wall": summary(result["wall"]), "cpu": summary(result["cpu"])}
             for who, result in results.items()
         }
-        rows[name]["of_peer"] = ratio(results, "ours")
+        rows[name] |= {"of_peer": ratio(results, "ours"), "of_peer_by_wall": ratio(results, "ours", "wall")}
     whole: list[float] = []
     alone: list[float] = []
     with Worker("lm_ours.py", {**SIZE, "most": 1000}) as worker:

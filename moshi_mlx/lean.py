@@ -175,12 +175,16 @@ class NumpyStepper(Stepper):
         if 0 < sampling.top_p < 1 or sampling.min_p > 0:
             return np.array(sample(mx.array(logits), sampling, mx.array(noise)))
         tempered = logits / np.float32(sampling.temperature)
-        count = logits.shape[-1]
-        if 0 < sampling.top_k < count:
-            kth = np.partition(tempered, count - sampling.top_k, axis=-1)[..., count - sampling.top_k, None]
-            tempered[tempered < kth] = -np.inf
-        tempered += noise
-        return np.asarray(np.argmax(tempered, axis=-1), np.int32)
+        rank = logits.shape[-1] - sampling.top_k
+        if sampling.top_k == 0 or rank <= 0:
+            return np.asarray(np.argmax(tempered + noise, axis=-1), np.int32)
+        return np.array([_draw(*row, rank) for row in zip(tempered, noise, strict=True)], np.int32)
+
+
+def _draw(tempered: Floats, noise: Floats, rank: int) -> np.intp:
+    """The winner among the logits [n] that are not below that of ``rank``, counted from the smallest."""
+    kept = np.flatnonzero(tempered >= np.partition(tempered, rank)[rank])
+    return kept[np.argmax(tempered[kept] + noise[kept])]
 
 
 def _weights(lm: Lm) -> list[Any]:
@@ -235,7 +239,7 @@ def _norm(module: Any) -> Callable[[Floats], Floats]:
         def rms(x: Floats) -> Floats:
             if len(x) == 1:
                 row = x[0]
-                return x * (weight * np.float32((row.dot(row) / dim + epsilon) ** -0.5))
+                return x * (weight * (float(row.dot(row)) / dim + epsilon) ** -0.5)
             mean = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(dim) + np.float32(epsilon)
             out: Floats = x / np.sqrt(mean) * weight
             return out
@@ -320,15 +324,16 @@ class _Attention:
             turned = turn(turned)
         keys[:, :, slot] = turned[:, heads:]
         values[:, :, slot] = split[:, self._turned :]
-        queries = turned[:, :heads] * self._scale
-        return attend(
-            queries.reshape(batch, self._kv_heads, -1, self._head_dim), keys[:, :, :count], values[:, :, :count]
-        )
+        queries = (turned[:, :heads] * self._scale).reshape(batch, self._kv_heads, -1, self._head_dim)
+        return attend(queries, keys[:, :, :count].swapaxes(2, 3), values[:, :, :count])
 
 
 def attend(queries: Floats, keys: Floats, values: Floats) -> Floats:
-    """Softmax attention [batch, channels] of queries [batch, kv_heads, repeat, head_dim], scaled."""
-    weights = queries @ keys.swapaxes(2, 3)
+    """Softmax attention [batch, channels] of queries [batch, kv_heads, repeat, head_dim], scaled.
+
+    Keys are [batch, kv_heads, head_dim, slots], values [batch, kv_heads, slots, head_dim].
+    """
+    weights = queries @ keys
     weights -= np.maximum.reduce(weights, axis=-1, keepdims=True)
     np.exp(weights, out=weights)
     out = weights @ values
@@ -380,23 +385,40 @@ class _TemporalLayer:
         if "cross_keys" in state:
             queries = self._norm_cross(x) @ self._cross_in * self._cross_scale
             queries = queries.reshape(len(x), *self._cross_shape)
-            x = x + attend(queries, state["cross_keys"], state["cross_values"]) @ self._cross_out
+            x = x + attend(queries, state["cross_keys"].swapaxes(2, 3), state["cross_values"]) @ self._cross_out
         return x + self._gating(self._norm2(x))
 
 
 class _DepthLayer:
+    """Its cache is what its input projections gave in this frame: [steps, batch, channels], seen in three ways."""
+
     def __init__(self, layer: DepthLayer, config: LmConfig):
         heads = config.depformer_num_heads
-        self.kv_heads, self.head_dim = heads // config.depth_kv_repeat, config.depformer_dim // heads
+        kv_heads, head_dim = heads // config.depth_kv_repeat, config.depformer_dim // heads
         self._norm1, self._norm2 = _norm(layer.norm1), _norm(layer.norm2)
         self._in = [_matrix(module) for module in layer.in_proj]
         self._out = [_matrix(module) for module in layer.out_proj]
         self._gating = [_Gated(module) for module in layer.gating]
-        self._attention = _Attention(heads, self.kv_heads, self.head_dim)
+        self._queries = (kv_heads, heads // kv_heads, head_dim)
+        self._heads, self._turned = heads, heads + kv_heads
+        self._scale = np.float32(head_dim**-0.5)
 
-    def step(self, x: Floats, index: int, weights: int, turn: Any, keys: Floats, values: Floats) -> Floats:
-        projected = self._norm1(x) @ self._in[weights]
-        x = x + self._attention(projected, turn, keys, values, index, index + 1) @ self._out[weights]
+    def new_cache(self, steps: int, batch: int) -> tuple[Floats, ...]:
+        """Room for a frame: what was projected; its heads; the queries among them, the keys and the values."""
+        kv_heads, _, head_dim = self._queries
+        projected = np.empty((steps, batch, (self._turned + kv_heads) * head_dim), np.float32)
+        heads = projected.reshape(steps, batch, -1, head_dim)
+        queries = heads[:, :, : self._heads].reshape(steps, batch, *self._queries)
+        keys, values = heads[:, :, self._heads : self._turned], heads[:, :, self._turned :]
+        return projected, heads[:, :, : self._turned], queries, keys.transpose(1, 2, 3, 0), values.transpose(1, 2, 0, 3)
+
+    def step(self, x: Floats, index: int, weights: int, turn: Any, cache: tuple[Floats, ...]) -> Floats:
+        projected, turned, queries, keys, values = cache
+        np.matmul(self._norm1(x), self._in[weights], out=projected[index])
+        if turn is not None:
+            turned[index] = turn(turned[index])
+        attended = attend(queries[index] * self._scale, keys[..., : index + 1], values[:, :, : index + 1])
+        x = x + attended @ self._out[weights]
         return x + self._gating[weights](self._norm2(x))
 
 
@@ -413,12 +435,10 @@ class _Depth:
 
     def step(self, index: int, hidden: Floats, token: NDArray[np.int32], cache: list[Any]) -> Floats:
         if not index:
-            for layer in self._layers:
-                shape = (len(hidden), layer.kv_heads, len(self._schedule), layer.head_dim)
-                cache.append((np.empty(shape, np.float32), np.empty(shape, np.float32)))
+            cache += [layer.new_cache(len(self._schedule), len(hidden)) for layer in self._layers]
         weights = self._schedule[index]
         x = hidden @ self._in[weights] + self._tables[index](token)
         turn = None if self._turn is None else self._turn.at(index)
-        for layer, (keys, values) in zip(self._layers, cache, strict=True):
-            x = layer.step(x, index, weights, turn, keys, values)
+        for layer, own in zip(self._layers, cache, strict=True):
+            x = layer.step(x, index, weights, turn, own)
         return (x if self._norms is None else self._norms[index](x)) @ self._out[index]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +28,8 @@ from .streaming import State
 
 __all__ = ["DepthCache", "DepthLayer", "DepthTransformer", "Lm", "LmOutput", "embed_ids"]
 
-DepthCache = list[tuple[mx.array, mx.array]]
-"""Keys and values of the depth transformer's layers within one frame: [batch, heads, steps so far, head_dim]."""
+DepthCache = list[mx.array]
+"""Keys and values of the depth transformer's layers within a frame: [2, batch, kv_heads, steps so far, head_dim]."""
 
 
 class FactoredEmbedding(nn.Module):
@@ -76,8 +77,13 @@ def embed_ids(table: nn.Module, ids: mx.array) -> mx.array:
     """Look up ``ids``; -1 gives exact zeros. The rule lives here because a quantized table does not know it."""
     if isinstance(table, FactoredEmbedding):
         return table(ids)
-    vectors: mx.array = table(mx.maximum(ids, 0))
-    return mx.where((ids >= 0)[..., None], vectors, mx.array(0, vectors.dtype))
+    return _where_given(table(ids), ids[..., None])  # -1 reads the last row
+
+
+@partial(mx.compile, shapeless=True)
+def _where_given(vectors: mx.array, ids: mx.array) -> mx.array:
+    """One kernel instead of two."""
+    return mx.where(ids >= 0, vectors, mx.array(0, vectors.dtype))
 
 
 class DepthLayer(nn.Module):
@@ -100,17 +106,20 @@ class DepthLayer(nn.Module):
         """[batch, channels] -> [batch, heads (queries, keys, values), 1, head_dim]."""
         return projected.reshape(projected.shape[0], self._heads + 2 * self._kv_heads, 1, self._head_dim)
 
-    def attend(self, heads: mx.array, keys: mx.array, values: mx.array, mask: str | None) -> mx.array:
-        """[batch, steps, dim] from the queries in ``heads``."""
-        queries = heads[:, : self._heads]
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self._head_dim**-0.5, mask=mask
-        )  # fmt: skip
-        return out.transpose(0, 2, 1, 3).reshape(queries.shape[0], queries.shape[2], -1)
+    def split_queries(self, heads: mx.array) -> tuple[mx.array, mx.array]:
+        """Queries [batch, heads, steps, head_dim]; keys and values [2, batch, kv_heads, steps, head_dim]."""
+        keys_values = mx.unflatten(heads[:, self._heads :], 1, (2, self._kv_heads)).swapaxes(0, 1)
+        return heads[:, : self._heads], keys_values
 
-    def split_keys_values(self, heads: mx.array) -> tuple[mx.array, mx.array]:
+    def split_values(self, heads: mx.array) -> tuple[mx.array, mx.array]:
+        """Query and key heads together, and those of values."""
         middle = self._heads + self._kv_heads
-        return heads[:, self._heads : middle], heads[:, middle:]
+        return heads[:, :middle], heads[:, middle:]
+
+    def attend(self, queries: mx.array, keys_values: mx.array, mask: str | None) -> mx.array:
+        """[batch, heads, steps, head_dim] from what :meth:`split_queries` gives."""
+        keys, values = keys_values
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._head_dim**-0.5, mask=mask)
 
 
 class DepthTransformer(nn.Module):
@@ -157,16 +166,13 @@ class DepthTransformer(nn.Module):
         x = self.linear_in[weights](hidden) + embed_ids(self.embs[index], token)
         for number, layer in enumerate(self.layers):
             heads = layer.split_heads(layer.in_proj[weights](layer.norm1(x)))
-            heads = self._rotate(layer, heads, index)
-            keys, values = layer.split_keys_values(heads)
+            queries, keys_values = layer.split_queries(self._rotate(layer, heads, index))
             if index:
-                past_keys, past_values = cache[number]
-                keys = mx.concatenate([past_keys, keys], axis=2)
-                values = mx.concatenate([past_values, values], axis=2)
-                cache[number] = (keys, values)
+                cache[number] = keys_values = mx.concatenate([cache[number], keys_values], axis=3)
             else:
-                cache.append((keys, values))
-            x = x + layer.out_proj[weights](layer.attend(heads, keys, values, None)[:, 0])
+                cache.append(keys_values)
+            attended = layer.attend(queries, keys_values, None).reshape(x.shape)  # one query: heads in a row
+            x = x + layer.out_proj[weights](attended)
             x = x + layer.gating[weights](layer.norm2(x))
         return self._head(index, x)
 
@@ -191,8 +197,8 @@ class DepthTransformer(nn.Module):
         for layer in self.layers:
             split = [layer.split_heads(layer.in_proj[self._schedule[k]](layer.norm1(xs[k]))) for k in steps]
             heads = self._rotate(layer, mx.concatenate(split, axis=2), 0)
-            keys, values = layer.split_keys_values(heads)
-            attended = layer.attend(heads, keys, values, "causal")
+            attended = layer.attend(*layer.split_queries(heads), "causal").transpose(0, 2, 1, 3)
+            attended = attended.reshape(len(hidden), len(steps), -1)
             for k in steps:
                 weights = self._schedule[k]
                 x = xs[k] + layer.out_proj[weights](attended[:, k])
@@ -202,9 +208,8 @@ class DepthTransformer(nn.Module):
     def _rotate(self, layer: DepthLayer, heads: mx.array, offset: int) -> mx.array:
         if self.rope is None:
             return heads
-        _, values = layer.split_keys_values(heads)
-        rotated = self.rope(heads[:, : heads.shape[1] - values.shape[1]], offset)
-        return mx.concatenate([rotated, values], axis=1)
+        queries_keys, values = layer.split_values(heads)
+        return mx.concatenate([self.rope(queries_keys, offset), values], axis=1)
 
     def _head(self, index: int, x: mx.array) -> mx.array:
         norms = self.get("norms")

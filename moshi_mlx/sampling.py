@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -66,8 +67,8 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
     count = logits.shape[-1]
     drop = mx.array(-mx.inf, mx.float32)
     if 0 < sampling.top_k < count:
-        kth = mx.topk(logits, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
-        filtered = mx.where(logits >= kth, logits, drop)
+        rank = count - sampling.top_k
+        filtered = _at_least(logits, mx.partition(logits, rank, axis=-1)[..., rank, None])
     else:
         filtered = logits
     if 0 < sampling.top_p < 1:
@@ -80,6 +81,12 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
         floor = logits.max(axis=-1, keepdims=True) + mx.log(mx.array(sampling.min_p, mx.float32))
         filtered = mx.where(logits >= floor, filtered, drop)
     return filtered
+
+
+@partial(mx.compile, shapeless=True)
+def _at_least(logits: mx.array, kth: mx.array) -> mx.array:
+    """One kernel instead of two."""
+    return mx.where(logits >= kth, logits, mx.array(-mx.inf, mx.float32))
 
 
 def gumbel_noise(seeds: Sequence[int], position: int, shape: tuple[int, ...], stream: int) -> mx.array:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from benchmarks.workers import graph
 from moshi_mlx import generate
 from moshi_mlx.config import LmConfig
 from moshi_mlx.generate import GenerationConfig, Generator
@@ -47,10 +46,10 @@ def build(ask: dict[str, Any]) -> Lm:
 
 
 class Recorder:
-    """Stands in for ``mx.eval`` during one step: counts the evaluations and the primitives in their graphs."""
+    """Stands in for ``mx.eval`` during one step: counts the evaluations, and what is in their graphs."""
 
     def __init__(self) -> None:
-        self.primitives = self.reads = 0
+        self.primitives = self.kernels = self.reads = 0
         self._eval, self._async_eval = mx.eval, mx.async_eval
 
     def __enter__(self) -> Recorder:
@@ -63,10 +62,9 @@ class Recorder:
 
     def _count(self, arrays: tuple[Any, ...]) -> None:
         flat = [value for _, value in tree_flatten(list(arrays)) if isinstance(value, mx.array)]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "graph.dot"
-            mx.export_to_dot(str(path), *flat)
-            self.primitives += len(re.findall("shape=rectangle", path.read_text()))
+        primitives, kernels = graph.count(*flat)
+        self.primitives += primitives
+        self.kernels += kernels
 
     def _waited(self, *arrays: Any) -> None:
         self._count(arrays)
@@ -144,6 +142,9 @@ def main() -> None:
             with Recorder() as recorder:
                 generator.step(rng.integers(0, lm.config.card, size=(batch, users)))
             answer.update(primitives=recorder.primitives, reads=recorder.reads)
+            with graph.fused(), Recorder() as recorder:
+                generator.step(rng.integers(0, lm.config.card, size=(batch, users)))
+            answer["kernels"] = recorder.kernels
         if question.get("products"):
             answer["products"] = [products(generator) for _ in range(question["products"])]
         answer["position"] = generator.position

@@ -53,28 +53,30 @@ def paired_steps(
         with tempfile.TemporaryDirectory() as folder:
             for name, worker in workers.items():
                 answer = worker.ask(count=str(Path(folder) / "graph.dot"))
-                results[name].update({key: answer[key] for key in ("primitives", "reads", "resident_mb")})
+                results[name].update({key: answer[key] for key in ("primitives", "kernels", "reads", "resident_mb")})
     return results
 
 
-def ratio(results: dict[str, Any], name: str) -> float | None:
-    """Median processor time of one of ours over Kyutai's."""
+def ratio(results: dict[str, Any], name: str, clock: str = "cpu") -> float | None:
+    """Median time of one of ours over Kyutai's, by processor (``cpu``) or wall time."""
     if "kyutai" not in results:
         return None
-    return round(float(np.median(results[name]["cpu"]) / np.median(results["kyutai"]["cpu"])), 3)
+    return round(float(np.median(results[name][clock]) / np.median(results["kyutai"][clock])), 3)
 
 
-def row(name: str, result: dict[str, Any] | None, share: float | None) -> str:
-    """A line of the table."""
+def row(name: str, results: dict[str, Any], who: str) -> str:
+    """A line of the table, for what :func:`paired_steps` found of ``who``."""
+    result = results.get(who)
     if result is None:
         return f"{name:34} not measured (KYUTAI_PYTHON names no Python with moshi_mlx)"
-    cpu, wall = summary(result["cpu"]), summary(result["wall"])
-    graph = f"{result['primitives']:6d} {result['reads']:6d}" if result["primitives"] else f"{'-':>6} {'-':>6}"
-    told = "" if share is None else f"{share:7.2f}"
-    return f"{name:34} {cpu['p50']:8.1f} {cpu['min']:8.1f} {wall['p50']:8.1f} {wall['min']:8.1f} {graph} {told}"
+    times = "".join(f" {summary(result[clock])[key]:8.1f}" for clock in ("cpu", "wall") for key in ("p50", "min"))
+    graph = "".join(f" {result[key] or '-':>7}" for key in ("primitives", "kernels", "reads"))
+    shares = [None if who == "kyutai" else ratio(results, who, clock) for clock in ("cpu", "wall")]
+    return f"{name:34}{times}{graph}" + "".join("" if share is None else f" {share:8.2f}" for share in shares)
 
 
 HEAD = (
-    f"{'milliseconds a step':34} {'cpu p50':>8} {'cpu min':>8} {'wall p50':>8} {'wall min':>8} {'operat.':>6}"
-    f" {'reads':>6} {'of peer':>7}"
+    f"{'milliseconds a step':34} {'cpu p50':>8} {'cpu min':>8} {'wall p50':>8} {'wall min':>8} {'operat.':>7}"
+    f" {'kernels':>7} {'reads':>7} {'of peer':>8} {'by wall':>8}"
 )
+"""Kernels: operations that compute, with norm, rotation and attention as one each, as on a GPU."""
