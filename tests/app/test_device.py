@@ -317,6 +317,9 @@ def test_another_process_asks_the_system(tmp_path: Path, monkeypatch: pytest.Mon
     assert until(look) and seen[-1] == {"input": "device 0", "output": "device 1"}
     time.sleep(0.3)
     assert not look(), "it speaks only when something has changed"
+    (tmp_path / "choice").write_text("")
+    time.sleep(0.3)
+    assert not look(), "a system that fails for a moment has said nothing"
     (tmp_path / "choice").write_text("2 -1")
     assert until(look) and seen[-1] == {"input": "device 2", "output": None}
     process = defaults._process
