@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
+            if argv is None and threading.current_thread() is threading.main_thread():
+                # The process ends: Ctrl-C, pressed again, would only spoil its exit status.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             sys.stdout.flush()
     except SystemExit as end:  # argparse: after --help, --version or a usage error
         return end.code if isinstance(end.code, int) else 2
