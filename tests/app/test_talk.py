@@ -78,8 +78,9 @@ def interrupted(arguments: list[str], delay: float) -> tuple[int, str]:
             process.communicate()
             raise AssertionError(f"hung after Ctrl-C at {delay:.3f} s") from None
     # Before the program's first line Python itself is interrupted; that traceback, or silent end, is not ours.
-    if process.returncode == -signal.SIGINT and "in _run\n" not in errors:
-        return process.returncode, errors
+    starting = process.returncode == -signal.SIGINT and "in _run\n" not in errors
+    if starting or "failed to import the site module" in errors.casefold():
+        return -signal.SIGINT, errors
     assert "Traceback" not in errors and process.returncode in (0, 130), (delay, process.returncode, errors)
     return process.returncode, errors
 
