@@ -167,11 +167,12 @@ def _print(report: dict[str, Any], frame: float) -> None:
         times = stages[name]
         _line(name, f"p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
-    say("published models, estimated from how fast weights can be read here:")
+    say(f"published models, estimated from how fast weights can be read here; a step may take {frame:.0f} ms:")
     for entry in report["verdicts"]:
         word = "yes" if entry["fits"] and entry["keeps_up"] else "no"
+        why = entry["why"].removesuffix(f" and may take {frame:.0f} ms")
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
-        _line(f"  {word:4} {entry['model']:25}", f"{', '.join(flaws) + ': ' if flaws else ''}{entry['why']}")
+        _line(f"  {word:4} {entry['model']:25}", f"{', '.join(flaws) + ': ' if flaws else ''}{why}")
     _line("talk takes", report["default"]["why"])
     fetched = report["default"]["download_bytes"]
     if fetched:
@@ -196,5 +197,5 @@ def _line(label: str, text: str) -> None:
         say(label + text)
         return
     width = max(shutil.get_terminal_size().columns - 1 - len(label), 30)
-    for number, part in enumerate(textwrap.wrap(text, width) or [""]):
+    for number, part in enumerate(textwrap.wrap(text, width, break_on_hyphens=False) or [""]):
         say((label if not number else " " * len(label)) + part)
