@@ -83,4 +83,4 @@ def test_the_briefcase_recipe() -> None:
     for path in (*app["sources"], *app["requires"], *recipe["license-files"]):
         assert (MACOS / path).exists(), path
     code = (MACOS / app["sources"][0] / "__main__.py").read_text(encoding="utf-8")
-    assert "from moshi_mlx_app.cli import main" in code
+    assert "from moshi_mlx_app.start import main" in code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from moshi_mlx_app.cli import main
+from moshi_mlx_app.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

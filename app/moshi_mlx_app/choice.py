@@ -95,7 +95,7 @@ def choose(
     able = [model.name for model in talking if verdicts[model.name]["fits"] and verdicts[model.name]["keeps_up"]]
     if not able:
         least = min(talking, key=lambda model: verdicts[model.name]["step_ms"])
-        return _builtin(f"{least.name} {verdicts[least.name]['why']}")
+        return _builtin(f"no published model would do here; the nearest, {least.name}, {verdicts[least.name]['why']}")
     for name in able:
         with contextlib.suppress(MoshiError):
             if survey(name, True).missing == 0:

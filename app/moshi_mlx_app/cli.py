@@ -1,7 +1,7 @@
 """The command ``moshi-mlx-local``: picks a verb, runs it, and turns what goes wrong into one line and an exit status.
 
 Exit status: 0 done, 1 an error that the message names, 2 the command line is wrong, 130 stopped with Ctrl-C.
-Only the standard library is imported before :func:`main` runs: Ctrl-C in the first second is no traceback either.
+Only the standard library is imported before :func:`main` runs, after :mod:`moshi_mlx_app.start` has seen to Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from moshi_mlx_app.start import end
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
@@ -103,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
+            if argv is None and threading.current_thread() is threading.main_thread():
+                # The process ends: Ctrl-C, pressed again, would only spoil its exit status.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             sys.stdout.flush()
     except SystemExit as end:  # argparse: after --help, --version or a usage error
         return end.code if isinstance(end.code, int) else 2
@@ -122,17 +126,11 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _quick_end() -> Iterator[None]:
-    """Ctrl-C ends the process on the spot: MLX, numpy and others abort or swallow it while they are imported."""
+    """Ctrl-C ends the process on the spot while the verbs are imported; afterwards it is what Python makes of it."""
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not ours or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, end):
         yield
         return
-
-    def end(number: int, frame: object) -> None:
-        with contextlib.suppress(OSError):
-            os.write(2, b"stopped: nothing was written\n")
-        os._exit(130)
-
     signal.signal(signal.SIGINT, end)
     try:
         yield
@@ -143,9 +141,11 @@ def _quick_end() -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     with _quick_end():
         parser = build_parser()
-    args, unknown = parser.parse_known_args(_with_verb(arguments))
-    if unknown:  # said with the verb's own usage, not with the program's
-        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        args, unknown = parser.parse_known_args(_with_verb(arguments))
+        if unknown:  # said with the verb's own usage, not with the program's
+            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        if args.verb in ("talk", "file", "check", "bench"):
+            importlib.import_module("moshi_mlx.model")
     status: int = args.run(args)
     return status
 

@@ -276,6 +276,15 @@ class SoundCard:
 
     def _keep_open(self) -> None:
         """Open the devices, watch them, open them again."""
+        try:
+            self._open_and_watch()
+        except BaseException as error:  # it reaches the owner through `start` or `check`
+            self._failure = error
+        finally:
+            self._close()
+            self._opened.set()
+
+    def _open_and_watch(self) -> None:
         attempt, told = 0, ""
         while not self._stopping:
             if not self._streams:
@@ -298,13 +307,12 @@ class SoundCard:
                 attempt += 1
                 self._opened.set()
             self._watch.wait(0.25 if self._streams else _RETRY)
+            asked, self._reopen = self._reopen, False
             trouble = self._trouble() or self._elsewhere()
-            if self._streams and (trouble or self._reopen) and not self._stopping:
+            if self._streams and (trouble or asked) and not self._stopping:
                 told = trouble or "looking for the sound devices again"
                 self._notices.append(told)
                 self._close()
-            self._reopen = False
-        self._close()
 
     def _trouble(self) -> str:
         """What is wrong with the open devices; an empty string if nothing is."""

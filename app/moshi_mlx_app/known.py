@@ -112,6 +112,10 @@ def verdict(
         "needed_bytes": round(needed),
         "step_ms": round(step * 1e3, 1),
         "measured": measured is not None,
-        "why": f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; a step {takes} {step * 1e3:.0f} ms of "
-        f"{frame * 1e3:.0f}",
+        "why": f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; "
+        f"a step {takes} {_time(step)} and may take {_time(frame)}",
     }
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

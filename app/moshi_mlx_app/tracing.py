@@ -17,7 +17,7 @@ from moshi_mlx_app.terminal import warn
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Trace
 
-__all__ = ["add_trace_option", "tracing"]
+__all__ = ["add_trace_option", "no_interrupt", "tracing"]
 
 
 def add_trace_option(parser: argparse._ActionsContainer) -> None:
@@ -54,7 +54,7 @@ def tracing(path: str | None) -> Iterator[Trace | None]:
     try:
         yield trace
     finally:
-        with _no_interrupt():
+        with no_interrupt():
             try:
                 trace.write(target)
                 if trace.forgotten:
@@ -69,8 +69,8 @@ def tracing(path: str | None) -> Iterator[Trace | None]:
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits the second that it takes to write."""
+def no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits the second or two that it takes to write what there is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,12 +7,15 @@ input does. If it cannot be had, nothing is noticed, and everything else goes on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["Defaults"]
 
@@ -31,7 +34,7 @@ class Defaults:
     def __init__(self, every: float = _EVERY):
         self._every = every
         self._process: subprocess.Popen[str] | None = None
-        self._news: dict[str, str | None] | None = None
+        self._news: deque[dict[str, str | None]] = deque(maxlen=1)
 
     def start(self) -> None:
         """Begin to look."""
@@ -59,8 +62,7 @@ class Defaults:
 
     def changed(self) -> Mapping[str, str | None] | None:
         """Names of the system's ``input`` and ``output`` if they were found, or changed, since the last call."""
-        news, self._news = self._news, None
-        return news
+        return self._news.pop() if self._news else None
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None and process.stdin is not None
@@ -68,7 +70,7 @@ class Defaults:
             for line in process.stdout:
                 try:
                     names = json.loads(line)
-                    self._news = {kind: names[kind] for kind in ("input", "output")}
+                    self._news.append({kind: names[kind] for kind in ("input", "output")})
                 except (ValueError, TypeError, KeyError):  # a library had something to say
                     continue
 
@@ -78,20 +80,26 @@ def _main(every: float) -> None:
 
     before = ""
     while True:
-        host = (sounddevice.query_hostapis() or [{}])[0]
-        known = sounddevice.query_devices()
-        names = {}
-        for kind in ("input", "output"):
-            index = host.get(f"default_{kind}_device", -1)
-            names[kind] = str(known[index]["name"]) if 0 <= index < len(known) else None
-        line = json.dumps(names)
-        if line != before:
-            before = line
-            print(line, flush=True)
+        with contextlib.suppress(Exception):  # the system is changing just now, or its sound server starts anew
+            line = json.dumps(_choice(sounddevice))
+            if line != before:
+                before = line
+                print(line, flush=True)
         if select.select([sys.stdin], [], [], every)[0] and not sys.stdin.read(1):
             return
-        sounddevice._terminate()  # there is no public way
-        sounddevice._initialize()
+        for look_again in (sounddevice._terminate, sounddevice._initialize):  # there is no public way
+            with contextlib.suppress(Exception):
+                look_again()
+
+
+def _choice(sounddevice: Any) -> dict[str, str | None]:
+    host = (sounddevice.query_hostapis() or [{}])[0]
+    known = sounddevice.query_devices()
+    names = {}
+    for kind in ("input", "output"):
+        index = host.get(f"default_{kind}_device", -1)
+        names[kind] = str(known[index]["name"]) if 0 <= index < len(known) else None
+    return names
 
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ class Conversation:
         self._threads: list[threading.Thread] = []
         self._ready = threading.Semaphore(0)
         self._stopping = False
+        self._answering = self._speaking = False  # whether the model, the decoder have not come to their end
         self._paused = False
         self._muted = False
         self._resets = 0
@@ -184,21 +185,29 @@ class Conversation:
         stages = [("encoder", self._encode), ("model", self._model), ("decoder", self._decode)]
         if not self.model.lm.config.own_q:
             stages.pop()
+        self._answering = self._speaking = True
         self._threads = [
             threading.Thread(target=self._guard, args=(name, stage), name=f"moshi {name}", daemon=True)
             for name, stage in stages
         ]
-        for thread in self._threads:
-            thread.start()
-        for _ in self._threads:
-            self._ready.acquire()
-        if self._error is not None:
-            self.stop()
+        started: list[threading.Thread] = []
+        try:
+            for thread in self._threads:
+                thread.start()
+                started.append(thread)
+            for _ in self._threads:
+                self._ready.acquire()
             self.check()
+        except BaseException:  # Ctrl-C, too: nobody else would end the threads
+            self._threads = started
+            self.stop()
+            raise
         return self
 
     def stop(self) -> bool:
         """End the conversation. Returns within a second, whatever the threads do.
+
+        Frames that the model has answered still become sound, and go to the tap.
 
         Returns
         -------
@@ -336,6 +345,12 @@ class Conversation:
             # ends ("terminate called without an active exception").
             if hasattr(mx, "clear_streams"):
                 mx.clear_streams()
+            if name == "model":
+                self._answering = False
+                self._bells["codes_out"].ring()
+            elif name == "decoder":
+                self._speaking = False
+                self._bells["codes_out_space"].ring()
             self._ready.release()
 
     def _encode(self) -> None:
@@ -404,7 +419,7 @@ class Conversation:
         record = np.zeros(1, self._codes_in.dtype)
         spoken = np.zeros(1, self._codes_out.dtype)
         index = 0
-        while self._take(record, "codes_in"):
+        while not self._stopping and self._take(record, "codes_in"):
             spoken["reset"] = record["reset"]
             if record["reset"][0]:
                 index = 0
@@ -500,19 +515,23 @@ class Conversation:
         ring = self._rings[name]
         if ring is self._codes_out and not self.model.lm.config.own_q:
             return
-        while not self._stopping and not ring.write(record):
+        while not ring.write(record):
+            if self._stopping and (ring is self._codes_in or not self._speaking):
+                return
             self._bells[f"{name}_space"].wait(_POLL)
         self._bells[name].ring()
 
     def _take(self, record: NDArray[Any], name: str) -> bool:
-        """The next record of a ring; False when the conversation is over."""
+        """The next record of a ring; False when the conversation is over, and no answer is left to be spoken."""
         ring = self._rings[name]
-        while not self._stopping:
+        while True:
+            over = self._stopping and (ring is self._codes_in or not self._answering)  # before the ring is looked at
             if ring.read_into(record):
                 self._bells[f"{name}_space"].ring()
                 return True
+            if over:
+                return False
             self._bells[name].wait(_POLL)
-        return False
 
     def _say(self, text: str, words: tuple[Word, ...]) -> None:
         for word in words:

@@ -29,7 +29,7 @@ def test_check(
     monkeypatch.setattr(measure, "speeds", lambda: {4: 1e9, 8: 1e9, 16: 1e9})
     status = main(["check", "--json", "--frames", "4"])
     report = json.loads(capsys.readouterr().out)
-    assert report["sound"]["ok"] and report["sound"]["heard_seconds"] > 0.1 and report["sound"]["loudest"] > 0.05
+    assert report["sound"]["ok"] and report["sound"]["heard_seconds"] > 0 and report["sound"]["loudest"] > 0.05
     assert report["stages"]["silent"] and report["stages"]["spoken"] and report["stages"]["frames"] == 4
     assert report["machine"]["memory"] > 1e9 and report["machine"]["packages"]["mlx"]
     assert [entry["keeps_up"] for entry in report["verdicts"]] == [False] * len(KNOWN)

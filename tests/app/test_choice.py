@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,9 @@ M1, M2, M4_MAX, LINUX = machine(8, 60), machine(16, 95), machine(64, 480), machi
     "here, model, why",
     [
         (M1, BUILTIN, "needs 7.2 GB of 6.0"),
-        (M2, Q4, "needs 7.2 GB of 12.0; a step would take about 70 ms of 80"),
-        (M4_MAX, BF16, "needs 17.7 GB of 48.1; a step would take about 39 ms of 80"),
-        (LINUX, BUILTIN, "ms of 80"),
+        (M2, Q4, "needs 7.2 GB of 12.0; a step would take about 70 ms and may take 80 ms"),
+        (M4_MAX, BF16, "needs 17.7 GB of 48.1; a step would take about 39 ms and may take 80 ms"),
+        (LINUX, BUILTIN, "no published model would do here; the nearest, kyutai/"),
         (machine(32, 145), Q8, "about 70 ms"),
     ],
     ids=["8 GB M1", "16 GB M2", "64 GB M4 Max", "Linux CPU", "32 GB M4 Pro, slower"],
@@ -105,7 +106,7 @@ def test_what_a_step_took_beats_what_was_estimated() -> None:
     """If this fails, a model that stuttered yesterday is taken again today."""
     steps = {Q4: 85.0}
     assert taken(Measured(M2.room, M2.speeds, steps), hub()).model == BUILTIN, "the other voice is no faster"
-    assert "took 66 ms of 80" in taken(Measured(M2.room, {4: 1e9, 8: 1e9, 16: 1e9}, {Q4: 66.0}), hub()).line
+    assert "took 66 ms and may" in taken(Measured(M2.room, {4: 1e9, 8: 1e9, 16: 1e9}, {Q4: 66.0}), hub()).line
 
 
 def test_verdicts() -> None:
@@ -116,7 +117,7 @@ def test_verdicts() -> None:
     large = verdict(Known("b", 15_400_000_000, 16, 15_000_000_000, 1_500_000_000), 12_000_000_000, fast)
     assert not large["fits"] and not large["keeps_up"] and "17.7 GB of 12.0" in large["why"]
     slow = verdict(Known("c", 4_800_000_000, 4, 4_500_000_000, 0), 48_000_000_000, {**fast, 4: 7.5e9})
-    assert slow["fits"] and not slow["keeps_up"] and "605 ms of 80" in slow["why"]
+    assert slow["fits"] and not slow["keeps_up"] and "605 ms and may" in slow["why"]
     assert len({known.name for known in KNOWN}) == len(KNOWN)
     for known in KNOWN:
         assert 0.8 * known.size < known.read < known.size
@@ -154,11 +155,19 @@ def test_measured_once_per_machine_and_version(tmp_path: Path, monkeypatch: pyte
 
 def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, a network that swallows everything keeps people from talking."""
+    answers = threading.Event()
     monkeypatch.setattr(choice, "_PATIENCE", 0.05)
-    monkeypatch.setattr("moshi_mlx.hub.survey", lambda name, **_: time.sleep(3))
+    monkeypatch.setattr("moshi_mlx.hub.survey", lambda name, **_: answers.wait(60))
     began = time.monotonic()
-    chosen = choose(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))
-    assert time.monotonic() - began < 1 and chosen.model == BUILTIN and "does not answer within" in chosen.line
+    try:
+        chosen = choose(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))
+        spent = time.monotonic() - began
+    finally:  # its thread must not be found by the tests that come next
+        answers.set()
+        for thread in threading.enumerate():
+            if thread.name == "moshi hub":
+                thread.join(10)
+    assert spent < 30 and chosen.model == BUILTIN and "does not answer within" in chosen.line
 
 
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

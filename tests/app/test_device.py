@@ -106,7 +106,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     return fake
 
 
-def until(condition: Any, seconds: float = 10.0) -> bool:
+def until(condition: Any, seconds: float = 30.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -220,7 +220,7 @@ def test_a_device_that_vanishes(card: FakeCard) -> None:
         sound.reopen()
         assert until(lambda: sound.openings == 3)
         began = time.monotonic()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0  # two are promised
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("moshi ")]
 
 
@@ -239,10 +239,11 @@ def test_nothing_but_zeros(card: FakeCard, monkeypatch: pytest.MonkeyPatch, syst
     with SoundCard(lambda pcm: None, lambda out: None, RATE) as sound:
         for _ in range(40):
             card.streams[0].call(np.zeros((4_800, 1), np.float32))
-            time.sleep(0.001)
+            assert until(lambda: not sound._raw.available)
         assert until(lambda: any(hint in text for text in sound.notices()))
         for _ in range(40):
             card.streams[0].call(np.zeros((4_800, 1), np.float32))
+            assert until(lambda: not sound._raw.available)
         time.sleep(0.05)
         assert sound.notices() == [], "once is enough"
     card.streams.clear()
@@ -250,7 +251,7 @@ def test_nothing_but_zeros(card: FakeCard, monkeypatch: pytest.MonkeyPatch, syst
         card.streams[0].call(np.full((4_800, 1), 1e-4, np.float32))
         for _ in range(40):
             card.streams[0].call(np.zeros((4_800, 1), np.float32))
-            time.sleep(0.001)
+            assert until(lambda: not sound._raw.available)
         time.sleep(0.05)
         assert sound.notices() == [], "a microphone that was heard once is allowed"
 
@@ -277,9 +278,9 @@ def test_the_systems_choice_changes(card: FakeCard, monkeypatch: pytest.MonkeyPa
         assert until(lambda: sound.openings == 2)
         assert sound.input is not None and sound.input.name == "Headset"
         assert sound.output is not None and sound.output.name == "Headset Pro"
-        notices = sound.notices()
+        notices: list[str] = []
+        assert until(lambda: notices.extend(sound.notices()) or "sound again: Headset > Headset Pro" in notices)
         assert "the system's microphone is 'Headset' now; opening it" in notices
-        assert "sound again: Headset > Headset Pro" in notices
     assert (
         SoundCard(lambda pcm: None, lambda out: None, RATE, input_device="1", output_device="2", follow=True)._defaults
         is None
@@ -317,6 +318,9 @@ def test_another_process_asks_the_system(tmp_path: Path, monkeypatch: pytest.Mon
     assert until(look) and seen[-1] == {"input": "device 0", "output": "device 1"}
     time.sleep(0.3)
     assert not look(), "it speaks only when something has changed"
+    (tmp_path / "choice").write_text("")
+    time.sleep(0.3)
+    assert not look(), "a system that fails for a moment has said nothing"
     (tmp_path / "choice").write_text("2 -1")
     assert until(look) and seen[-1] == {"input": "device 2", "output": None}
     process = defaults._process
@@ -347,6 +351,19 @@ def test_errors_in_callbacks_reach_the_owner(card: FakeCard) -> None:
         assert not block.any()
         with pytest.raises(RuntimeError, match="on purpose"):
             sound.check()
+
+
+def test_errors_while_opening_reach_the_owner(card: FakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a fault in the thread that opens the devices is an endless silence, or ten seconds of waiting."""
+    with SoundCard(lambda pcm: None, lambda out: None, RATE) as sound:
+        monkeypatch.setattr(card, "query_devices", lambda: [{}])
+        sound.reopen()
+        assert until(lambda: sound._failure is not None) and not sound.open
+        with pytest.raises(KeyError, match="hostapi"):
+            sound.check()
+    assert all(stream.closed for stream in card.streams)
+    with pytest.raises(KeyError, match="hostapi"):
+        SoundCard(lambda pcm: None, lambda out: None, RATE).start()
 
 
 def test_no_portaudio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

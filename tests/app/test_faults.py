@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from moshi_mlx_app.cli import main
 from moshi_mlx_app.record import Recorder
 
 from tests.app.test_record import RATE, SIZE, frames, numbers
-from tests.app.test_talk import ENVIRONMENT, PROGRAM, ROOT, card, parrot  # noqa: F401
+from tests.app.test_talk import PROGRAM, card, interrupted, parrot  # noqa: F401
 from tests.helpers import parrot as helper
 
 TIMES = int(os.environ.get("MOSHI_INTERRUPTS", "3"))
@@ -51,7 +49,7 @@ def test_a_codec_that_raises(
     monkeypatch.setattr(owner, stage, broken)
     began = time.monotonic()
     assert main(["talk", "--no-aec", "--quiet", "--record", str(tmp_path)]) == 1
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
     said = capsys.readouterr().err
     assert "out of tune" in said and ("encoder" if stage == "encode" else "decoder") in said
     (wav,) = tmp_path.glob("*.wav")
@@ -76,7 +74,7 @@ def test_a_full_disk_in_a_talk(
         return really(file, data, place)
 
     monkeypatch.setattr(record.os, "pwrite", pwrite)
-    assert main(["talk", "--no-aec", "--seconds", "1.5", "--json", "--record", str(tmp_path)]) == 0
+    assert main(["talk", "--no-aec", "--seconds", "3", "--json", "--record", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["frames"] > 10, "the talk went on"
     assert "No space left on device" in said.err and "could not be recorded" in said.err
@@ -111,44 +109,12 @@ def test_the_list_of_recordings_on_a_full_disk(tmp_path: Path, monkeypatch: pyte
     assert numbers(recorder.files[0])[0] == [1, 2, 3]
 
 
-def interrupted(arguments: list[str], delay: float, folder: Path) -> tuple[int, str]:
-    """Status and complaints of a program that got Ctrl-C ``delay`` seconds after its start."""
-    with subprocess.Popen(
-        arguments,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-        try:
-            try:
-                _, errors = process.communicate(timeout=8)
-            except subprocess.TimeoutExpired:  # an extension module that was being imported may swallow the first
-                process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise AssertionError(f"hung after Ctrl-C at {delay:.3f} s in {folder}") from None
-    # Before the program's first line Python itself is interrupted; that traceback, or silent end, is not ours.
-    if process.returncode == -signal.SIGINT and "in _run\n" not in errors:
-        return process.returncode, errors
-    assert "Traceback" not in errors and process.returncode in (0, 130), (delay, process.returncode, errors)
-    return process.returncode, errors
-
-
 @pytest.mark.parametrize("seed", range(TIMES))
 def test_ctrl_c_while_a_recording_is_answered(seed: int, tmp_path: Path) -> None:
     """If this fails, Ctrl-C at some moment of `file` hangs, shows a traceback, or breaks what was answered."""
     delay = float(np.random.default_rng([1, seed]).uniform(0.05, 9.0))
     program = [sys.executable, "-m", "moshi_mlx_app", "file", "--demo", "--quiet", "-o", str(tmp_path / "a.wav")]
-    status, errors = interrupted(program, delay, tmp_path)
+    status, errors = interrupted(program, delay)
     for wav in tmp_path.glob("*.wav"):
         assert len(soundfile.read(wav)[0]) > 0
         words = tmp_path / wav.name.replace(".wav", ".json")
@@ -164,7 +130,7 @@ def test_ctrl_c_while_talking(seed: int, tmp_path: Path) -> None:
     delay = float(np.random.default_rng([2, seed]).uniform(0.05, 4.0))
     trace = tmp_path / "trace.json"
     program = [*PROGRAM, "talk", "--no-aec", "--quiet", "--record", str(tmp_path), "--trace", str(trace)]
-    status, _ = interrupted(program, delay, tmp_path)
+    status, _ = interrupted(program, delay)
     for wav in tmp_path.glob("*.wav"):
         assert len(soundfile.read(wav)[0]) % SIZE == 0
         json.loads(wav.with_suffix(".json").read_text())

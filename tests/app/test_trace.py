@@ -92,10 +92,10 @@ def test_ctrl_c(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        assert until(lambda: sum(wav.stat().st_size for wav in tmp_path.glob("*.wav")) > 50_000, 30)
+        assert until(lambda: sum(wav.stat().st_size for wav in tmp_path.glob("*.wav")) > 50_000, 60)
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     spans(path)

@@ -7,11 +7,16 @@ that model, on the machine's own sound devices; with ``--fake-card`` first, on d
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+
+if __name__ == "__main__":  # as the program itself does: what is being imported may swallow Ctrl-C, or abort
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 
@@ -125,6 +130,8 @@ def main() -> int:
     """The program with this model."""
     arguments = sys.argv[1:]
     install(Parrot())
+    from moshi_mlx_app.cli import main as program
+
     if arguments[:1] == ["--fake-card"]:
         from moshi_mlx_app import portaudio
 
@@ -134,9 +141,9 @@ def main() -> int:
         portaudio.sounddevice = lambda: card
         pump(card)
         arguments = arguments[1:]
-    from moshi_mlx_app.cli import main as program
-
-    return program([*arguments, "--model", "parrot"])  # without a name it would measure the machine first
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[1:] = [*arguments, "--model", "parrot"]  # without a name it would measure the machine first
+    return program()
 
 
 if __name__ == "__main__":

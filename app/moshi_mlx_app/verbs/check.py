@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
+import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
 from moshi_mlx_app.options import add_model_options, bounded
-from moshi_mlx_app.terminal import Loading, printable, say
+from moshi_mlx_app.terminal import Loading, is_terminal, printable, say
 from moshi_mlx_app.version import program
 
 if TYPE_CHECKING:
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _sound(args: argparse.Namespace) -> dict[str, Any]:
     """Open both devices for a moment, listen, and play silence."""
     from moshi_mlx_app.device import SoundCard
-    from moshi_mlx_app.portaudio import DeviceError, devices
+    from moshi_mlx_app.portaudio import DeviceError, devices, silence_hint
     from moshi_mlx_app.tui import own_errors
 
     try:
@@ -122,15 +125,12 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
         if not heard:
             said.append("the microphone gives nothing: allow this program to use it, or choose another")
         elif not loudest:
-            said.append(
-                "the microphone gives nothing but zeros: is it muted? On a Mac allow your terminal to use it in "
-                "System Settings > Privacy & Security > Microphone"
-            )
+            said.append(silence_hint(entry))
         if not played:
             said.append("the loudspeaker takes nothing: choose another")
         return {
-            "ok": bool(heard and played),
-            "said": "; ".join([*said, *notices]) or "fine",
+            "ok": bool(heard and loudest and played),
+            "said": "; ".join(dict.fromkeys([*said, *notices])) or "fine",
             "microphone": entry.as_dict() if entry else None,
             "loudspeaker": leave.as_dict() if leave else None,
             "heard_seconds": round(heard / 24_000, 2),
@@ -146,32 +146,56 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
 def _print(report: dict[str, Any], frame: float) -> None:
     here, sound, stages = report["machine"], report["sound"], report["stages"]
     say(f"{report['program']}")
-    say(
-        f"machine     {here['system']} {here['machine']}, {here['cores']} cores, {here['memory'] / 1e9:.0f} GB, "
-        f"MLX on {here['device']} {here['processor']}, Python {here['python']}"
+    _line(
+        "machine",
+        f"{here['system']} {here['machine']}, {here['cores']} cores, {here['memory'] / 1e9:.0f} GB, "
+        f"MLX on {here['device']} {here['processor']}, Python {here['python']}",
     )
-    say("packages    " + ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
+    _line("packages", ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
     for what in ("microphone", "loudspeaker"):
         if sound.get(what):
-            say(f"{what:12}{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
-    say(f"sound       {sound['said']}")
-    say(f"model       {report['model']['description']}")
-    say(
-        "            one silent and one spoken frame went through"
+            _line(what, f"{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
+    _line("sound", printable(sound["said"]))
+    _line("model", report["model"]["description"])
+    _line(
+        "",
+        "one silent and one spoken frame went through"
         if stages["silent"] and stages["spoken"]
-        else "            a frame came out damaged: report this"
+        else "a frame came out damaged: report this",
     )
     for name in ("encode", "step", "decode", "frame"):
         times = stages[name]
-        say(f"{name:11} p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
-    say(f"memory      {report['memory_used'] / 1e9:.2f} GB used")
-    say("published models, estimated from how fast weights can be read here:")
+        _line(name, f"p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
+    _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
+    say(f"published models, estimated from how fast weights can be read here; a step may take {frame:.0f} ms:")
     for entry in report["verdicts"]:
-        word = "yes" if entry["fits"] and entry["keeps_up"] else "no "
+        word = "yes" if entry["fits"] and entry["keeps_up"] else "no"
+        why = entry["why"].removesuffix(f" and may take {frame:.0f} ms")
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
-        say(f"  {word}  {entry['model']:26} {', '.join(flaws) + ': ' if flaws else ''}{entry['why']}")
-    say(f"talk takes  {report['default']['why']}")
+        _line(f"  {word:4} {entry['model']:25}", f"{', '.join(flaws) + ': ' if flaws else ''}{why}")
+    _line("talk takes", report["default"]["why"])
     fetched = report["default"]["download_bytes"]
     if fetched:
-        say(f"            {fetched / 1e9:.1f} GB of it will be fetched first")
-    say("verdict     " + ("a conversation is possible" if report["ok"] else "a conversation is not possible as it is"))
+        _line("", f"{fetched / 1e9:.1f} GB of it will be fetched first")
+    flaws = [
+        text
+        for text, good in (
+            ("see the sound devices above", sound["ok"]),
+            ("frames come out damaged", stages["silent"] and stages["spoken"]),
+            (f"{report['model']['name']} is too slow here", report["keeps_up"]),
+        )
+        if not good
+    ]
+    possible = f"with {report['model']['name']} a conversation is possible"
+    _line("verdict", f"a conversation is not possible as it is: {', '.join(flaws)}" if flaws else possible)
+
+
+def _line(label: str, text: str) -> None:
+    """A line of the report; on a terminal as many as are needed, under one another."""
+    label = f"{label:11} "
+    if not is_terminal(sys.stdout):
+        say(label + text)
+        return
+    width = max(shutil.get_terminal_size().columns - 1 - len(label), 30)
+    for number, part in enumerate(textwrap.wrap(text, width, break_on_hyphens=False) or [""]):
+        say((label if not number else " " * len(label)) + part)

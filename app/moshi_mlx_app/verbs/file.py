@@ -22,7 +22,7 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.terminal import Face, say, warn
-from moshi_mlx_app.tracing import add_trace_option, tracing
+from moshi_mlx_app.tracing import add_trace_option, no_interrupt, tracing
 from moshi_mlx_app.transcript import Transcript, write_json
 from moshi_mlx_app.version import program
 
@@ -104,14 +104,17 @@ def _answer(args: argparse.Namespace, question: str) -> int:
         try:
             answer.compute()
         except KeyboardInterrupt:
-            warn(answer.keep(), "stopped")
+            with no_interrupt():
+                warn(answer.keep(), "stopped")
             return 130
         except (MoshiError, OSError):
-            kept = answer.keep()
-            if answer.seconds:
-                warn(kept, "kept")
+            with no_interrupt():
+                kept = answer.keep()
+                if answer.seconds:
+                    warn(kept, "kept")
             raise
-        answer.finish()
+        with no_interrupt():
+            answer.finish()
     return 0
 
 

@@ -21,7 +21,7 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.terminal import say, warn
-from moshi_mlx_app.tracing import add_trace_option, tracing
+from moshi_mlx_app.tracing import add_trace_option, no_interrupt, tracing
 from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ Keys: m mute, r record, n or space a new conversation, d look for the devices
 again, q or Ctrl-C quit. A recording is stereo, left Moshi, right you, with
 timed words beside it: the layout that moshi-finetune trains on.
 """
+BUILT_IN = (
+    "the built-in model knows a few hundred questions and nothing else. Say hello; ask for its name, the capital of "
+    "France, the opposite of hot, two plus three, the day after Monday"
+)
 _TICK = 0.05
 _ENOUGH = 250  # frames of a conversation that tell how long a step takes
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -100,6 +104,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx_app.choice import remember_step
     from moshi_mlx_app.device import SoundCard
     from moshi_mlx_app.fetching import load_model
+    from moshi_mlx_app.known import BUILTIN
     from moshi_mlx_app.portaudio import devices, find_device
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.tui import Keys, Panel, own_errors
@@ -110,9 +115,12 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     model = load_model(args, shown=not args.quiet)
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
+    elif args.model == BUILTIN and not args.quiet:
+        warn(BUILT_IN, "notice")
     recorder = Recorder(Path(args.record or "recordings"), model.sample_rate, model.frame_size)
     if args.record is not None:
         recorder.start()
+    impatient = False
     try:
         with _stop_signals() as stopped, own_errors():
             conversation = Conversation(
@@ -145,14 +153,19 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
                 talk = _Talk(args, conversation, card, recorder, panel, keys)
                 talk.run(stopped)
     except KeyboardInterrupt:  # pressed again: whoever does that will not wait for figures
-        return 130
+        impatient = True
     finally:
-        recorder.stop()
-        for notice in recorder.notices():
-            warn(notice, "recording")
-    talk.report(model.name)
-    if conversation.meters.frames >= _ENOUGH:
-        remember_step(model.name, conversation.meters.step.percentile(95) * 1e3)
+        with no_interrupt():
+            recorder.stop()
+            for notice in recorder.notices():
+                warn(notice, "recording")
+    with no_interrupt():
+        if impatient:
+            _recorded(recorder)
+            return 130
+        talk.report(model.name)
+        if conversation.meters.frames >= _ENOUGH:
+            remember_step(model.name, conversation.meters.step.percentile(95) * 1e3)
     conversation.check()
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 
@@ -291,8 +304,12 @@ class _Talk:
                 f"{figures['dropped_seconds']} s dropped, {meters.underruns} gaps",
                 file=sys.stderr,
             )
-            for path in self.recorder.files:
-                print(f"recorded: {path}", file=sys.stderr)
+            _recorded(self.recorder)
+
+
+def _recorded(recorder: Recorder) -> None:
+    for path in recorder.files:
+        print(f"recorded: {path}", file=sys.stderr)
 
 
 @contextlib.contextmanager
