@@ -181,10 +181,10 @@ class NumpyStepper(Stepper):
         return np.array([_draw(*row, rank) for row in zip(tempered, noise, strict=True)], np.int32)
 
 
-def _draw(tempered: Floats, noise: Floats, rank: int) -> np.intp:
+def _draw(tempered: Floats, noise: Floats, rank: int) -> int:
     """The winner among the logits [n] that are not below that of ``rank``, counted from the smallest."""
     kept = np.flatnonzero(tempered >= np.partition(tempered, rank)[rank])
-    return kept[np.argmax(tempered[kept] + noise[kept])]
+    return int(kept[np.argmax(tempered[kept] + noise[kept])])
 
 
 def _weights(lm: Lm) -> list[Any]:
@@ -239,7 +239,8 @@ def _norm(module: Any) -> Callable[[Floats], Floats]:
         def rms(x: Floats) -> Floats:
             if len(x) == 1:
                 row = x[0]
-                return x * (weight * (float(row.dot(row)) / dim + epsilon) ** -0.5)
+                scaled: Floats = x * (weight * (float(row.dot(row)) / dim + epsilon) ** -0.5)
+                return scaled
             mean = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(dim) + np.float32(epsilon)
             out: Floats = x / np.sqrt(mean) * weight
             return out

@@ -32,13 +32,13 @@ from moshi_mlx.training import checkpoint
 from moshi_mlx.training.adversary import Judge, losses_of
 from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
 from moshi_mlx.training.export import from_published
-from moshi_mlx.training.losses import RESOLUTIONS, spectral_loss
+from moshi_mlx.training.losses import RESOLUTIONS, low_loss, spectral_loss
 from moshi_mlx.training.mimi_torch import Mimi
 from moshi_mlx.training.process import Stop, half_precision, keep_memory
 from moshi_mlx.training.speech import SAMPLE_RATE
 
 Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
-WAVE, COMMITMENT, PHONE = 1.0, 0.5, 1.0  # weights beside the spectral loss
+WAVE, COMMITMENT, PHONE, LOW = 1.0, 0.5, 1.0, 2.0  # weights beside the spectral loss
 BYPASS_STEPS, WARMUP_STEPS = 300, 200  # nothing is quantized at first
 BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
 JUDGE_RATE, JUDGE_WARMUP = 1e-3, 500  # the judge's opinion counts in full after so many steps
@@ -98,7 +98,7 @@ def decode_again(model: Mimi, heard: Tensor, target: Tensor) -> tuple[Tensor, Te
 def plain_losses(said: Tensor, target: Tensor, which: Sequence[int]) -> dict[str, Tensor]:
     """The decoder's losses without a judge, of pcm [batch, samples]."""
     spectral, mel = spectral_loss(said, target, which)
-    losses = {"spectral": spectral, "wave": (said - target).abs().mean()}
+    losses = {"spectral": spectral, "wave": (said - target).abs().mean(), "low": low_loss(said, target)}
     return losses if mel is None else losses | {"mel": mel}
 
 
@@ -233,7 +233,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             said, meant = decode_again(local, heard, target)
             leaf = said.detach().requires_grad_()
             losses = plain_losses(leaf, meant, which)
-            loss = losses["spectral"] + WAVE * losses["wave"]
+            loss = losses["spectral"] + WAVE * losses["wave"] + LOW * losses["low"]
             if judge is None:
                 (gradient,) = torch.autograd.grad(loss, leaf)
             else:

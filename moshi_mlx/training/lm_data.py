@@ -35,8 +35,7 @@ from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, SAMPLE_RATE, TR
 FRAME = 1920  # samples: one column of codes
 RATE = SAMPLE_RATE / FRAME  # frames a second
 UNKNOWN = -1  # "exchange" of a sentence that no answer belongs to
-# Of sentences that no answer belongs to; more in training, since all of speech lies outside of what it knows.
-UNKNOWN_SHARE, UNKNOWN_IN_TRAINING = 0.08, 0.15
+UNKNOWN_SHARE = 0.08
 BEFORE, AFTER = 8, 8  # frames of room around a question
 DROPPED = 5  # of them, frames at the start whose codes still feel the beginning of the clip
 ROOMS, ROOM_FRAMES, DEAD_ROOMS = 32, 500, 4  # rooms 0 to 3 are digital silence
@@ -88,7 +87,7 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
     """One spoken question or unknown sentence in a room: pcm [frames * 1920] and what is known about it."""
     from moshi_mlx.training.data import through_microphone
 
-    if rng.random() < (UNKNOWN_IN_TRAINING if split == "train" else UNKNOWN_SHARE):
+    if rng.random() < UNKNOWN_SHARE:
         exchange, text = UNKNOWN, sentences.sentence(rng)
     else:
         chosen = dialogues.pick(rng, TRAINING_POWER if split == "train" else 0.5)

@@ -103,3 +103,19 @@ def spectral_loss(said: Tensor, meant: Tensor, which: Sequence[int] = (0, 1, 2, 
             with torch.no_grad():
                 reported = ((mel + FLOOR).log() - (mel_meant + FLOOR).log()).abs().mean()
     return loss / len(which), reported
+
+
+def low_loss(said: Tensor, meant: Tensor, window: int = 768, top: float = 4000.0) -> Tensor:
+    """How far spectra below ``top`` Hz are apart, for the decoder alone: where PESQ is lost (docs/findings.md).
+
+    The squared difference of magnitudes to the power of 0.3, four times as heavy at the bottom as at the top, over the
+    square of what was meant. pcm [batch, samples]; a number without a unit.
+    """
+    bins = slice(1, int(top / SAMPLE_RATE * window))
+    frequency = torch.arange(bins.start, bins.stop) * (SAMPLE_RATE / window)
+    weight = (1 + 3 / (1 + (frequency / 1000) ** 2))[:, None]
+    both = torch.stft(
+        torch.cat([said, meant]), window, window // 4, window=_window(window), return_complex=True
+    )[:, bins]  # fmt: skip
+    ours, theirs = (both.real.square() + both.imag.square() + 1e-4).pow(0.15).chunk(2)
+    return ((ours - theirs).square() * weight).mean() / (theirs.square() * weight).mean().clamp_min(1e-3)

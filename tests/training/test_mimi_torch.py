@@ -255,6 +255,16 @@ def noise_corpus(folder: Path) -> None:
         rng.integers(0, 40, 400).astype(np.uint8).tofile(folder / f"{kind}-0000.lab")
 
 
+def test_low_spectra_weigh_more() -> None:
+    """If this fails, the decoder is tuned for the wrong frequencies, or by a loss that is not one."""
+    time = torch.arange(24_000) / 24_000
+    low, high, above = (0.1 * torch.sin(2 * torch.pi * hertz * time)[None] for hertz in (300, 3000, 6000))
+    both = low + high
+    assert float(losses.low_loss(both, both)) == 0
+    assert float(losses.low_loss(high, both)) > 2 * float(losses.low_loss(low, both)) > 0
+    assert float(losses.low_loss(both + above, both)) < 0.1 * float(losses.low_loss(low, both))
+
+
 def test_training_goes_on_and_the_decoder_alone_is_tuned(tmp_path: Path) -> None:
     """If this fails, a stopped training starts anew, or tuning the decoder changes the codes."""
     data, run = tmp_path / "data", tmp_path / "run"
