@@ -74,7 +74,8 @@ def test_load_model(hub: FakeHub, model: FakeModel, capsys: pytest.CaptureFixtur
     args = argparse.Namespace(model=None, codec="auto")
     load_model(args)
     assert args.model == model.loaded[0][0] == "small"
-    assert capsys.readouterr().err.startswith("model: small, the built-in one: kyutai/moshiko-mlx")
+    said = capsys.readouterr().err  # why none of the published ones depends on this machine
+    assert said.startswith("model: small, the built-in one: ") and "kyutai/moshiko-mlx" in said
     load_model(argparse.Namespace(model=NAME, codec="mlx"))
     assert model.loaded[1][0] == NAME and model.loaded[1][1]["codec"] == "mlx"
     assert "weights.safetensors" in hub.fetched()

@@ -156,9 +156,11 @@ def test_the_sound_that_plays_is_recognised(talked):
     if ear.unavailable():
         pytest.skip(ear.unavailable())
     played, _ = talked.sides
-    sound = ear.without_gaps(played.astype(np.float32) / 32768, RATE)
+    sound = played.astype(np.float32) / 32768
     judge = ear.Ear()
-    heard = [judge.hear(phrase, RATE) for phrase in ear.phrases(sound, RATE)]
+    # Where sound ran dry, words have holes; but Moshi's own pauses are of zeros, too, and part its answers.
+    phrases = ear.phrases(sound, RATE) + ear.phrases(ear.without_gaps(sound, RATE), RATE)
+    heard = {judge.hear(phrase, RATE) for phrase in phrases}
     print(f"written: {talked.words}\nheard: {heard}")
     right = [phrase for phrase in heard if phrase and phrase in ear.same(talked.words)]
     if not right and float(talked.figures["dropped"].split()[0]) > 2:
