@@ -23,6 +23,7 @@ NARROW = {
 }  # fmt: skip
 WIDE = {**NARROW, "dim": 256, "layers": 4, "heads": 4, "depth_dim": 128, "depth_layers": 2, "depth_heads": 4}
 EARLY, BLOCK = 3000, 500
+CLOCKS = ("cpu", "wall")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,17 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(file=sys.stderr)
         if args.skip:
             late.ask(skip=args.skip)
-        first: list[float] = []
-        last: list[float] = []
+        times: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in ("early", "late")}
         for _ in range(args.rounds):
-            first += early.ask(steps=25)["cpu"]
-            last += late.ask(steps=25)["cpu"]
-    change = float(np.median(last) / np.median(first)) - 1
-    print(f"{'frame':>8} {'cpu p50':>9} {'cpu min':>9} milliseconds")
-    for frame, values in ((EARLY, first), (args.frames, last)):
-        print(f"{frame:8d} {summary(values)['p50']:9.2f} {summary(values)['min']:9.2f}")
-    print(f"later steps take {100 * change:+.1f} %; resident memory: {memory}")
-    rows = {"early": summary(first), "late": summary(last), "change": round(change, 4), "resident_mb": memory}
+            for name, worker in (("early", early), ("late", late)):
+                answer = worker.ask(steps=25)
+                for clock, values in times[name].items():
+                    values += answer[clock]
+    changes = {clock: float(np.median(times["late"][clock]) / np.median(times["early"][clock])) - 1 for clock in CLOCKS}
+    print(f"{'frame':>8} {'cpu p50':>9} {'cpu min':>9} {'wall p50':>9} {'wall min':>9} milliseconds")
+    for frame, name in ((EARLY, "early"), (args.frames, "late")):
+        cells = [summary(times[name][clock])[key] for clock in CLOCKS for key in ("p50", "min")]
+        print(f"{frame:8d} " + " ".join(f"{cell:9.2f}" for cell in cells))
+    told = ", ".join(f"{100 * change:+.1f} % ({clock})" for clock, change in changes.items())
+    print(f"later steps take {told}; resident memory: {memory}")
+    rows = {
+        **{name: {clock: summary(values) for clock, values in both.items()} for name, both in times.items()},
+        "change": {clock: round(change, 4) for clock, change in changes.items()},
+        "resident_mb": memory,
+    }
     print(
         json.dumps(
             {

@@ -290,22 +290,25 @@ class Generator:
         """Tokens [batch, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
         lm, model, config, stepper = self.lm, self.lm.config, self.config, self._stepper
         xp = stepper.xp
+        text_given, codes_given = [bool((part != UNGENERATED).all()) for part in (wanted[:, 0], wanted[:, 1:])]
+        text_noise = None if text_given else self._noise(config.text, (model.text_out,), 0)
+        noise = None if codes_given else self._noise(config.audio, (model.own_q, model.card), 1)
         hidden = stepper.temporal(np.concatenate([column, column]) if self._guided else column, self._state)
         heads = None
         if model.extra_heads_num_heads:
             logits = lm.extra_head_logits(mx.array(hidden[: self.batch])).astype(mx.float32)
             heads = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
-        if (wanted[:, 0] != UNGENERATED).all():
+        if text_given:
             text = xp.array(wanted[:, 0])
         else:
             logits = self._guide(stepper.text_logits(hidden).astype(xp.float32))
-            noise = self._noise(config.text, (model.text_out,), 0)
-            text = self._override(stepper.sample(self._adjust(logits), config.text, noise), wanted[:, 0])
+            sampled = stepper.sample(self._adjust(logits), config.text, self._drawn(text_noise))
+            text = self._override(sampled, wanted[:, 0])
         if not model.own_q:
             return text[:, None], heads
-        if (wanted[:, 1:] != UNGENERATED).all():
+        if codes_given:
             return xp.concatenate([text[:, None], xp.array(wanted[:, 1:])], axis=1), heads
-        noise = self._noise(config.audio, (model.own_q, model.card), 1)
+        noise = self._drawn(noise)
         cache: list[Any] = []
         chosen = [text]
         for codebook in range(model.own_q):
@@ -344,11 +347,16 @@ class Generator:
             logits = xp.where(logits > 0, logits / penalty, logits * penalty)
         return logits
 
-    def _noise(self, sampling: Sampling, shape: tuple[int, ...], stream: int) -> Array | None:
+    def _noise(self, sampling: Sampling, shape: tuple[int, ...], stream: int) -> mx.array | None:
         if sampling.temperature == 0:
             return None
         noise = gumbel_noise(self.seeds, self._position, shape, stream)
-        return noise if self._stepper.xp is mx else np.array(noise)
+        if self._stepper.xp is np:
+            mx.async_eval(noise)  # MLX's thread draws it while this one computes
+        return noise
+
+    def _drawn(self, noise: mx.array | None) -> Array | None:
+        return noise if noise is None or self._stepper.xp is mx else np.array(noise)
 
     def _remember(self, text: Ints) -> None:
         if self.config.repetition_penalty != 1.0:

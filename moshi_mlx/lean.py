@@ -175,16 +175,12 @@ class NumpyStepper(Stepper):
         if 0 < sampling.top_p < 1 or sampling.min_p > 0:
             return np.array(sample(mx.array(logits), sampling, mx.array(noise)))
         tempered = logits / np.float32(sampling.temperature)
-        rank = logits.shape[-1] - sampling.top_k
-        if sampling.top_k == 0 or rank <= 0:
-            return np.asarray(np.argmax(tempered + noise, axis=-1), np.int32)
-        return np.array([_draw(*row, rank) for row in zip(tempered, noise, strict=True)], np.int32)
-
-
-def _draw(tempered: Floats, noise: Floats, rank: int) -> int:
-    """The winner among the logits [n] that are not below that of ``rank``, counted from the smallest."""
-    kept = np.flatnonzero(tempered >= np.partition(tempered, rank)[rank])
-    return int(kept[np.argmax(tempered[kept] + noise[kept])])
+        count = logits.shape[-1]
+        if 0 < sampling.top_k < count:
+            kth = np.partition(tempered, count - sampling.top_k, axis=-1)[..., count - sampling.top_k, None]
+            tempered[tempered < kth] = -np.inf
+        tempered += noise
+        return np.asarray(np.argmax(tempered, axis=-1), np.int32)
 
 
 def _weights(lm: Lm) -> list[Any]:
