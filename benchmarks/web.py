@@ -3,9 +3,9 @@
 The program ``moshi-mlx-local web`` runs in a process of its own, by default with a model that says back what it hears
 (all machinery, no computing), with ``--model small`` or another with that. Some people talk the whole time, in step
 with the clock, while one place after the other is taken by: nobody, one more talker and one who has to wait, a reader
-that is too slow, one that never reads, and a thousand that come and go. For each phase a row: how long the answers of
-those who talk took (from the last sample sent to the sound that came back), what they missed, and the server's memory
-and processor time. A table, then one JSON line.
+that is too slow, one that never reads, twenty whose connection breaks, and a thousand that come and go. For each phase
+a row: how long the answers of those who talk took (from the last sample sent to the sound that came back), what they
+missed, and the server's memory and processor time. A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -241,6 +241,24 @@ class Load:
         await self.until_free()
         return f"dropped after {took:.1f} s"
 
+    async def break_off(self) -> str:
+        """Twenty begin to talk and are cut off, without a goodbye."""
+        took = []
+        for _ in range(20):
+            socket = await self.session.ws_connect(f"{self.program.url}/api/chat?audio=pcm")
+            while (await socket.receive(timeout=30)).data[:1] != b"\x00":
+                pass
+            for _ in range(3):
+                await socket.send_bytes(b"\x10" + SOUND)
+                await asyncio.sleep(SECONDS)
+            connection = socket._response.connection
+            assert connection is not None and connection.transport is not None
+            connection.transport.abort()
+            took.append(await self.until_free())
+            with contextlib.suppress(ConnectionError, aiohttp.ClientError):
+                await socket.close()
+        return f"free after {np.median(took) * 1e3:.0f} ms, {max(took) * 1e3:.0f} ms at most"
+
     async def come_and_go(self) -> str:
         """Everybody who comes is let in, and goes: with a goodbye, without one, or before the conversation began."""
         memory = []
@@ -294,6 +312,7 @@ async def run(args: argparse.Namespace, program: Program) -> dict[str, Any]:
             await load.phase("one more, one waits", load.one_more)
             await load.phase("one reads too slowly", lambda: load.slow(400))
             await load.phase("one never reads", lambda: load.slow(0))
+            await load.phase("20 are cut off", load.break_off)
             await load.phase(f"{args.connections} come and go", load.come_and_go)
         await load.phase("nobody else", load.alone)
         figures = {"benchmark": "web", "model": args.model, "places": places, "talkers": count, "phases": load.rows}

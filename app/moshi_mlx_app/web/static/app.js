@@ -268,7 +268,8 @@ function spoken(seconds) {
 
 // ----------------------------------------------------------------------------------------------------- mute, devices
 
-const MUTED = "Muted: Moshi hears silence. Space, or the button, to be heard again.";
+const KEYS = matchMedia("(hover: hover)").matches; // else a phone, most likely: no Space to press
+const MUTED = `Muted: Moshi hears silence.${KEYS ? " Space, or the button, to be heard again." : ""}`;
 
 function setMuted(on) {
   if (page.muted === on) return;

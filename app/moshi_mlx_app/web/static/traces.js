@@ -8,6 +8,7 @@ const MOST = 600; // bars that are remembered
 const EVERY = 25; // bars between two marks
 const FRAME = 1000 / 30; // ms
 const CALM = 1000 / 8;
+const SILENCE = [0, 0, false, false];
 
 export class Traces {
   constructor(canvas) {
@@ -92,8 +93,9 @@ export class Traces {
     for (let i = (this.count - 1) % EVERY; i < bars.length; i += EVERY) {
       pen.fillRect(right - (i + 1) * PITCH - 2, 4, 1, height - 8);
     }
-    for (let i = 0; i < bars.length; i += 1) {
-      const [user, moshi, muted, gap] = bars[bars.length - 1 - i];
+    // Before the conversation there was silence, as wide as the picture is.
+    for (let i = 0; i < MOST; i += 1) {
+      const [user, moshi, muted, gap] = bars[bars.length - 1 - i] ?? SILENCE;
       const x = right - (i + 1) * PITCH;
       if (x < 0) break;
       this.bar(x, middle - 2, -Math.max(2.5, moshi * tall), moshi > 0.03 ? colours.moshi : colours.line);
