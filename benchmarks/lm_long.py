@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(file=sys.stderr)
         if args.skip:
             late.ask(skip=args.skip)
-        times: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in ("early", "late")}
+        times: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in CLOCKS} for name in ("early", "late")}
         for _ in range(args.rounds):
             for name, worker in (("early", early), ("late", late)):
                 answer = worker.ask(steps=25)

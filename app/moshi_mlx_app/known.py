@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BUILTIN", "KNOWN", "Known", "kind", "room", "verdict"]
+__all__ = ["BUILTIN", "KNOWN", "Known", "kind", "may_take", "room", "verdict"]
 
 BUILTIN = "small"
 """The model that needs no download."""
@@ -112,9 +112,13 @@ def verdict(
         "needed_bytes": round(needed),
         "step_ms": round(step * 1e3, 1),
         "measured": measured is not None,
-        "why": f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; "
-        f"a step {takes} {_time(step)} and may take {_time(frame)}",
+        "why": f"needs {needed / 1e9:.1f} GB of {room / 1e9:.1f}; a step {takes} {_time(step)}{may_take(frame)}",
     }
+
+
+def may_take(frame: float) -> str:
+    """The end of a verdict's ``why``, for who has said it already; ``frame`` in seconds."""
+    return f" and may take {_time(frame)}"
 
 
 def _time(seconds: float) -> str:

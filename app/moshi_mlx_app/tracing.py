@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moshi_mlx_app.interrupt import no_interrupt
 from moshi_mlx_app.terminal import warn
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Trace
 
-__all__ = ["add_trace_option", "no_interrupt", "tracing"]
+__all__ = ["add_trace_option", "tracing"]
 
 
 def add_trace_option(parser: argparse._ActionsContainer) -> None:
@@ -66,16 +65,3 @@ def tracing(path: str | None) -> Iterator[Trace | None]:
                     print(f"trace: {target}", file=sys.stderr)
             except OSError as error:
                 warn(f"{target} could not be written: {error.strerror or error}", "trace")
-
-
-@contextlib.contextmanager
-def no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits the second or two that it takes to write what there is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

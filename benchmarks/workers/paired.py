@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,10 +48,9 @@ def paired_steps(
                 answer = worker.ask(steps=steps)
                 results[name]["wall"] += answer["wall"]
                 results[name]["cpu"] += answer["cpu"]
-        with tempfile.TemporaryDirectory() as folder:
-            for name, worker in workers.items():
-                answer = worker.ask(count=str(Path(folder) / "graph.dot"))
-                results[name].update({key: answer[key] for key in ("primitives", "kernels", "reads", "resident_mb")})
+        for name, worker in workers.items():
+            answer = worker.ask(count=True)
+            results[name].update({key: answer[key] for key in ("primitives", "kernels", "reads", "resident_mb")})
     return results
 
 

@@ -52,9 +52,9 @@ def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
     return made
 
 
-def interrupted(arguments: list[str], delay: float) -> tuple[int, str]:
-    """Status and complaints of a program that got Ctrl-C ``delay`` seconds after its start."""
-    with subprocess.Popen(
+def begun(arguments: list[str]) -> subprocess.Popen[str]:
+    """A program whose Ctrl-C is a person's, even where this test runs in a shell's background."""
+    return subprocess.Popen(
         arguments,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -62,7 +62,12 @@ def interrupted(arguments: list[str], delay: float) -> tuple[int, str]:
         cwd=ROOT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    )
+
+
+def interrupted(arguments: list[str], delay: float) -> tuple[int, str]:
+    """Status and complaints of a program that got Ctrl-C ``delay`` seconds after its start."""
+    with begun(arguments) as process:
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moshi_mlx_app.cli import main
 
 from tests.app.conftest import FakeModel
 from tests.app.test_device import until
-from tests.app.test_talk import ENVIRONMENT, PROGRAM, QUESTIONS, ROOT, card, parrot  # noqa: F401
+from tests.app.test_talk import ENVIRONMENT, PROGRAM, QUESTIONS, ROOT, begun, card, parrot  # noqa: F401
 from tests.realtime.test_trace import nested
 
 
@@ -84,14 +83,7 @@ def test_a_place_that_cannot_be(model: FakeModel, here: Path, capsys: pytest.Cap
 def test_ctrl_c(tmp_path: Path) -> None:
     """If this fails, Ctrl-C, the usual end of a talk, leaves half a trace or none."""
     path = tmp_path / "talk.json"
-    with subprocess.Popen(
-        [*PROGRAM, "--no-aec", "--quiet", "--record", str(tmp_path), "--trace", str(path)],
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    with begun([*PROGRAM, "--no-aec", "--quiet", "--record", str(tmp_path), "--trace", str(path)]) as process:
         assert until(lambda: sum(wav.stat().st_size for wav in tmp_path.glob("*.wav")) > 50_000, 60)
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)

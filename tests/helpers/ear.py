@@ -1,6 +1,6 @@
 """An ear for the built-in model's voice: which of its answers was said, by pocketsphinx with a grammar of all of them.
 
-The judge of the training (``moshi_mlx.training.recognise``) without what only the training installs.
+The judge of the training, without what only the training installs: no synthesizer, another resampler.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from moshi_mlx.training.dialogues import answers, words
+from moshi_mlx.training.dialogues import answers
+from moshi_mlx.training.recognise import RATE, Recogniser
+from moshi_mlx.training.recognise import normal as same
 
 __all__ = ["Ear", "phrases", "same", "unavailable", "without_gaps"]
 
-RATE = 16_000
 _OWN = {"moshi": "M OW SH IY"}  # what its dictionary does not have
 
 
@@ -26,38 +27,15 @@ def unavailable() -> str:
     return ""
 
 
-def same(text: str) -> str:
-    """The form in which sentences are compared."""
-    return " ".join(words(text))
-
-
 class Ear:
     """Hears which answer was said, or none."""
 
     def __init__(self) -> None:
-        from pocketsphinx import Decoder
-
-        self.sentences = sorted({same(answer) for answer in answers()})
-        self.decoder = Decoder(loglevel="FATAL", samprate=RATE, cmn="batch")  # no memory of the last speaker
-        for word, sounds in _OWN.items():
-            if self.decoder.lookup_word(word) is None:
-                self.decoder.add_word(word, sounds, True)
-        grammar = "#JSGF V1.0; grammar answers; public <answer> = " + " | ".join(self.sentences) + " ;"
-        self.decoder.add_jsgf_string("answers", grammar)
-        self.decoder.activate_search("answers")
+        self._judge = Recogniser(answers(), _OWN)
 
     def hear(self, pcm: NDArray[np.float32], rate: int) -> str:
         """The answer in pcm [samples], as :func:`same` writes it; an empty string if there is none."""
-        sound = soxr.resample(pcm, rate, RATE)
-        sound = sound * (0.1 / max(1e-4, float(np.sqrt(np.mean(sound**2)))))
-        sound = np.concatenate([np.zeros(RATE // 5), sound, np.zeros(RATE // 5)])
-        # Digital silence misleads it.
-        sound = sound + 1e-3 * np.random.default_rng(0).standard_normal(len(sound))
-        self.decoder.start_utt()
-        self.decoder.process_raw((np.clip(sound, -1, 1) * 32767).astype(np.int16).tobytes(), False, True)
-        self.decoder.end_utt()
-        found = self.decoder.hyp()
-        return str(found.hypstr) if found else ""
+        return self._judge.hear_resampled(soxr.resample(pcm, rate, RATE))
 
 
 def without_gaps(pcm: NDArray[np.float32], rate: int) -> NDArray[np.float32]:

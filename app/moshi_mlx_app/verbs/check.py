@@ -144,6 +144,8 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], frame: float) -> None:
+    from moshi_mlx_app.known import may_take
+
     here, sound, stages = report["machine"], report["sound"], report["stages"]
     say(f"{report['program']}")
     _line(
@@ -170,7 +172,7 @@ def _print(report: dict[str, Any], frame: float) -> None:
     say(f"published models, estimated from how fast weights can be read here; a step may take {frame:.0f} ms:")
     for entry in report["verdicts"]:
         word = "yes" if entry["fits"] and entry["keeps_up"] else "no"
-        why = entry["why"].removesuffix(f" and may take {frame:.0f} ms")
+        why = entry["why"].removesuffix(may_take(frame / 1e3))
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
         _line(f"  {word:4} {entry['model']:25}", f"{', '.join(flaws) + ': ' if flaws else ''}{why}")
     _line("talk takes", report["default"]["why"])

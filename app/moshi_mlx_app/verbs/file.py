@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moshi_mlx.errors import MoshiError
 from moshi_mlx_app.audio_files import AnswerFile, Recording, partial_name
+from moshi_mlx_app.interrupt import no_interrupt
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
@@ -22,7 +23,7 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.terminal import Face, say, warn
-from moshi_mlx_app.tracing import add_trace_option, no_interrupt, tracing
+from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.transcript import Transcript, write_json
 from moshi_mlx_app.version import program
 

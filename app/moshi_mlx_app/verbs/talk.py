@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx_app.interrupt import no_interrupt
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
@@ -21,7 +22,7 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.terminal import say, warn
-from moshi_mlx_app.tracing import add_trace_option, no_interrupt, tracing
+from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
