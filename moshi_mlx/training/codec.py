@@ -64,15 +64,11 @@ def step_losses(
     with half_precision():
         said, commitment, phones = model(heard[:, None], books, bypass)
     said, phones = said.float()[:, 0], phones.float()
-    spectral, mel = spectral_loss(said, target, which)
-    losses = {
-        "spectral": spectral,
-        "wave": (said - target).abs().mean(),
+    return plain_losses(said, target, which) | {
         "commitment": commitment,
         "phone": F.cross_entropy(phones.flatten(0, 2), labels.flatten()),
         "phones_right": (phones.argmax(-1) == labels).float().mean(),
     }
-    return losses if mel is None else losses | {"mel": mel}
 
 
 def freeze_codes(model: Mimi) -> None:
@@ -96,10 +92,14 @@ def decode_again(model: Mimi, heard: Tensor, target: Tensor) -> tuple[Tensor, Te
 
 
 def plain_losses(said: Tensor, target: Tensor, which: Sequence[int]) -> dict[str, Tensor]:
-    """The decoder's losses without a judge, of pcm [batch, samples]."""
+    """How far what was said is from what was meant, of pcm [batch, samples]; mel is for the log alone."""
     spectral, mel = spectral_loss(said, target, which)
     losses = {"spectral": spectral, "wave": (said - target).abs().mean(), "low": low_loss(said, target)}
     return losses if mel is None else losses | {"mel": mel}
+
+
+def sound_loss(losses: dict[str, Tensor]) -> Tensor:
+    return losses["spectral"] + WAVE * losses["wave"] + LOW * losses["low"]
 
 
 @dataclass
@@ -233,7 +233,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             said, meant = decode_again(local, heard, target)
             leaf = said.detach().requires_grad_()
             losses = plain_losses(leaf, meant, which)
-            loss = losses["spectral"] + WAVE * losses["wave"] + LOW * losses["low"]
+            loss = sound_loss(losses)
             if judge is None:
                 (gradient,) = torch.autograd.grad(loss, leaf)
             else:
@@ -243,9 +243,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             said.backward(gradient)
         else:
             losses = step_losses(local, (heard, target, labels), books, step < BYPASS_STEPS, which)
-            loss = (
-                losses["spectral"] + WAVE * losses["wave"] + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
-            )
+            loss = sound_loss(losses) + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
             loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(local.parameters(), 3.0))
         with shared.lock:

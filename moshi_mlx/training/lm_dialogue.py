@@ -8,7 +8,7 @@ Around one question, with the text two frames ahead of the sound::
     user   room ... q q q q q q q q room room room room room room room room room
     own    ............................ quiet . . . . . A A A A A A A A A quiet
     text   PAD ................... PAD EPAD The PAD PAD cap.. PAD EPAD of PAD ...
-                             end ^        ^ 3 frames before the sound, which comes 5 to 7 after the question
+                             end ^        ^ 3 frames before the sound, which comes 6 or 7 after the question
 
 When the user interrupts, the own voice is quiet from the third or fourth frame after the user's first one.
 """
@@ -29,7 +29,9 @@ from moshi_mlx.training import dialogues
 from moshi_mlx.training.lm_data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
 
 LEAD = 2  # frames by which a word's first token comes before its sound
-GAP = (5, 8)  # frames from the end of a question to the first sound of its answer: 5, 6 or 7
+# Frames from the end of a question to the first sound of its answer: 6 or 7. The text begins three frames before that,
+# and a pause inside a sentence lasts up to four: sooner, the model would have to guess whether more is to come.
+GAP = (6, 8)
 PAUSE = (3, 20)  # frames from the end of an answer to the next question's clip
 STOP = 4  # frames after the user's first sound from which an interrupted answer is quiet at the latest
 INTERRUPTED, SILENT = 1 / 4, 0.07  # shares of turns

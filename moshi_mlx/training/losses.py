@@ -106,7 +106,7 @@ def spectral_loss(said: Tensor, meant: Tensor, which: Sequence[int] = (0, 1, 2, 
 
 
 def low_loss(said: Tensor, meant: Tensor, window: int = 768, top: float = 4000.0) -> Tensor:
-    """How far spectra below ``top`` Hz are apart, for the decoder alone: where PESQ is lost (docs/findings.md).
+    """How far spectra below ``top`` Hz are apart: where PESQ is lost (docs/findings.md).
 
     The squared difference of magnitudes to the power of 0.3, four times as heavy at the bottom as at the top, over the
     square of what was meant. pcm [batch, samples]; a number without a unit.
