@@ -137,6 +137,20 @@ class Program:
             raise SystemExit("the server does not end") from None
 
 
+async def begin(client: aiohttp.ClientWebSocketResponse, timeout: float) -> float:
+    """Wait until the server says that the conversation begins; when it did."""
+    while (await client.receive(timeout=timeout)).data[:1] != b"\x00":
+        pass
+    return time.monotonic()
+
+
+def cut_off(client: aiohttp.ClientWebSocketResponse) -> None:
+    """Break the connection, without a goodbye."""
+    connection = client._response.connection
+    assert connection is not None and connection.transport is not None
+    connection.transport.abort()
+
+
 class Load:
     """The phases."""
 
@@ -207,12 +221,7 @@ class Load:
             took = time.monotonic() - began
             assert told.data[0] == 0x11 and event == {"type": "queue", "place": 1}, told
 
-            async def begin() -> float:
-                while (await waiting.receive(timeout=60)).data[:1] != b"\x00":
-                    pass
-                return time.monotonic()
-
-            beginning = asyncio.create_task(begin())
+            beginning = asyncio.create_task(begin(waiting, 60))
             await asyncio.sleep(self.seconds)
             began = time.monotonic()
             await last.stop()
@@ -245,18 +254,15 @@ class Load:
         """Twenty begin to talk and are cut off, without a goodbye."""
         took = []
         for _ in range(20):
-            socket = await self.session.ws_connect(f"{self.program.url}/api/chat?audio=pcm")
-            while (await socket.receive(timeout=30)).data[:1] != b"\x00":
-                pass
+            guest = await self.session.ws_connect(f"{self.program.url}/api/chat?audio=pcm")
+            await begin(guest, 30)
             for _ in range(3):
-                await socket.send_bytes(b"\x10" + SOUND)
+                await guest.send_bytes(b"\x10" + SOUND)
                 await asyncio.sleep(SECONDS)
-            connection = socket._response.connection
-            assert connection is not None and connection.transport is not None
-            connection.transport.abort()
+            cut_off(guest)
             took.append(await self.until_free())
             with contextlib.suppress(ConnectionError, aiohttp.ClientError):
-                await socket.close()
+                await guest.close()
         return f"free after {np.median(took) * 1e3:.0f} ms, {max(took) * 1e3:.0f} ms at most"
 
     async def come_and_go(self) -> str:
@@ -266,11 +272,9 @@ class Load:
         for index in range(self.connections):
             socket = await self.session.ws_connect(f"{self.program.url}/api/chat?audio=pcm")
             if index % 3:
-                while (await socket.receive(timeout=30)).data[:1] != b"\x00":
-                    pass
-            if index % 3 == 2 and (connection := socket._response.connection) is not None:
-                assert connection.transport is not None
-                connection.transport.abort()
+                await begin(socket, 30)
+            if index % 3 == 2 and socket._response.connection is not None:
+                cut_off(socket)
             with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # where it was cut off
                 await socket.close()
             if index % max(self.connections // 10, 1) == 0:

@@ -106,9 +106,9 @@ def test_an_interrupted_answer_stops(pieces: Pieces) -> None:
             silent = slice(stop, stop + (int(until[0]) + LEAD if len(until) else 1000))
             assert (window.tokens[1:9, silent] == QUIET).all()
             written = window.tokens[0, stop - 1 : silent.stop - LEAD - 1]
-            assert (written[:-1] == PAD).all()
-            # The conversation may be cut off between the sign of a word and the word.
-            assert written[-1:].tolist() in ([PAD], []) or (not len(until) and written[-1] == EPAD)
+            if not len(until) and written[-1] == EPAD:  # cut off between the sign of a word and the word
+                written = written[:-1]
+            assert (written == PAD).all()
             assert (window.tokens[9, onset : onset + 12] != QUIET).any()
     assert any(window.stopped.any() for window in windows(pieces, 20))
     assert 1 / 8 < found / turns < 1 / 3  # short answers cannot be interrupted
