@@ -26,6 +26,7 @@ PACKAGES = {
 # What each room of the library may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "printable": set(),
     "config": {"errors"},
     "delays": {"errors", "config"},
     "text": {"errors"},

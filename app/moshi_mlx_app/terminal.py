@@ -11,7 +11,6 @@ import os
 import stat
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TextIO
@@ -21,7 +20,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.status import Status
 from rich.text import Text
 
-__all__ = ["Face", "Lines", "Loading", "is_terminal", "printable", "say", "silence_output", "warn"]
+from moshi_mlx.printable import printable
+
+__all__ = ["Face", "Lines", "Loading", "is_terminal", "say", "silence_output", "warn"]
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -35,11 +36,6 @@ def _is_pipe(stream: TextIO) -> bool:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
     except (OSError, ValueError):
         return False
-
-
-def printable(text: str) -> str:
-    """Text without control characters: a model can spell escape sequences out of byte pieces."""
-    return "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
 
 
 def say(text: str) -> None:

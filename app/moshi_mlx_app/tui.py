@@ -20,7 +20,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from moshi_mlx_app.terminal import Lines, is_terminal, printable, say, warn
+from moshi_mlx.printable import printable
+from moshi_mlx_app.terminal import Lines, is_terminal, say, warn
 
 __all__ = ["Keys", "Panel", "State", "decibels", "own_errors"]
 

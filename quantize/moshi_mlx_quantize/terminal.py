@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
@@ -15,17 +14,14 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moshi_mlx.printable import printable
+
 __all__ = ["Bar", "is_terminal", "say", "table", "warn"]
 
 
 def is_terminal(stream: TextIO) -> bool:
     """True where a bar can be drawn and moved."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def printable(text: str) -> str:
-    """Text without control characters: names come from files that nobody vouches for."""
-    return "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
 
 
 def warn(text: str, label: str = "warning") -> None:

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from moshi_mlx_app.terminal import Lines, printable
+from moshi_mlx_app.terminal import Lines
+
+from moshi_mlx.printable import printable
 
 
 def lines(*pieces: tuple[float, str]) -> list[str]:
@@ -49,6 +51,7 @@ def test_endless_text_is_cut() -> None:
 def test_control_characters_do_not_reach_the_terminal() -> None:
     """If this fails, a model can clear the screen or retitle the window by what it says."""
     assert printable("a\x1b[2Jb\x07\r\n\u2028c é 你") == "a [2Jb    c é 你"
+    assert printable("safe\u202egnp.exe \u2066x\u2069 \ud800") == "safe gnp.exe  x   "
     assert "\x1b" not in lines((0.0, "\x1b[31mred"))[0]
 
 

@@ -10,8 +10,9 @@ import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx.printable import printable
 from moshi_mlx_app.options import add_model_options, bounded
-from moshi_mlx_app.terminal import Loading, is_terminal, printable, say
+from moshi_mlx_app.terminal import Loading, is_terminal, say
 from moshi_mlx_app.version import program
 
 if TYPE_CHECKING:

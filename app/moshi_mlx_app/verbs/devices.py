@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from moshi_mlx_app.terminal import printable, say
+from moshi_mlx.printable import printable
+from moshi_mlx_app.terminal import say
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 

@@ -13,8 +13,9 @@ import threading
 import webbrowser
 from typing import TYPE_CHECKING
 
+from moshi_mlx.printable import printable
 from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
-from moshi_mlx_app.terminal import Loading, printable, say, warn
+from moshi_mlx_app.terminal import Loading, say, warn
 from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
