@@ -72,7 +72,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_the_picture(frames: int) -> None:
     """If this fails, the picture of a short or long benchmark is broken, or leaves its frame."""
     rng = np.random.default_rng(frames)
-    times = {name: rng.gamma(4, 5, frames).tolist() for name in ("encode", "step", "decode", "answer")}
+    times = {name: rng.gamma(4, 5, frames).tolist() for name in ("encode", "step", "decode", "latency")}
     times["step"][frames // 2] = 2500.0
     drawn = ElementTree.fromstring(draw("a <title> & more", "about", times, times, 80.0))
     rects = [rect.attrib for rect in drawn.iter("{http://www.w3.org/2000/svg}rect")][1:]
@@ -81,4 +81,4 @@ def test_the_picture(frames: int) -> None:
         assert 0 <= float(rect["x"]) and float(rect["x"]) + float(rect["width"]) <= 960
         assert 60 <= float(rect["y"]) + 0.01 and float(rect["y"]) + float(rect["height"]) <= 820
     assert "<title>" in str(drawn[1].text or "") + "".join(drawn.itertext())
-    assert draw("no voice", "", {"encode": [1.0], "step": [2.0], "decode": []}, {"step": [2.0], "answer": []}, 80.0)
+    assert draw("no voice", "", {"encode": [1.0], "step": [2.0], "decode": []}, {"step": [2.0], "latency": []}, 80.0)

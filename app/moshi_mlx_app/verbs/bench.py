@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
-from moshi_mlx_app.terminal import Loading, say
+from moshi_mlx_app.terminal import Loading, say, warn
 from moshi_mlx_app.version import program
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         title = f"{program()}: {model.description}"
         picture = draw(title, about, fast_series, slow_series, 1e3 / model.frame_rate)
         Path(args.picture).write_text(picture, encoding="utf-8")
-        print(f"picture: {args.picture}", file=sys.stderr)
+        warn(args.picture, "picture")
     if not args.json:
         _table(f"{program()}: {model.description}\n{about}", fast, slow)
     figures = {
@@ -92,7 +91,7 @@ def _table(head: str, fast: dict[str, Any], slow: dict[str, Any]) -> None:
 
     say(head)
     say(f"{'ms':10} {'p50':>8} {'p95':>8} {'max':>8}    paced: {'p50':>8} {'p95':>8} {'max':>8}")
-    for name in ("encode", "step", "decode", "frame", "answer"):
+    for name in ("encode", "step", "decode", "frame", "latency"):
         say(f"{name:10} {_row(fast.get(name))}           {_row(slow.get(name))}".rstrip())
     say(
         f"real-time factor {fast['rtf']}; paced: {slow['late']} of {slow['frames']} frames late, "

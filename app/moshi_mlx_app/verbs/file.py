@@ -22,7 +22,7 @@ from moshi_mlx_app.options import (
     bounded,
     generation_from,
 )
-from moshi_mlx_app.terminal import Face, say, warn
+from moshi_mlx_app.terminal import AnswerProgress, say, warn
 from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.transcript import Transcript, write_json
 from moshi_mlx_app.version import program
@@ -151,7 +151,7 @@ class _Answer:
         text = not (args.quiet or args.json)
         with (
             model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
-            Face(samples / rate, text=text, bar=not args.quiet) as face,
+            AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
         ):
             step, write = session.step, self._file.write
             if self.trace is not None:
