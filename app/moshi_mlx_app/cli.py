@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -211,7 +212,8 @@ def _report(error: Exception, *, debug: bool) -> int:
             f"something unexpected went wrong: {type(error).__name__}: {message}. This is a fault in {program()}; "
             "run it again with --debug to see where"
         )
-    warn(message, "error")
+    # The library speaks of its own arguments; here they are options.
+    warn(re.sub(r"\b(?:kind|codec)='(\w+)'", r"--codec \1", message), "error")
     return 1
 
 
