@@ -27,6 +27,8 @@ TYPED = [
     ("file --codec ", {"auto", "rust", "mlx"}),
     ("file ques", {"question.wav"}),
     ("talk --model kyutai/moshiko", {f"kyutai/moshiko-mlx-{bits}" for bits in ("q4", "q8", "bf16")}),
+    ("file --model kyutai/stt", {"kyutai/stt-1b-en_fr-mlx", "kyutai/stt-2.6b-en-mlx"}),
+    ("bench --model kyutai/stt", {"kyutai/stt-1b-en_fr-mlx", "kyutai/stt-2.6b-en-mlx"}),
     ("completion f", {"fish"}),
 ]
 
@@ -72,6 +74,8 @@ def test_bash(script: Path) -> None:
     for text, wanted in TYPED:
         assert wanted <= complete(script, PROGRAM, text), text
     assert complete(script, PROGRAM, "talk --no-a") == {"--no-aec"}
+    for verb in ("", "talk ", "web ", "check "):  # these models do not converse
+        assert complete(script, PROGRAM, f"{verb}--model kyutai/stt") == set()
     assert "--q-bits" in complete(script.with_name("quantize.bash"), QUANTIZE, "--q-")
     assert "q4" in complete(script.with_name("quantize.bash"), QUANTIZE, "--recipe q")
 

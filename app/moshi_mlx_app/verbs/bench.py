@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure; print a table and one line of JSON. Returns the exit status."""
     from moshi_mlx.model import generation_defaults
     from moshi_mlx_app.fetching import load_model
+    from moshi_mlx_app.known import purpose
     from moshi_mlx_app.measure import machine, memory_used, paced, unpaced
 
     if args.picture is not None and Path(args.picture).suffix.lower() != ".svg":
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None and not Path(args.picture).parent.is_dir():
         raise FileNotFoundError(f"{Path(args.picture).parent}: there is no such folder for the picture")
     model = load_model(args)
+    purpose(model)  # text models have nothing to measure here
     fast_series: dict[str, list[float]] = {}
     slow_series: dict[str, list[float]] = {}
     with Loading() as loading:

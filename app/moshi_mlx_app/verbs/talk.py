@@ -64,6 +64,10 @@ BUILT_IN = (
     "the built-in model knows a few hundred questions and nothing else. Say hello; ask for its name, the capital of "
     "France, the opposite of hot, two plus three, the day after Monday"
 )
+TRANSCRIBES = (
+    "the model {name} is for speech-to-text: it writes down what it hears and does not answer. Name a dialogue model "
+    "with --model for a conversation; moshi-mlx-local check lists them"
+)
 _TICK = 0.05
 _ENOUGH = 250  # frames of a conversation that tell how long a step takes
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -119,15 +123,17 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx_app.choice import remember_step
     from moshi_mlx_app.device import SoundCard
     from moshi_mlx_app.fetching import load_model
-    from moshi_mlx_app.known import BUILTIN
+    from moshi_mlx_app.known import BUILTIN, purpose
     from moshi_mlx_app.portaudio import devices, find_device
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.tui import Keys, Panel, own_errors
 
-    known = devices()  # what is missing should not come out after a download
-    find_device(args.input_device, "input", known)
-    find_device(args.output_device, "output", known)
+    found = devices()  # what is missing should not come out after a download
+    find_device(args.input_device, "input", found)
+    find_device(args.output_device, "output", found)
     model = load_model(args, shown=not args.quiet)
+    if purpose(model) == "speech-to-text":
+        warn(TRANSCRIBES.format(name=model.name), "notice")
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     elif args.model == BUILTIN and not args.quiet:
