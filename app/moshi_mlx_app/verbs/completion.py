@@ -26,8 +26,8 @@ SHELLS = ("bash", "zsh", "fish")
 _FILES = ("question", "output", "transcript", "picture", "trace", "cert", "key")
 _FOLDERS = ("record",)
 _NAMES = {
-    "_moshi_dialogue_models": [BUILTIN, *(model.name for model in CATALOG if model.purpose == "dialogue")],
-    "_moshi_models": [BUILTIN, *(model.name for model in CATALOG)],
+    "_moshi_mlx_local_dialogue_models": [BUILTIN, *(model.name for model in CATALOG if model.purpose == "dialogue")],
+    "_moshi_mlx_local_models": [BUILTIN, *(model.name for model in CATALOG)],
 }
 _ANY_MODEL = ("file", "bench")  # verbs that do not converse
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     parser = build_parser()
     talk.add_arguments(parser)  # its options need no verb
     for verb, options in [("talk", parser), *verbs(parser).items()]:
-        models = "_moshi_models" if verb in _ANY_MODEL else "_moshi_dialogue_models"
+        models = "_moshi_mlx_local_models" if verb in _ANY_MODEL else "_moshi_mlx_local_dialogue_models"
         for action in options._actions:
             if action.dest in _FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
@@ -71,5 +71,11 @@ def run(args: argparse.Namespace) -> int:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif action.dest == "model":
                 action.complete = {"bash": models, "zsh": models, "fish": f"({models})"}  # type: ignore[attr-defined]
-    say(shtab.complete(parser, args.shell, preamble={args.shell: _preamble(args.shell)}))  # type: ignore[arg-type]
+    script = shtab.complete(parser, args.shell, preamble={args.shell: _preamble(args.shell)})  # type: ignore[arg-type]
+    # zsh would complete talk's options behind every verb.
+    say(
+        script.replace(
+            "_arguments -C -s $_shtab_moshi_mlx_local_opt", '_arguments -C -s -A "-*" $_shtab_moshi_mlx_local_opt'
+        )
+    )
     return 0
