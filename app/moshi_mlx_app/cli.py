@@ -202,8 +202,8 @@ def _report(error: Exception, *, debug: bool) -> int:
     from moshi_mlx_app.terminal import warn
 
     if debug:
-        trace = "".join(traceback.format_exception(error)).splitlines()
-        print("\n".join(map(printable, trace)), file=sys.stderr)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(printable(line), file=sys.stderr)
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

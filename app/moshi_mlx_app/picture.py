@@ -7,11 +7,14 @@ library would be among the largest things that this program installs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moshi_mlx.printable import printable
 
 __all__ = ["draw"]
 
@@ -45,7 +48,7 @@ def draw(title: str, about: str, fast: Series, paced: Series, frame: float) -> s
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 820" width="{_WIDTH}" height="820" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{_escaped(title)}</title>",
         f'<rect width="{_WIDTH}" height="820" fill="#fff"/>',
         _text(_LEFT, 30, title, size=18),
         _text(_LEFT, 50, about, color="#666"),
@@ -164,6 +167,10 @@ def _round_up(value: float) -> float:
 
 
 def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start", color: str = "#222") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
-    )
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{color}">{_escaped(text)}</text>'
+
+
+def _escaped(text: str) -> str:
+    """Text for XML, which allows neither controls nor noncharacters, escaped or not."""
+    return escape(re.sub("[\ufffe\uffff]", " ", printable(text)))

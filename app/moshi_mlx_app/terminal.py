@@ -58,10 +58,10 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def say(text: str) -> None:
-    """Lines on standard output, unless their reader has gone."""
+def say(*lines: str) -> None:
+    """Lines on standard output, unless their reader has gone; a line break in a name begins no line."""
     try:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
     except BrokenPipeError:
         silence_output()
 
@@ -69,7 +69,7 @@ def say(text: str) -> None:
 def say_line(line: str, console: Console | None = None) -> None:
     """A line of :class:`Lines` on standard output; through the ``console`` of what is drawn on the same terminal."""
     if console is None:
-        say(wrapped(line, sys.stdout, Lines.INDENT))
+        say(*wrapped(line, sys.stdout, Lines.INDENT).split("\n"))
     else:
         console.print(Text(wrapped(line, sys.stderr, Lines.INDENT)), soft_wrap=True)
 

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         Path(args.picture).write_text(picture, encoding="utf-8")
         warn(args.picture, "picture")
     if not args.json:
-        _table(f"{program()}: {model.description}\n{about}", fast, slow)
+        say(f"{program()}: {model.description}", about)
+        _table(fast, slow)
     figures = {
         "benchmark": "bench",
         "program": program(),
@@ -88,10 +89,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(head: str, fast: dict[str, Any], slow: dict[str, Any]) -> None:
+def _table(fast: dict[str, Any], slow: dict[str, Any]) -> None:
     from moshi_mlx_app.measure import memory_used
 
-    say(head)
     say(f"{'ms':10} {'p50':>8} {'p95':>8} {'max':>8}    paced: {'p50':>8} {'p95':>8} {'max':>8}")
     for name in ("encode", "step", "decode", "frame", "latency"):
         say(f"{name:10} {_row(fast.get(name))}           {_row(slow.get(name))}".rstrip())

@@ -206,4 +206,4 @@ def _print(report: dict[str, Any], frame: float) -> None:
 def _line(label: str, text: str) -> None:
     """A line of the report; on a terminal as many as are needed, under one another."""
     label = f"{label:11} "
-    say(wrapped(label + printable(text), sys.stdout, len(label)))
+    say(*wrapped(label + printable(text), sys.stdout, len(label)).split("\n"))

@@ -73,9 +73,6 @@ def run(args: argparse.Namespace) -> int:
                 action.complete = {"bash": models, "zsh": models, "fish": f"({models})"}  # type: ignore[attr-defined]
     script = shtab.complete(parser, args.shell, preamble={args.shell: _preamble(args.shell)})  # type: ignore[arg-type]
     # zsh would complete talk's options behind every verb.
-    say(
-        script.replace(
-            "_arguments -C -s $_shtab_moshi_mlx_local_opt", '_arguments -C -s -A "-*" $_shtab_moshi_mlx_local_opt'
-        )
-    )
+    all_options = "_arguments -C -s $_shtab_moshi_mlx_local_opt"
+    say(*script.replace(all_options, all_options.replace("-s", '-s -A "-*"')).split("\n"))
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from importlib import resources
@@ -185,11 +184,11 @@ class _Answer:
             say(json.dumps(about.as_dict()))
         elif not self.args.quiet:
             factor = about.seconds_computed / about.duration
-            print(
-                f"{self.output}: {about.duration:.1f} s, left Moshi, right the question; words in {self.transcript}\n"
-                f"computed in {about.seconds_computed:.1f} s: real-time factor {factor:.2f} "
-                f"(1: as fast as speech)",
-                file=sys.stderr,
+            warn(
+                f"{self.output}: {about.duration:.1f} s, left Moshi, right the question; words in {self.transcript}", ""
+            )
+            warn(
+                f"computed in {about.seconds_computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", ""
             )
 
     def keep(self) -> str:
