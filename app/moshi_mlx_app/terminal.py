@@ -40,14 +40,14 @@ def _is_pipe(stream: TextIO) -> bool:
         return False
 
 
-def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
+def wrapped(text: str, stream: TextIO, indent: int = 0) -> list[str]:
     """``text`` broken between words to fit a terminal, with ``indent`` spaces before all lines but the first.
 
-    It comes back as it is where ``stream`` is no terminal. A word that is longer than a line, such as a path, stays
+    It is one line where ``stream`` is no terminal. A word that is longer than a line, such as a path, stays
     whole: the terminal continues it, and it can be copied.
     """
     if not is_terminal(stream):
-        return text
+        return [text]
     width = max(Console(file=stream).width - 1, indent + 20)  # some terminals break a line after a full last column
     lines, space = [text[:indent]], ""
     for word in text[indent:].split(" "):
@@ -55,7 +55,7 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
             lines, space = [*lines, " " * indent], ""
         lines[-1] += space + word
         space = " "
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]
 
 
 def say(*lines: str) -> None:
@@ -69,9 +69,9 @@ def say(*lines: str) -> None:
 def say_line(line: str, console: Console | None = None) -> None:
     """A line of :class:`Lines` on standard output; through the ``console`` of what is drawn on the same terminal."""
     if console is None:
-        say(*wrapped(line, sys.stdout, Lines.INDENT).split("\n"))
+        say(*wrapped(line, sys.stdout, Lines.INDENT))
     else:
-        console.print(Text(wrapped(line, sys.stderr, Lines.INDENT)), soft_wrap=True)
+        console.print(Text("\n".join(wrapped(line, sys.stderr, Lines.INDENT))), soft_wrap=True)
 
 
 def silence_output() -> None:
@@ -87,11 +87,11 @@ def silence_output() -> None:
 def warn(text: str, label: str = "warning", console: Console | None = None) -> None:
     """A sentence on standard error, after a ``label`` if it is not empty; through the ``console`` of what is drawn."""
     label = f"{label}: " if label else ""
-    line = wrapped(label + printable(text), sys.stderr, len(label))
+    lines = "\n".join(wrapped(label + printable(text), sys.stderr, len(label)))
     if console is None:
-        print(line, file=sys.stderr, flush=True)
+        print(lines, file=sys.stderr, flush=True)
     else:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(lines), soft_wrap=True)
 
 
 class Loading:
@@ -178,7 +178,7 @@ class _Bar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         if self.current:
-            yield Text(wrapped(self.current, sys.stderr, Lines.INDENT))
+            yield Text("\n".join(wrapped(self.current, sys.stderr, Lines.INDENT)))
         yield from super().get_renderables()
 
 

@@ -143,7 +143,7 @@ class Panel:
         if self._live is None:
             return
         width = max(self._live.console.width - 1, 20)
-        lines = [wrapped(self._lines.current, sys.stderr, Lines.INDENT)] if self._text else []
+        lines = wrapped(self._lines.current, sys.stderr, Lines.INDENT) if self._text else []
         self._live.update(Text("\n".join([*lines, *_panel(state, self._keys, width)])), refresh=True)
 
     def _flush(self) -> None:

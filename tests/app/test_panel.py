@@ -143,6 +143,14 @@ def test_an_answer_to_a_recording_is_whole(terminal: Look, width: int) -> None:
     }
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_of_check_is_whole(terminal: Look, width: int) -> None:
+    """If this fails, what check reports is broken inside words."""
+    look = terminal(width)
+    assert main(["check", "--no-sound", "--frames", "4"]) in (0, 1)
+    whole(look(), "published models for dialogue; a step,", "talk takes  small, the built-in one: no published model")
+
+
 def test_every_figure_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """If this fails, a figure of the panel is explained nowhere, or what is explained is not shown."""
     figures = _panel(STATES[1], False, 1000)[-1].split("   ")

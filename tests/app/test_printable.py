@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import soundfile
 from moshi_mlx_app import device, picture
-from moshi_mlx_app.cli import main
+from moshi_mlx_app.cli import VERBS, main
 from moshi_mlx_app.verbs import check
 
 from moshi_mlx.printable import printable
@@ -156,8 +156,12 @@ def test_a_model_that_is_not_there(run: Run, evil_card: Any, verb: str, here: Pa
     assert status == 2 and "invalid choice" in said
 
 
-def test_completion_and_verbs(run: Run) -> None:
-    """If this fails, a script for a shell, or an error about it, holds what a terminal obeys."""
+def test_completion_and_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a script for a shell, the help or an error about either holds what a terminal obeys."""
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "USER"):
+        monkeypatch.setenv(name, f"/{EVIL}")
+    for verb in VERBS:
+        assert run(verb, "--help")[0] == 0
     for shell in ("bash", "zsh", "fish"):
         assert run("completion", shell)[0] == 0
     for words in (("completion", EVIL), (EVIL,), ("--debug", EVIL)):

@@ -174,7 +174,8 @@ def _print(report: dict[str, Any], frame: float) -> None:
         times = stages[name]
         _line(name, f"p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
-    say(f"published models for dialogue; a step, estimated by how fast weights are read here, may take {frame:.0f} ms:")
+    limit = f"a step, estimated from how fast weights are read here, may take {frame:.0f} ms"
+    say(*wrapped(f"published models for dialogue; {limit}:", sys.stdout))
     for entry in report["verdicts"]:
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
         why = ", ".join(flaws) + ": " * bool(flaws) + entry["why"].removesuffix(may_take(frame / 1e3))
@@ -206,4 +207,4 @@ def _print(report: dict[str, Any], frame: float) -> None:
 def _line(label: str, text: str) -> None:
     """A line of the report; on a terminal as many as are needed, under one another."""
     label = f"{label:11} "
-    say(*wrapped(label + printable(text), sys.stdout, len(label)).split("\n"))
+    say(*wrapped(label + printable(text), sys.stdout, len(label)))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "talk with Moshi in the terminal: what happens without a verb"
+HELP = "talk with Moshi in the terminal (the default)"
 EXAMPLES = """\
 examples:
   moshi-mlx-local                                the best model for this machine
