@@ -25,6 +25,8 @@ PACKAGES = {
 
 # What each room of the library may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
+    "__main__": set(),
+    "local": set(),
     "errors": set(),
     "audio": {"errors"},
     "printable": set(),
