@@ -28,7 +28,7 @@ QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
 NOT_RUN = {
     r"^(uv tool|pip|apt) install ": "asks a package index; `make wheel-check` installs the wheel",
     r"^git clone ": "asks a forge",
-    r"^make (talk|bench)$": "works in the clone itself: CI runs it",
+    r"^make (talk|bench)$": "needs the environment of a clone: a workflow runs it",
     r"--model kyutai/": "downloads a model",
     r"^moshi-mlx-local web\b": "serves until it is stopped: tests/web does",
     r"^python -m moshi\.client ": "Kyutai's program: tests/web/test_kyutai_clients.py runs it",
