@@ -225,7 +225,7 @@ def test_the_codecs_transformers() -> None:
     from moshi_mlx_quantize.codec import load_codec, measure_codec
     from moshi_mlx_quantize.evaluate import read_recording
 
-    pcm = read_recording(ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav", 24000)[:48000]
+    pcm = read_recording(ROOT / "moshi_mlx" / "assets" / "questions.wav", 24000)[:48000]
     codec = load_codec(resolve("small"), 8)
     before = codec.encode(pcm)
     fine, coarse = measure_codec(codec, pcm, [Quantization(8, 64), Quantization(3, 64)])
