@@ -1,7 +1,7 @@
 """From a checkpoint to a smaller one, tensor by tensor.
 
 Memory holds one tensor of the source at a time and a few MB of its quantized form, however large the model is. The
-result is written aside, loaded strictly and run for one frame, and only then moved into place.
+result is written to a staging folder, loaded strictly and run for one frame, and only then moved into place.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(place).free
     if wanted + SPARE_BYTES > free:
         raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or write "
-            "to another disk"
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or "
+            "write to another disk"
         )
 
 

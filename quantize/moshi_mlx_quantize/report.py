@@ -9,13 +9,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moshi_mlx.checkpoint.files import read_json
+from moshi_mlx.errors import MoshiError
+
 from .codec import CodecCost, codec_table
 from .evaluate import Cost
 from .recipes import PARTS, Module, Plan, describe
 from .terminal import table
 from .writer import explain
 
-__all__ = ["Entry", "Report"]
+__all__ = ["REPORT_FILES", "Entry", "Report", "is_report"]
+
+REPORT_FILES = ("report.json", "report.html")
+_KEYS = {"source", "calibration", "recipes"}
+_BEGIN = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Quantizing'
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is one of those that :meth:`Report.write` writes, by what it holds."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        if path.suffix == ".json":
+            return _KEYS <= read_json(path).keys()
+        with path.open(encoding="utf-8") as file:
+            return file.read(len(_BEGIN)) == _BEGIN
+    except (MoshiError, OSError, ValueError):
+        return False
 
 
 @dataclass

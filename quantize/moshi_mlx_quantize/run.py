@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +14,6 @@ import mlx.core as mx
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
 
-from .aside import Aside, check_target
 from .card import model_card, parts_table, upload
 from .codec import codec_table
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
@@ -24,6 +22,8 @@ from .measure import measure_recipes
 from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
 from .report import Report
 from .source import Source, open_source, scratch_bytes
+from .staging import Staging
+from .targets import as_path, check_apart, check_report, check_target, files_of
 from .terminal import Bar, say, warn
 from .writer import entry_bytes
 
@@ -37,45 +37,49 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     recipes = [find_recipe(name) for name in args.compare]
     rules = [Rule.parse(text) for text in args.rule]
-    if args.dest is None:
+    staging: Staging | None = None
+    if args.dest is not None:
+        dest = as_path(args.dest)
+        check_apart(dest, [as_path(text) for text in (args.source, args.lora, args.calibration) if text is not None])
+        check_target(dest, args.force)
+        staging = Staging(dest, force=args.force)
+    if args.report is not None:
+        args.report = as_path(args.report)
+        check_report(args.report, args.force, [] if staging is None else [staging.target, staging.room])
+    if staging is None:
         with Bar(shown=not args.quiet) as bar, TemporaryDirectory() as place:
             bar.stage(f"looking for {args.source}")
             files = resolve(args.source, weights=args.weights)
             compared, _, _ = _measure(args, files, Path(place), recipes, None, bar)
         _show(args, compared)
         return 0
-    dest = Path(args.dest).expanduser()
-    check_target(dest, args.force)
     target = args.target_bpw is not None or args.target_size is not None
     recipe = None if target else _recipe(args)
     report: Report | None = None
     found: Plan | None = None
     tuned: Tuned = {}
     with Bar(shown=not args.quiet) as bar:
-        bar.stage(f"looking for {args.source}")
-        files = resolve(args.source, weights=args.weights)
-        _check_apart(files, dest)
-        with Aside(dest, force=args.force) as aside:
-            check_space(aside.folder, scratch_bytes(files))
+        with staging:
+            bar.stage(f"looking for {args.source}")
+            files = resolve(args.source, weights=args.weights)
+            check_apart(staging.target, files_of(files))
+            check_space(staging.folder, scratch_bytes(files))
             if target or recipes or args.report is not None or args.distill:
-                scratch = aside.folder / "measuring"
-                scratch.mkdir()
                 choose = None if target else partial(choose_plan, recipe=recipe, rules=rules)
-                report, found, tuned = _measure(args, files, scratch, recipes, choose, bar)
-                shutil.rmtree(scratch)
-            source = _open(args, files, aside.folder)
+                report, found, tuned = _measure(args, files, staging.scratch, recipes, choose, bar)
+            source = _open(args, files, staging.scratch)
             plan = choose_plan(source.modules, recipe, rules) if found is None else found
             requantized = bool(source.quantized) and plan.name != "dense"
-            result = write_and_check(source, plan, files, aside.folder, args, bar, tuned)
+            result = write_and_check(source, plan, files, staging.folder, args, bar, tuned)
             card = model_card(files, plan, result, source, report)
-            (aside.folder / "README.md").write_text(card, encoding="utf-8")
-            aside.commit()
+            (staging.folder / "README.md").write_text(card, encoding="utf-8")
+            staging.commit()
         _show(args, report)
         if args.upload_repo is not None:
             bar.stage(f"uploading to {args.upload_repo}")
-            upload(dest, args.upload_repo)
+            upload(staging.target, args.upload_repo)
     if not args.quiet:
-        _summary(dest, plan, result, source.modules, time.perf_counter() - began)
+        _summary(staging.target, plan, result, source.modules, time.perf_counter() - began)
     if requantized:
         warn(f"{args.source} is quantized already: its errors stay in the result. A bf16 source gives a better one")
     return 0
@@ -100,7 +104,7 @@ def _show(args: argparse.Namespace, report: Report | None) -> None:
     if report is None:
         return
     if args.report is not None:
-        report.write(Path(args.report).expanduser())
+        report.write(args.report)
     if not args.quiet:
         say(f"measured on {report.calibration}")
         say(report.table() + "\n")
@@ -123,7 +127,6 @@ def write_and_check(
     result = write_checkpoint(
         source, plan, files, folder, reference=args.reference_files, made=made, tuned=tuned, progress=bar.advance
     )
-    (folder / "unpacked.safetensors").unlink(missing_ok=True)
     bar.stage("checking")
     check(folder, result.weights)
     return result
@@ -168,13 +171,6 @@ def choose_plan(modules: Sequence[Module], recipe: Recipe | None, rules: Sequenc
     if recipe is None:
         return Plan("dense", {module.name: None for module in modules})
     return make_plan(modules, recipe, rules, recipe.name + (" with rules" if rules else ""))
-
-
-def _check_apart(files: CheckpointFiles, dest: Path) -> None:
-    """Source and result must not be the same folder, nor one inside the other."""
-    source, target = files.folder.resolve(), dest.resolve()
-    if source == target or target in source.parents:
-        raise ConfigError(f"{dest} holds the source itself: write to another folder")
 
 
 def _summary(dest: Path, plan: Plan, result: Result, modules: Sequence[Module], seconds: float) -> None:

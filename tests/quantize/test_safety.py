@@ -61,8 +61,11 @@ def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path, capsys: 
     file.write_text("kept")
     assert "exists and is no folder" in error_of(capsys, source, file, "--force")
     assert file.read_text() == "kept"
+    assert "not part of a checkpoint (mine)" in error_of(capsys, source, folder, "--force")
+    assert (folder / "mine").read_text() == "kept"
+    (folder / "mine").unlink()
     assert main([str(source), str(folder), "--force", "--quiet"]) == 0
-    assert not (folder / "mine").exists() and (folder / "config.json").is_file()
+    assert (folder / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -123,7 +126,7 @@ def test_interruptions(number: signal.Signals, status: int, tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "app", "quantize"))},
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.partial/*.safetensors")):
+    while not list(tmp_path.glob("out.partial/**/*.safetensors")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)
@@ -139,14 +142,14 @@ def test_interruptions(number: signal.Signals, status: int, tmp_path: Path) -> N
 
 def test_two_runs_at_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Broken: two runs write into the same folder, or a foreign folder of that name is deleted."""
-    from moshi_mlx_quantize.aside import Aside
+    from moshi_mlx_quantize.staging import Staging
 
-    with Aside(tmp_path / "out"):
+    with Staging(tmp_path / "out"):
         assert "another run is writing" in error_of(capsys, source, tmp_path / "out")
         assert (tmp_path / "out.partial").is_dir()
     assert is_empty(tmp_path)
     (tmp_path / "out.partial").mkdir()
-    assert "is in the way" in error_of(capsys, source, tmp_path / "out")
+    assert "was not created by this program" in error_of(capsys, source, tmp_path / "out")
     assert (tmp_path / "out.partial").is_dir()
 
 
