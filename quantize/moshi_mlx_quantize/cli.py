@@ -83,8 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="more recipes for the report, commas between: names or BITS:GROUP; DEST may be left out")  # fmt: skip
     add("--calibration", metavar="AUDIO",
         help="recording to measure on, as the user's voice (default: what the model itself samples)")  # fmt: skip
-    add("--codec", action="store_true",
-        help="also measure what quantizing the codec's transformers would cost, on the recording")  # fmt: skip
     add("--frames", type=int, default=125, metavar="N", help="frames of 80 ms to measure on (default 125)")
     add("--target-bpw", type=float, metavar="X",
         help="the measured recipe: so many bits per weight, spent where the outputs are most sensitive")  # fmt: skip
@@ -219,8 +217,6 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("a target must be above 0")
     if targets and (args.recipe or numbers or args.rule or args.dequantize):
         parser.error("a target goes with no recipe, bits or rules: the measurement chooses them")
-    if args.codec and (args.calibration is None or not (args.compare or args.report or targets)):
-        parser.error("--codec needs --calibration AUDIO, and --report, --compare or a target")
     if args.distill < 0 or (args.distill and (args.dest is None or args.dequantize)):
         parser.error("--distill takes a number of steps, needs DEST, and does not go with --dequantize")
     if args.frames < 1:

@@ -11,7 +11,6 @@ import numpy as np
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.hub import CheckpointFiles
 
-from .codec import load_codec, measure_codec
 from .convert import dequantize, quantize
 from .distill import Tuned, distill
 from .evaluate import calibrate, codes_of, cost_of, make_subject, read_recording, what_it_says, words
@@ -88,9 +87,6 @@ def measure_recipes(
             progress=bar.advance,
         )
         report.sensitivity = as_rows(sensitivity)
-    if args.codec and pcm is not None:
-        bar.stage("measuring the codec")
-        report.codec = measure_codec(load_codec(files, max(config.own_q, config.user_q)), pcm)
     tuned: Tuned = {}
     distilled: Plan | None = None
     chosen = found or plan

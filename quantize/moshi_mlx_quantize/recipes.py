@@ -3,7 +3,7 @@
 A recipe is a default, exceptions by part of the model, and rules by name that the user adds; later rules win::
 
     rules = [Rule.parse("depformer=8:64"), Rule.parse("*.layers.0.*=keep")]
-    plan = make_plan(modules, recipe("q4"), rules)
+    plan = make_plan(modules, RECIPES["q4"], rules)
 
 Modules are linear layers and embeddings by the names of :class:`moshi_mlx.lm.Lm`. Conditions and cross-attention stay
 dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides, and Kyutai's program

@@ -12,7 +12,6 @@ from typing import Any
 from moshi_mlx.checkpoint.files import read_json
 from moshi_mlx.errors import MoshiError
 
-from .codec import CodecCost, codec_table
 from .evaluate import Cost
 from .recipes import PARTS, Module, Plan, describe
 from .terminal import table
@@ -83,8 +82,6 @@ class Report:
         What the source says.
     sensitivity : list
         From the measured recipe.
-    codec : list of CodecCost
-        What quantizing the codec would cost.
     """
 
     source: str
@@ -94,7 +91,6 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
     said: str | None = None
     sensitivity: list[dict[str, object]] = field(default_factory=list)
-    codec: list[CodecCost] = field(default_factory=list)
 
     def table(self) -> str:
         """One line a recipe."""
@@ -135,7 +131,6 @@ class Report:
                 for e in self.entries
             ],
             "sensitivity": self.sensitivity,
-            "codec": [asdict(cost) for cost in self.codec],
         }
 
     def _parts(self, entry: Entry) -> dict[str, dict[str, Any]]:
@@ -191,8 +186,6 @@ class Report:
                 f"<h3>{text(e.plan.name)}</h3>" + _rows(head, rows) + self._errors(e)
                 + (f"<p>Says: “{text(e.said)}”</p>" if e.said else "")
             )  # fmt: skip
-        if self.codec:
-            sections.append("<h2>The codec</h2>" + _html_table(codec_table(self.codec)))
         if self.said:
             sections.append(f"<h2>The source says</h2><p>“{text(self.said)}”</p>")
         body = "\n".join(sections)

@@ -15,7 +15,6 @@ from moshi_mlx.errors import ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
 
 from .card import model_card, parts_table, upload
-from .codec import codec_table
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
 from .distill import Tuned
 from .measure import measure_recipes
@@ -108,8 +107,6 @@ def _show(args: argparse.Namespace, report: Report | None) -> None:
     if not args.quiet:
         say(f"measured on {report.calibration}")
         say(report.table() + "\n")
-        if report.codec:
-            say(codec_table(report.codec) + "\n")
 
 
 def write_and_check(

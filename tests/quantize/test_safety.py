@@ -224,7 +224,6 @@ def test_a_result_that_does_not_load_is_thrown_away(
         ["a", "b", "--target-bpw", "4", "--q-bits", "4"],
         ["a", "b", "--target-bpw", "4", "--target-size", "4"],
         ["a", "b", "--target-bpw", "nan"],
-        ["a", "b", "--codec"],
         ["a", "b", "--frames", "0"],
         ["a", "b", "--distill", "5", "--dequantize"],
         ["a", "--compare", "q4", "--upload-repo", "c/d"],
