@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from moshi_mlx.errors import ConfigError
+from moshi_mlx.errors import CheckpointError, ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
+from moshi_mlx.printable import printable
 
 from .card import model_card, parts_table, upload
 from .convert import Result, check, check_space, planned_entries, write_checkpoint
 from .distill import Tuned
-from .measure import measure_recipes
+from .evaluate import Recording, read_recording
+from .measure import LESSONS, measure_recipes
 from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
 from .report import Report
 from .source import Source, open_source, scratch_bytes
@@ -33,7 +35,6 @@ MOST_LINES = 10
 
 def run(args: argparse.Namespace) -> int:
     """Measure, quantize, check, and move into place; returns the exit status."""
-    began = time.perf_counter()
     recipes = [find_recipe(name) for name in args.compare]
     rules = [Rule.parse(text) for text in args.rule]
     staging: Staging | None = None
@@ -45,36 +46,62 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         args.report = as_path(args.report)
         check_report(args.report, args.force, [] if staging is None else [staging.target, staging.room])
-    if staging is None:
+    recording: Recording | None = None
+    if args.measures:
+        seconds = args.frames * 0.08 * (1 + (LESSONS if args.distill else 0))
+        recording = read_recording(None if args.calibration is None else as_path(args.calibration), seconds)
+    try:
+        if staging is not None:
+            return _convert(args, staging, recording, recipes, rules)
+        assert recording is not None  # without DEST there is something to compare
         with Bar(shown=not args.quiet) as bar, TemporaryDirectory() as place:
             bar.stage(f"looking for {args.source}")
             files = resolve(args.source, weights=args.weights)
-            compared, _, _ = _measure(args, files, Path(place), recipes, None, bar)
-        _show(args, compared)
+            report, _, _ = _measure(args, files, Path(place), recording, recipes, None, bar)
+        _show(args, report)
         return 0
+    except KeyboardInterrupt:
+        if staging is None or not staging.done:
+            raise
+        warn(f"{staging.target} is complete", "stopped")
+        return 130
+
+
+def _convert(
+    args: argparse.Namespace,
+    staging: Staging,
+    recording: Recording | None,
+    recipes: Sequence[Recipe],
+    rules: Sequence[Rule],
+) -> int:
+    """Write DEST, and measure if there is a recording for it."""
+    began = time.perf_counter()
     target = args.target_bpw is not None or args.target_size is not None
     recipe = None if target else _recipe(args)
     report: Report | None = None
     found: Plan | None = None
     tuned: Tuned = {}
-    with Bar(shown=not args.quiet) as bar:
-        with staging:
-            bar.stage(f"looking for {args.source}")
-            files = resolve(args.source, weights=args.weights)
-            check_apart(staging.target, files_of(files))
-            check_space(staging.folder, scratch_bytes(files))
-            if target or recipes or args.report is not None or args.distill:
-                choose = None if target else partial(choose_plan, recipe=recipe, rules=rules)
-                report, found, tuned = _measure(args, files, staging.scratch, recipes, choose, bar)
-            source = _open(args, files, staging.scratch)
-            plan = choose_plan(source.modules, recipe, rules) if found is None else found
-            requantized = bool(source.quantized) and plan.name != "dense"
-            result = write_and_check(source, plan, files, staging.folder, args, bar, tuned)
-            card = model_card(files, plan, result, source, report)
-            (staging.folder / "README.md").write_text(card, encoding="utf-8")
-            staging.commit()
+    with Bar(shown=not args.quiet) as bar, staging:
+        bar.stage(f"looking for {args.source}")
+        files = resolve(args.source, weights=args.weights)
+        check_apart(staging.target, files_of(files))
+        check_space(staging.folder, scratch_bytes(files))
+        if recording is not None:
+            choose = None if target else partial(choose_plan, recipe=recipe, rules=rules)
+            report, found, tuned = _measure(args, files, staging.scratch, recording, recipes, choose, bar)
+        source = _open(args, files, staging.scratch)
+        plan = choose_plan(source.modules, recipe, rules) if found is None else found
+        requantized = bool(source.quantized) and plan.name != "dense"
+        result = write_and_check(source, plan, files, staging.folder, args, bar, tuned)
+        card = model_card(files, plan, result, source, report)
+        (staging.folder / "README.md").write_text(card, encoding="utf-8")
+        staging.commit()
+    try:
         _show(args, report)
-        if args.upload_repo is not None:
+    except CheckpointError as error:
+        raise CheckpointError(f"{staging.target} is complete, but {error}") from error
+    if args.upload_repo is not None:
+        with Bar(shown=not args.quiet) as bar:
             bar.stage(f"uploading to {args.upload_repo}")
             upload(staging.target, args.upload_repo)
     if not args.quiet:
@@ -88,6 +115,7 @@ def _measure(
     args: argparse.Namespace,
     files: CheckpointFiles,
     scratch: Path,
+    recording: Recording,
     recipes: Sequence[Recipe],
     choose: Callable[[Sequence[Module]], Plan] | None,
     bar: Bar,
@@ -96,17 +124,17 @@ def _measure(
     plan = None if choose is None else choose(source.modules)
     if plan is not None and not args.rule:  # what is written is measured anyway
         recipes = [recipe for recipe in recipes if recipe.name != plan.name]
-    return measure_recipes(args, files, source, recipes, plan, bar)
+    return measure_recipes(args, files, source, recording, recipes, plan, bar)
 
 
 def _show(args: argparse.Namespace, report: Report | None) -> None:
     if report is None:
         return
-    if args.report is not None:
-        report.write(args.report)
     if not args.quiet:
         say(f"measured on {report.calibration}")
         say(report.table() + "\n")
+    if args.report is not None:
+        report.write(args.report)
 
 
 def write_and_check(
@@ -119,7 +147,7 @@ def write_and_check(
     tuned: Tuned,
 ) -> Result:
     """The result in ``folder``, loaded strictly and run for one frame."""
-    made = {"source": files.source, "revision": files.revision or ""}
+    made = {"source": printable(files.source), "revision": files.revision or ""}
     bar.stage("quantizing" if plan.name != "dense" else "writing", entry_bytes(planned_entries(source, plan).values()))
     result = write_checkpoint(
         source, plan, files, folder, reference=args.reference_files, made=made, tuned=tuned, progress=bar.advance
@@ -174,7 +202,7 @@ def _summary(dest: Path, plan: Plan, result: Result, modules: Sequence[Module], 
     say(parts_table(plan, result, modules))
     before, after = result.bytes_before / 1e6, result.bytes_after / 1e6
     say(
-        f"{dest / result.weights}: {after:,.1f} MB instead of {before:,.1f} MB, "
+        f"{dest / result.weights}: {after:,.2f} MB instead of {before:,.2f} MB, "
         f"{result.bits_per_weight:.2f} bits per weight, {seconds:.0f} s"
     )
     skipped = sorted(plan.skipped.items())

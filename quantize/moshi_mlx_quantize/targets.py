@@ -65,6 +65,10 @@ def check_target(target: Path, force: bool) -> None:
     CheckpointError
         Says what is there.
     """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{target} is not valid UTF-8, which MLX cannot open: choose another name") from error
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} exists and is no folder: choose another name")
     if not target.exists():
