@@ -17,8 +17,8 @@ from moshi_mlx_quantize.cli import build_parser, main
 from moshi_mlx.checkpoint.files import read_safetensors, write_safetensors
 
 from ..helpers.checkpoints import small_config, write_checkpoint
+from .helpers import error_of
 from .memory import ROOT
-from .test_safety import error_of
 
 TRAINED = Path(__file__).parent / "data"
 

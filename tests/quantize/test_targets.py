@@ -18,7 +18,7 @@ from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.errors import CheckpointError
 
 from ..helpers.checkpoints import small_config, write_checkpoint
-from .test_safety import error_of
+from .helpers import error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,7 +183,7 @@ def test_a_target_by_another_name(
     for link, target in (("dangling", "nothing"), ("circle", "circle"), ("to", "real/out")):
         (tmp_path / link).symlink_to(target)
         assert "exists and is no folder" in error_of(capsys, source, link, "--force")
-    assert "cannot be a path" in error_of(capsys, source, "circle/out")
+    assert re.search("cannot be a path|levels of symbolic links", error_of(capsys, source, "circle/out"))
     assert "cannot be a path" in error_of(capsys, source, "~nobody-of-this-name/out")
     assert "too long" in error_of(capsys, source, "x" * 300)
     assert held(out) == before and not list(tmp_path.rglob("*.partial"))
