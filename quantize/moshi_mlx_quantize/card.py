@@ -18,6 +18,8 @@ from .terminal import table
 
 __all__ = ["model_card", "parts_table", "upload"]
 
+_AGAIN = " The source is quantized itself: its own errors stay in the result, and no figure here counts them."
+
 
 def parts_table(plan: Plan, result: Result, modules: Sequence[Module]) -> str:
     """Size, bits per weight and relative error of every part."""
@@ -48,7 +50,8 @@ def model_card(files: CheckpointFiles, plan: Plan, result: Result, source: Sourc
         f"# {name}, {'dense' if plan.name == 'dense' else 'quantized'}", "",
         f"Written by `moshi-mlx-quantize` from `{name}`{merged}. {what}", "",
         f"{result.bytes_after / 1e6:,.2f} MB of weights instead of {result.bytes_before / 1e6:,.2f} MB: "
-        f"{result.bits_per_weight:.2f} bits per weight, scales, biases and norms counted.", "",
+        f"{result.bits_per_weight:.2f} bits per weight, scales, biases and norms counted. rel. error: how far "
+        "the weights are from the source's, over their size." + (_AGAIN if source.quantized else ""), "",
         "```", parts_table(plan, result, source.modules), "```", "",
     ]  # fmt: skip
     if plan.skipped:

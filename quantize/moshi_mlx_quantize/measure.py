@@ -83,7 +83,8 @@ def measure_recipes(
     calibration = calibrate(subject, args.frames, heard)
     if not calibration.tokens.size:
         raise ConfigError("too few frames to measure on: ask for more --frames, or give a longer recording")
-    origin += f", {calibration.tokens.shape[-1]} frames"
+    frames = calibration.tokens.shape[-1]
+    origin += f", {frames} frames ({frames * 0.08:.1f} s)"
     reference = subject.outputs(calibration)
     if config.n_q and not spoken(calibration.tokens[0, 0]):
         origin += ", on which it says nothing: what speech would cost was not measured"

@@ -217,14 +217,15 @@ def test_speech_is_measured_by_default(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["small", str(out), "--recipe", "q4", "--compare", "mixed_2_6", "--report", str(report)]) == 0
     data = json.loads((report / "report.json").read_text())
     q4, mixed = data["recipes"]
-    assert data["calibration"] == "the recorded questions, answered by the model, 125 frames"
+    assert data["calibration"] == "the recorded questions, answered by the model, 125 frames (10.0 s)"
     assert "My name is Moshi." in data["says"]
     assert 0.005 < q4["cost"]["frame_kl"] < 0.1 < 0.5 < mixed["cost"]["frame_kl"]
     assert q4["same_text"] > 0.9 > mixed["same_text"]
     printed, card = capsys.readouterr().out, (out / "README.md").read_text()
     for text in (printed, card):
-        assert "the recorded questions, answered by the model, 125 frames" in text
+        assert "the recorded questions, answered by the model, 125 frames (10.0 s)" in text
         assert f"{q4['cost']['frame_kl']:.4f}" in text
+    assert "The source is quantized itself" in card  # it has 8 bits
 
 
 def test_sizes_are_those_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
