@@ -22,7 +22,7 @@ import soxr
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "app" / "moshi_mlx_app" / "assets"
+ASSETS = ROOT / "moshi_mlx" / "assets"
 SAMPLE_RATE = 24000
 LEVEL_DB = -23.0  # root mean square of each question, dB below full scale: the level of the training speech
 LEAD_SECONDS = 1.0

@@ -328,7 +328,7 @@ def test_speech_to_text_hears_its_silence(here: Path, model: FakeModel) -> None:
 def test_the_demo_asks_the_shipped_recording(here: Path, model: FakeModel) -> None:
     """If this fails, somebody without a recording cannot try the program."""
     assert main(["file", "--demo", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
-    questions = json.loads((ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.json").read_text())
+    questions = json.loads((ROOT / "moshi_mlx" / "assets" / "questions.json").read_text())
     about = json.loads(Path("a.json").read_text())
     assert about["duration"] == pytest.approx(questions["duration"], abs=0.001)
     pcm, rate = soundfile.read("a.wav")
@@ -343,7 +343,7 @@ def test_the_shipped_questions_are_the_models_own() -> None:
     from moshi_mlx.training.dialogues import exchanges
 
     answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
-    assets = ROOT / "app" / "moshi_mlx_app" / "assets"
+    assets = ROOT / "moshi_mlx" / "assets"
     questions = json.loads((assets / "questions.json").read_text())
     assert len(questions["questions"]) >= 5
     for question in questions["questions"]:

@@ -29,7 +29,7 @@ from tests.helpers.parrot import Parrot, install, pump
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = ROOT / "moshi_mlx" / "assets" / "questions.wav"
 PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
 
 

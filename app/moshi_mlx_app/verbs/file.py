@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.question is None) != args.demo:
         args.parser.error("name a QUESTION, or - for standard input, or ask for --demo (and not for both)")
     if args.demo:
-        asset = resources.files("moshi_mlx_app") / "assets" / "questions.wav"
+        asset = resources.files("moshi_mlx") / "assets" / "questions.wav"
         with resources.as_file(asset) as path:
             return _answer(args, str(path))
     return _answer(args, args.question)
