@@ -287,7 +287,8 @@ class _Answer:
         kept = None if self._file is None else self._file.keep()
         if kept is None or self._about is None:
             return "nothing was written"
-        said = f"the first {self.seconds:.1f} s of the answer are in {kept}"
+        went = "are in" if self.stream is None else "went to"
+        said = f"the first {self.seconds:.1f} s of the answer {went} {kept}"
         if self.transcript is None:
             return said
         words = partial_name(self.transcript)
@@ -295,7 +296,7 @@ class _Answer:
         try:
             write_json(words, self._about.as_dict())
         except OSError as error:
-            return f"{said}, but the words could not be written: {error}"
+            return f"{said}, but the words could not be written: {words}: {error.strerror or error}"
         return f"{said}, the words in {words}"
 
 

@@ -273,7 +273,7 @@ class _Talk:
         try:
             self.recorder.start()
         except OSError as error:
-            self.panel.notice(f"{error.filename}: {error.strerror}", "recording")
+            self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
 
     def _state(self) -> Any:
         from moshi_mlx_app.tui import State
