@@ -441,6 +441,8 @@ def test_a_recorded_conversation_is_asked_again(
             ("Hello", "moshi"), ("hello", "user"), ("?", "user"),
         ]  # fmt: skip
         assert "old" not in about["text"]
+    assert main(["file", "talk.wav", "-o", "b.wav", "--transcript", "talk.json", "--force"]) == 1
+    assert "the transcript would be written over the question's words" in capsys.readouterr().err
     assert main(["file", "a.wav", "-o", "b.wav", "--tail", "0", "--quiet"]) == 0
     assert json.loads(Path("b.json").read_text())["alignments"] == about["alignments"]
 

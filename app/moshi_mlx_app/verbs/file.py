@@ -116,13 +116,16 @@ def run(args: argparse.Namespace) -> int:
 def _answer(args: argparse.Namespace, question: str) -> int:
     outputs = _outputs(args)
     others: dict[str, str | int | Path] = {"the question": 0 if question == "-" else question}
+    known = None if question == "-" else _conversation(question)
+    if known is not None:
+        others["the question's words"] = Path(question).with_suffix(".json")
     if args.output == "-":
         others["standard output"] = 1
     with (
         reserved(args.parser, outputs, others=others, force=args.force),
         _standard_output(args) as stream,
         tracing(args.trace) as trace,
-        _Question(question) as asked,
+        _Question(question, known) as asked,
     ):
         for warning in asked.recording.warnings:
             warn(warning)
@@ -149,9 +152,8 @@ def _answer(args: argparse.Namespace, question: str) -> int:
 class _Question:
     """The recording that is asked, and what is known about it: of a recorded conversation it is the user's side."""
 
-    def __init__(self, question: str):
+    def __init__(self, question: str, known: dict[str, Any] | None):
         self.words: list[dict[str, Any]] = []
-        known = None if question == "-" else _conversation(question)
         self.recording = Recording(question, side=None if known is None else 1)
         self.from_conversation = known is not None and self.recording.channels == 2
         if known is not None and self.from_conversation:
