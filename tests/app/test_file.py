@@ -527,7 +527,7 @@ def test_a_seed_that_changes_nothing(here: Path, model: FakeModel, capsys: pytes
     ask(0.1)
     command = ["file", "q.wav", "-o", "a.wav", "--quiet", "--force"]
     assert main([*command, "--seed", "3", "--greedy"]) == 0
-    assert "--seed 3 changes nothing" in capsys.readouterr().err
+    assert "seed: 3 changes nothing" in capsys.readouterr().err
     for options in (["--seed", "3"], ["--greedy"], ["--seed", "3", "--greedy", "--audio-temperature", "0.5"]):
         assert main([*command, *options]) == 0
         assert capsys.readouterr().err == ""

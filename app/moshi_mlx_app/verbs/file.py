@@ -307,9 +307,9 @@ def check_seed(seed: int, model: Moshi, generation: GenerationConfig) -> None:
     drawn = generation.text.temperature or (generation.audio.temperature and model.config.model_type != "stt")
     if seed and not drawn:
         warn(
-            f"--seed {seed} changes nothing: with these settings {model.name} always says what is likeliest. "
+            f"{seed} changes nothing: with these settings {model.name} always says what is likeliest. "
             "Temperatures above 0 draw, such as --text-temperature 0.7 --audio-temperature 0.8",
-            "notice",
+            "seed",
         )
 
 
