@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = ROOT / "moshi_mlx" / "assets" / "questions.wav"
 
 # Commands, by how they begin or what is in them.
 NOT_RUN = {
@@ -42,7 +42,7 @@ NOT_RUN = {
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}
 # Indented blocks that are pictures, by their first words, and what a command prints.
-PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "{'source'")
+PICTURES = ("talk.wav  ", "pcm_in > encode", "moshi_mlx/  ", "{'source'")
 
 
 class Block(NamedTuple):
