@@ -42,7 +42,7 @@ NOT_RUN = {
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}
 # Indented blocks that are pictures, by their first words, and what a command prints.
-PICTURES = ("talk.wav  ", "pcm_in > encode", "moshi_mlx/  ", "{'source'")
+PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "talk.wav  ", "{'source'")
 
 
 class Block(NamedTuple):
@@ -77,7 +77,7 @@ def commands() -> list[Block]:
     """The lines of all other blocks, without comments."""
     lines = []
     for block in BLOCKS:
-        if block.language == "python" or block.text.startswith(PICTURES[:2]):
+        if block.language == "python" or block.text.startswith(PICTURES[:3]):
             continue
         for offset, line in enumerate(block.text.splitlines()):
             command = re.split(r"\s{2,}(?!-)|\s+#", line.removeprefix("$ ").strip())[0]
