@@ -343,7 +343,7 @@ def test_the_demo_asks_the_shipped_recording(here: Path, model: FakeModel) -> No
 
 def test_the_shipped_questions_are_the_models_own() -> None:
     """If this fails, the demo asks what the small model was never taught."""
-    from moshi_mlx.training.dialogues import exchanges
+    from moshi_mlx_training.speech.dialogues import exchanges
 
     answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
     assets = ROOT / "moshi_mlx" / "assets"

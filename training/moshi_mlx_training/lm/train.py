@@ -1,6 +1,6 @@
 """Train the language model in MLX: on any machine that MLX runs on, with the model that the program runs.
 
-    python -m moshi_mlx.training.lm_train moshi_mlx/builtin/small runs/lm/data runs/lm/train --workers 2
+    python -m moshi_mlx_training.lm.train moshi_mlx/builtin/small runs/lm/data runs/lm/train --workers 2
 
 runs until stopped (Ctrl-C, SIGTERM) and goes on where it stopped when run again. The learning rate is constant; a
 run with ``--finish-in 12`` lowers it to nothing over 12 minutes and ends. ``--plot`` draws the log instead.
@@ -32,10 +32,10 @@ from mlx.utils import tree_unflatten
 from moshi_mlx.checkpoint.files import read_safetensors
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.text import TextTokenizer
-from moshi_mlx.training.lm_batch import training_batch
-from moshi_mlx.training.lm_dialogue import Pieces
-from moshi_mlx.training.lm_model import FIGURES, Learner, flat, losses
-from moshi_mlx.training.process import Stop, keep_memory
+from moshi_mlx_training.lm.batch import training_batch
+from moshi_mlx_training.lm.dialogue import Pieces
+from moshi_mlx_training.lm.model import FIGURES, Learner, flat, losses
+from moshi_mlx_training.process import Stop, keep_memory
 
 WARMUP = 100  # steps
 CLIP = 1.0
@@ -147,7 +147,7 @@ class Trainer:
 
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a published file; the heads, which are not published, are new."""
-        from moshi_mlx.training.lm_evaluate import load_weights
+        from moshi_mlx_training.lm.evaluate import load_weights
 
         lm = load_weights(path, self.config)
         self.learner.lm.load_weights([(name, value.astype(mx.float32)) for name, value in flat(lm.parameters())])
@@ -345,7 +345,7 @@ def plot(run: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.lm_train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.lm.train", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder with config.json and the tokenizer")
     parser.add_argument("data", type=Path, help="folder that 'lm_data encode' wrote")
     parser.add_argument("run", type=Path, help="folder of the checkpoint and the log; an existing run goes on")

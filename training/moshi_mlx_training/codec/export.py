@@ -1,6 +1,6 @@
 """A trained codec as published files: ``mimi.safetensors`` and ``mimi_config.json``.
 
-python -m moshi_mlx.training.export runs/codec/codec.pt moshi_mlx/builtin/small
+python -m moshi_mlx_training.codec.export runs/codec/codec.pt moshi_mlx/builtin/small
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moshi_mlx.training.mimi_torch import CausalConv, Codebook, Mimi
+from moshi_mlx_training.codec.mimi_torch import CausalConv, Codebook, Mimi
 
 
 def published_tensors(model: Mimi, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -65,9 +65,11 @@ def from_published(weights: Path, usage: float) -> Mimi:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from moshi_mlx.training.checkpoint import load_model
+    from moshi_mlx_training.checkpoint import load_model
 
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moshi_mlx_training.codec.export", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("checkpoint", type=Path, help="codec.pt or finetuned.pt")
     parser.add_argument("folder", type=Path, help="where the two files go")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")

@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 
 from moshi_mlx.config import LmConfig
 from moshi_mlx.lm import Lm
-from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_data import heard_words
-from moshi_mlx.training.speech import PHONES
+from moshi_mlx_training.lm.data import heard_words
+from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.synthesis import PHONES
 
 ANSWER, HEARD, PHONE, SEMANTIC, ACOUSTIC = 0.5, 0.5, 0.3, 1.0, 0.7  # weights of losses beside the text's
 

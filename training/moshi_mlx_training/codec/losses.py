@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moshi_mlx.training.speech import SAMPLE_RATE
+from moshi_mlx_training.speech.synthesis import SAMPLE_RATE
 
 RESOLUTIONS = ((256, 32), (512, 48), (1024, 80), (2048, 100))  # (window, mel bands); hop is a quarter window
 REPORTED = 1024  # the resolution whose mel distance is logged and evaluated

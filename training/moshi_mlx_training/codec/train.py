@@ -1,6 +1,6 @@
 """Train the codec: everything at once, from waveforms and phone labels.
 
-    python -m moshi_mlx.training.codec runs/data runs/codec
+    python -m moshi_mlx_training.codec.train runs/data runs/codec
 
 runs until stopped (Ctrl-C, SIGTERM) and goes on where it stopped when run again. The learning rate is constant; a
 run with ``--finish-in 20`` lowers it to nothing over 20 minutes and ends; run again, it starts at the full rate.
@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moshi_mlx.training import checkpoint
-from moshi_mlx.training.adversary import Judge, losses_of
-from moshi_mlx.training.data import FRAME_SAMPLES, Corpus
-from moshi_mlx.training.export import from_published
-from moshi_mlx.training.losses import RESOLUTIONS, low_loss, spectral_loss
-from moshi_mlx.training.mimi_torch import Mimi
-from moshi_mlx.training.process import Stop, half_precision, keep_memory
-from moshi_mlx.training.speech import SAMPLE_RATE
+from moshi_mlx_training import checkpoint
+from moshi_mlx_training.codec.adversary import Judge, losses_of
+from moshi_mlx_training.codec.data import FRAME_SAMPLES, Corpus
+from moshi_mlx_training.codec.export import from_published
+from moshi_mlx_training.codec.losses import RESOLUTIONS, low_loss, spectral_loss
+from moshi_mlx_training.codec.mimi_torch import Mimi
+from moshi_mlx_training.process import Stop, half_precision, keep_memory
+from moshi_mlx_training.speech.synthesis import SAMPLE_RATE
 
 Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
 WAVE, COMMITMENT, PHONE, LOW = 1.0, 0.5, 1.0, 2.0  # weights beside the spectral loss
@@ -379,7 +379,7 @@ def train(options: argparse.Namespace) -> None:
 
 def parser_for(module: str, description: str, rate: float, answer_share: float) -> argparse.ArgumentParser:
     """The options both trainers have."""
-    parser = argparse.ArgumentParser(prog=f"python -m moshi_mlx.training.{module}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m moshi_mlx_training.codec.{module}", description=description)
     parser.add_argument("data", type=Path, help="folder of shards")
     parser.add_argument("run", type=Path, help="folder of the checkpoints and logs; an existing run goes on")
     parser.add_argument(
@@ -401,7 +401,7 @@ def parser_for(module: str, description: str, rate: float, answer_share: float) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_for("codec", __doc__.split("\n")[0], 5e-4, 0.5)
+    parser = parser_for("train", __doc__.split("\n")[0], 5e-4, 0.5)
     options = parser.parse_args(arguments)
     options.stage = "codec"
     keep_memory()

@@ -1,7 +1,7 @@
 """What the text stream is for: the same conversations, taught with the streams shifted or without words.
 
-    python -m moshi_mlx.training.lm_ablate train    moshi_mlx/builtin/small runs/lm/data runs/ablate --steps 100
-    python -m moshi_mlx.training.lm_ablate evaluate moshi_mlx/builtin/small runs/lm/data runs/ablate
+    python -m moshi_mlx_training.lm.ablate train    moshi_mlx/builtin/small runs/lm/data runs/ablate --steps 100
+    python -m moshi_mlx_training.lm.ablate evaluate moshi_mlx/builtin/small runs/lm/data runs/ablate
 
 Four small models, alike but for one thing, trained from the same weights for as many steps (what Défossez et al. 2024
 show in sections 3.4.4 and 5.7, on synthetic speech and a few topics):
@@ -33,14 +33,14 @@ from moshi_mlx.generate import GenerationConfig, Generator
 from moshi_mlx.lm import Lm
 from moshi_mlx.sampling import Sampling
 from moshi_mlx.text import PAD, TextTokenizer
-from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_batch import make_batch
-from moshi_mlx.training.lm_data import UNKNOWN, answer_clip, trimmed
-from moshi_mlx.training.lm_dialogue import Answer, Pieces, Window, answer_tokens, compose
-from moshi_mlx.training.lm_evaluate import BEFORE, load_weights, question_stream, room_codes, said
-from moshi_mlx.training.lm_model import FIGURES
-from moshi_mlx.training.lm_train import Trainer, preload_blas, read_model
-from moshi_mlx.training.process import Stop, keep_memory
+from moshi_mlx_training.lm.batch import make_batch
+from moshi_mlx_training.lm.data import UNKNOWN, answer_clip, trimmed
+from moshi_mlx_training.lm.dialogue import Answer, Pieces, Window, answer_tokens, compose
+from moshi_mlx_training.lm.evaluate import BEFORE, load_weights, question_stream, room_codes, said
+from moshi_mlx_training.lm.model import FIGURES
+from moshi_mlx_training.lm.train import Trainer, preload_blas, read_model
+from moshi_mlx_training.process import Stop, keep_memory
+from moshi_mlx_training.speech import dialogues
 
 SHIFT = 16  # frames: 1.3 s, longer than any word
 VARIANTS = {"moshi": (0, 0), "no-monologue": (0, 0), "text-first": (0, SHIFT), "sound-first": (SHIFT, 0)}
@@ -132,7 +132,7 @@ def mixed() -> tuple[str, ...]:
 
 def spoken(sentence: str, codec: Any, tokenizer: TextTokenizer) -> Answer:
     """A sentence in the answering voice, as `lm_data` makes answers."""
-    from moshi_mlx.training.lm_data import ANSWER_BEFORE
+    from moshi_mlx_training.lm.data import ANSWER_BEFORE
 
     pcm, frames, starts = answer_clip(sentence)
     codes = codec.encode(pcm.astype(np.float32) / np.float32(32768)).T[ANSWER_BEFORE:]
@@ -197,7 +197,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """A table of what each variant can do, then one line of JSON."""
     from moshi_mlx.codec import make_codec
     from moshi_mlx.mimi import MimiConfig
-    from moshi_mlx.training.recognise import Recogniser
+    from moshi_mlx_training.speech.recogniser import Recogniser
 
     config, tokenizer = read_model(options.model)
     sizes = MimiConfig.from_dict(json.loads((options.model / "mimi_config.json").read_text()))
@@ -258,7 +258,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.lm_ablate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.lm.ablate", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (("train", "train the variants"), ("evaluate", "compare them, running free")):
         command = commands.add_parser(name, help=purpose)

@@ -1,7 +1,7 @@
 """What the language model hears and says, as codes on disk.
 
-    python -m moshi_mlx.training.lm_data speak  runs/lm/data --questions 32000
-    python -m moshi_mlx.training.lm_data encode runs/lm/data --codec runs/codec/codec.pt
+    python -m moshi_mlx_training.lm.data speak  runs/lm/data --questions 32000
+    python -m moshi_mlx_training.lm.data encode runs/lm/data --codec runs/codec/codec.pt
 
 ``speak`` needs the synthesizers and no codec: it writes spoken questions by many voices (``train-NNNN``), new
 renderings by the same voices (``known``) and by voices never used in training (``held``), the answers in the
@@ -29,8 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.training import dialogues, sentences
-from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, SAMPLE_RATE, TRAINING, SpeechUnavailable, say
+from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech.synthesis import (
+    ANSWERING_VOICE,
+    HELD_OUT,
+    SAMPLE_RATE,
+    TRAINING,
+    SpeechUnavailable,
+    say,
+)
 
 FRAME = 1920  # samples: one column of codes
 RATE = SAMPLE_RATE / FRAME  # frames a second
@@ -85,7 +92,7 @@ def trimmed(pcm: Pcm, threshold: float = 0.01) -> tuple[int, int]:
 
 def question_clip(split: str, rng: random.Random, noise: np.random.Generator) -> dict[str, Any]:
     """One spoken question or unknown sentence in a room: pcm [frames * 1920] and what is known about it."""
-    from moshi_mlx.training.data import through_microphone
+    from moshi_mlx_training.codec.data import through_microphone
 
     if rng.random() < UNKNOWN_SHARE:
         exchange, text = UNKNOWN, sentences.sentence(rng)
@@ -221,8 +228,8 @@ def load_codec(path: Path) -> tuple[Any, str]:
     """The codec of a checkpoint or published file, and a digest of what makes the codes (the decoder may differ)."""
     import torch
 
-    from moshi_mlx.training.checkpoint import load_model
-    from moshi_mlx.training.export import from_published
+    from moshi_mlx_training.checkpoint import load_model
+    from moshi_mlx_training.codec.export import from_published
 
     model = from_published(path, usage=1.0) if path.suffix == ".safetensors" else load_model(path)
     digest = hashlib.sha256()
@@ -272,7 +279,7 @@ def encode_set(folder: Path, name: str, codec: Any, digest: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.lm_data", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.lm.data", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     speak = commands.add_parser("speak", help="synthesize waveforms")
     encode = commands.add_parser("encode", help="turn waveforms into codes")
@@ -300,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     import torch
 
-    from moshi_mlx.training.process import keep_memory
+    from moshi_mlx_training.process import keep_memory
 
     keep_memory()  # encoding is twice as fast with it
     torch.set_num_threads(options.threads)

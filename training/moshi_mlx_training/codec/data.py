@@ -5,7 +5,7 @@ phone for each 960 samples). ``answer`` shards hold the answering voice alone, `
 speaker. What a shard says, and who says it, depends on its kind and number only, so a corpus can grow while a trainer
 runs: it looks again every two minutes.
 
-    python -m moshi_mlx.training.data runs/data --minutes 60
+    python -m moshi_mlx_training.codec.data runs/data --minutes 60
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.training import dialogues, sentences
-from moshi_mlx.training.speech import (
+from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech.synthesis import (
     ANSWERING_VOICE,
     LABEL_SAMPLES,
     SAMPLE_RATE,
@@ -94,7 +94,7 @@ class Corpus:
         if missing:
             raise FileNotFoundError(
                 f"no {' or '.join(missing)} shards in {folder}: make them with "
-                f"'python -m moshi_mlx.training.data {folder} --minutes 60'"
+                f"'python -m moshi_mlx_training.codec.data {folder} --minutes 60'"
             )
 
     def refresh(self) -> None:
@@ -174,7 +174,7 @@ def through_microphone(pcm: NDArray[np.float32], rng: np.random.Generator) -> ND
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.data", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.codec.data", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the shards go; those already there are kept")
     parser.add_argument("--minutes", type=float, default=60, help="in all, half of it the answering voice (60)")
     options = parser.parse_args(arguments)

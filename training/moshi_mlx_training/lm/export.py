@@ -1,6 +1,6 @@
 """A trained language model as a published file: ``model.safetensors`` in MLX's layout, 8 bits by default.
 
-python -m moshi_mlx.training.lm_export moshi_mlx/builtin/small runs/lm/train/lm.safetensors
+python -m moshi_mlx_training.lm.export moshi_mlx/builtin/small runs/lm/train/lm.safetensors
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import mlx.nn as nn
 from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.config import LmConfig
 from moshi_mlx.lm import Lm
-from moshi_mlx.training.lm_evaluate import load_weights
-from moshi_mlx.training.lm_model import flat
-from moshi_mlx.training.lm_train import read_model
 from moshi_mlx.weights import to_mlx_layout
+from moshi_mlx_training.lm.evaluate import load_weights
+from moshi_mlx_training.lm.model import flat
+from moshi_mlx_training.lm.train import read_model
 
 GROUP = 64
 
@@ -39,7 +39,7 @@ def published_tensors(lm: Lm, config: LmConfig, bits: int | None = 8) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.lm_export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.lm.export", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder with config.json; the file goes there")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--bits", type=int, default=8, choices=(0, 4, 8), help="0: bfloat16 (8)")

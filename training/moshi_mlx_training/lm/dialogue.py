@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.text import EPAD, PAD, TextTokenizer
-from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
+from moshi_mlx_training.lm.data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
+from moshi_mlx_training.speech import dialogues
 
 LEAD = 2  # frames by which a word's first token comes before its sound
 # Frames from the end of a question to the first sound of its answer: 6 or 7. The text begins three frames before that,
@@ -174,7 +174,7 @@ class Pieces:
         self._read: set[str] = set()
         self.refresh()
         if not self.questions:
-            raise FileNotFoundError(f"no questions {sets}.npz in {folder}: run 'python -m moshi_mlx.training.lm_data'")
+            raise FileNotFoundError(f"no questions {sets}.npz in {folder}: run 'python -m moshi_mlx_training.lm.data'")
 
     def refresh(self) -> int:
         """Read question sets that have come since; returns how many questions there are. Order depends on names."""
@@ -207,7 +207,7 @@ class Pieces:
                 return {key: file[key] for key in file.files}
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no {name} in {self.folder}: run 'python -m moshi_mlx.training.lm_data encode {self.folder}'"
+                f"no {name} in {self.folder}: run 'python -m moshi_mlx_training.lm.data encode {self.folder}'"
             ) from None
 
 

@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.training.dialogues import words
-from moshi_mlx.training.speech import ANSWERING_VOICE, LEVEL_DB, SAMPLE_RATE, resample, say
+from moshi_mlx_training.speech.dialogues import words
+from moshi_mlx_training.speech.synthesis import ANSWERING_VOICE, LEVEL_DB, SAMPLE_RATE, resample, say
 
 RATE = 16000
 # pocketsphinx knows 39 phones; ours that are not among them

@@ -1,6 +1,6 @@
 """What the codec keeps of speech it never saw: sentences, renderings and speakers that are not in training.
 
-    python -m moshi_mlx.training.evaluate runs/codec/codec.pt
+    python -m moshi_mlx_training.codec.evaluate runs/codec/codec.pt
 
 For the answering voice (answers; new sentences), known speakers (questions) and held-out speakers (questions):
 mel distance, STOI (of sentences with 0.4 s of speech or more), PESQ-WB, phones read off the semantic codebook, and
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moshi_mlx.training import dialogues, sentences
-from moshi_mlx.training.checkpoint import load_model
-from moshi_mlx.training.data import FRAME_SAMPLES
-from moshi_mlx.training.losses import mel_distance
-from moshi_mlx.training.mimi_torch import Mimi
-from moshi_mlx.training.recognise import Recogniser
-from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, SAMPLE_RATE, TRAINING, resample, say
+from moshi_mlx_training.checkpoint import load_model
+from moshi_mlx_training.codec.data import FRAME_SAMPLES
+from moshi_mlx_training.codec.losses import mel_distance
+from moshi_mlx_training.codec.mimi_torch import Mimi
+from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech.recogniser import Recogniser
+from moshi_mlx_training.speech.synthesis import ANSWERING_VOICE, HELD_OUT, SAMPLE_RATE, TRAINING, resample, say
 
 _SEED = 777_000
 _LEAD = 6 * FRAME_SAMPLES  # silence before each sentence
@@ -122,7 +122,9 @@ def evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.evaluate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moshi_mlx_training.codec.evaluate", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("checkpoint", type=Path, help="codec.pt or finetuned.pt")
     parser.add_argument("--count", type=int, default=100, help="sentences of each of the four groups (100)")
     parser.add_argument("--group", default="", help="only groups whose names begin so: answers, known, held-out")

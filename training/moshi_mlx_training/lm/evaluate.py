@@ -1,6 +1,6 @@
 """How the language model answers when it runs free: exact answers, silence, interruption, and what an ear hears.
 
-    python -m moshi_mlx.training.lm_evaluate moshi_mlx/builtin/small runs/lm/data --weights runs/lm/train/lm.safetensors
+    python -m moshi_mlx_training.lm.evaluate moshi_mlx/builtin/small runs/lm/data --weights runs/lm/train/lm.safetensors
 
 Nothing is teacher-forced: the user's codes go in frame by frame through the program's own generator, and what comes
 out is read. ``known`` are new renderings by speakers of the training set, ``held`` speakers that were never in it.
@@ -29,10 +29,10 @@ from moshi_mlx.generate import GenerationConfig, Generator
 from moshi_mlx.lm import Lm
 from moshi_mlx.sampling import Sampling
 from moshi_mlx.text import TextTokenizer
-from moshi_mlx.training import dialogues
-from moshi_mlx.training.lm_data import UNKNOWN
-from moshi_mlx.training.lm_dialogue import STEADY, STOP, Pieces, Question
-from moshi_mlx.training.lm_train import preload_blas, read_model
+from moshi_mlx_training.lm.data import UNKNOWN
+from moshi_mlx_training.lm.dialogue import STEADY, STOP, Pieces, Question
+from moshi_mlx_training.lm.train import preload_blas, read_model
+from moshi_mlx_training.speech import dialogues
 
 BEFORE, AFTER = 8, 75  # frames of room before a question and after its clip
 SILENT_FRAMES = 375
@@ -169,7 +169,7 @@ def heard_by_ear(
     codec: Any, questions: Sequence[Question], codes: Ints, text: Ints, tokenizer: TextTokenizer
 ) -> dict[str, Any]:
     """Which answer a recogniser hears in the decoded sound: the right one, the written one."""
-    from moshi_mlx.training.recognise import Recogniser
+    from moshi_mlx_training.speech.recogniser import Recogniser
 
     judge, texts = Recogniser(dialogues.answers()), dialogues.answers()
     right, written = [], []
@@ -221,7 +221,7 @@ def interruptions(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m moshi_mlx.training.lm_evaluate", description=__doc__.split("\n")[0]
+        prog="python -m moshi_mlx_training.lm.evaluate", description=__doc__.split("\n")[0]
     )
     parser.add_argument("model", type=Path, help="folder with config.json and the tokenizer")
     parser.add_argument("data", type=Path, help="folder that 'lm_data encode' wrote")

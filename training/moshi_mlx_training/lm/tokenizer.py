@@ -1,6 +1,6 @@
 """The small model's text tokenizer: a SentencePiece model of the words it can say, other text in bytes.
 
-    python -m moshi_mlx.training.lm_tokenizer moshi_mlx/builtin/small/tokenizer.model
+    python -m moshi_mlx_training.lm.tokenizer moshi_mlx/builtin/small/tokenizer.model
 
 Ids are those of Kyutai's models: 0 ``<unk>`` (EPAD in the text stream), 1 and 2 the ends, 3 padding, then 256 bytes.
 Nearly every word of the answers is one piece, so a word takes one frame. The same answers give the same file.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
-from moshi_mlx.training.dialogues import answers
+from moshi_mlx_training.speech.dialogues import answers
 
 PIECES = 624
 _WORD_WEIGHT = 200  # how often each word is shown alone: enough for words to win over their syllables
@@ -53,7 +53,7 @@ def tokenizer_bytes(pieces: int = PIECES) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m moshi_mlx.training.lm_tokenizer", description=__doc__.split("\n")[0]
+        prog="python -m moshi_mlx_training.lm.tokenizer", description=__doc__.split("\n")[0]
     )
     parser.add_argument("file", type=Path, help="where the tokenizer goes")
     options = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moshi_mlx.training.mimi_torch import Mimi, MimiShape
+from moshi_mlx_training.codec.mimi_torch import Mimi, MimiShape
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def model_state(model: Mimi) -> dict[str, Any]:
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint's dictionary; raises FileNotFoundError naming the command that makes one."""
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}: train one with 'python -m moshi_mlx.training.codec'")
+        raise FileNotFoundError(f"no checkpoint {path}: train one with 'python -m moshi_mlx_training.codec.train'")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 

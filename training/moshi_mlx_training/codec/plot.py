@@ -1,6 +1,6 @@
 """Curves of a training log.
 
-python -m moshi_mlx.training.plot runs/codec/codec.jsonl codec.png
+python -m moshi_mlx_training.codec.plot runs/codec/codec.jsonl codec.png
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m moshi_mlx.training.plot", description="Curves of a training log.")
+    parser = argparse.ArgumentParser(
+        prog="python -m moshi_mlx_training.codec.plot", description="Curves of a training log."
+    )
     parser.add_argument("log", type=Path)
     parser.add_argument("image", type=Path, help="a .png or .svg file to write")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Tune the decoder to the answering voice; what makes the codes stays as it is.
 
-    python -m moshi_mlx.training.finetune runs/data runs/codec
+    python -m moshi_mlx_training.codec.finetune runs/data runs/codec
 
 starts from ``codec.pt``, or from a published file with ``--start-from``, and writes ``finetuned.pt``. Codes made before
 stay valid, so a language model can be trained meanwhile. A share of other voices keeps their resynthesis intelligible.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moshi_mlx.training.codec import parser_for, train
-from moshi_mlx.training.process import keep_memory
+from moshi_mlx_training.codec.train import parser_for, train
+from moshi_mlx_training.process import keep_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

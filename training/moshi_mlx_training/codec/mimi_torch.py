@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moshi_mlx.training.speech import PHONES
+from moshi_mlx_training.speech.synthesis import PHONES
 
 # Speech is quiet beside the decoder's activations. Weights small enough to say so would be rewritten by every step of
 # Adam; the last convolution keeps ordinary ones and is turned down by this, which export multiplies in.
