@@ -71,7 +71,7 @@ class Loading:
 
     def __call__(self, doing: str) -> None:
         if self._status is not None:
-            self._status.update(Text(doing))
+            self._status.update(Text(printable(doing)))
 
     def __enter__(self) -> Loading:
         if self._status is not None:
