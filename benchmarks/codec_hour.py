@@ -10,27 +10,15 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 import moshi_mlx
-from benchmarks.workers import machine
+from benchmarks.workers import clocks, machine, resident
 from moshi_mlx.codec import Codec
 
 EARLY, WINDOW = 3000, 2000
-
-
-def resident() -> int | None:
-    """Bytes that this process holds now; None where the system does not say."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * 4096 if path.exists() else None
-
-
-def clocks() -> np.ndarray:
-    """Seconds of processor and of wall time."""
-    return np.array([time.process_time(), time.perf_counter()])
 
 
 class Stream:
@@ -63,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = moshi_mlx.load("small").codec
     assert codec is not None
     old, young = Stream(codec), Stream(codec)
-    memory: dict[int, int | None] = {}
+    memory: dict[int, int] = {}
     until = time.monotonic() + 60 * args.minutes
     while old.frame < args.frames and (old.frame < 2 * EARLY or time.monotonic() < until):
         old.step()
@@ -92,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, row in rows.items():
         print(f"{name:20} {row['early_ms']:12.2f} {row['late_ms']:14.2f} {row['late_ms'] / row['early_ms']:7.3f}")
     for index, held in memory.items():
-        print(f"resident after {index:,} frames: " + ("not known" if held is None else f"{held / 1e6:.1f} MB"))
+        print(f"resident after {index:,} frames: {held / 1e6:.1f} MB")
     print(json.dumps({"benchmark": "codec_hour", "machine": here, "frames": frames, "ms": rows, "resident": memory}))
 
 

@@ -28,7 +28,10 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 from yarl import URL
+
+from benchmarks.workers import resident
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME, RATE = 1_920, 24_000
@@ -117,16 +120,12 @@ class Program:
 
     def memory(self) -> float:
         """MB that are resident."""
-        said = subprocess.run(["ps", "-o", "rss=", "-p", str(self.process.pid)], capture_output=True, text=True)
-        return int(said.stdout) / 1024
+        return resident(self.process.pid) / 1e6
 
     def spent(self) -> float:
-        """Seconds of processor time, where the system tells."""
-        try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return float("nan")
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Seconds of processor time."""
+        spent = psutil.Process(self.process.pid).cpu_times()
+        return float(spent.user + spent.system)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)

@@ -12,13 +12,15 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-__all__ = ["Worker", "machine", "peer_python", "summary"]
+__all__ = ["Worker", "clocks", "machine", "peer_python", "resident", "summary"]
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -55,11 +57,13 @@ class Worker:
         """What the worker said when it was ready."""
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
+        """Ask, and wait for the answer, to which ``resident_mb`` is added: megabytes that the worker then holds."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        answer["resident_mb"] = resident(self._process.pid) / 1e6
+        return answer
 
     def close(self) -> None:
         """End the worker."""
@@ -84,6 +88,17 @@ class Worker:
             raise SystemExit(f"{self._process.args!r} ended: see its message above")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def resident(process: int | None = None) -> int:
+    """Bytes of memory that a process holds now, this one by default."""
+    held: int = psutil.Process(process).memory_info().rss
+    return held
+
+
+def clocks() -> np.ndarray:
+    """Seconds of processor time of this process, all threads, and of wall time."""
+    return np.array([time.process_time(), time.perf_counter()])
 
 
 def machine() -> dict[str, Any]:

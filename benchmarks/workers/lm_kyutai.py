@@ -78,6 +78,4 @@ for line in sys.stdin:
         with graph.fused():
             text = generator.step(mx.array(rng.integers(0, 2048, size=(1, 8)).astype(np.int32)))[0]
             answer["kernels"] = graph.count(text, generator.gen_sequence)[1]
-    with open("/proc/self/statm") as file:
-        answer["resident_mb"] = int(file.read().split()[1]) * 4096 / 1e6
     print(json.dumps(answer), flush=True)

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -104,12 +103,6 @@ def skip(generator: Generator, frames: int) -> None:
     generator._position += frames
 
 
-def resident() -> float | None:
-    """Megabytes in memory, where the system tells (Linux)."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * 4096 / 1e6 if path.exists() else None
-
-
 def main() -> None:
     ask = json.loads(sys.argv[1])
     lm = build(ask)
@@ -148,7 +141,6 @@ def main() -> None:
         if question.get("products"):
             answer["products"] = [products(generator) for _ in range(question["products"])]
         answer["position"] = generator.position
-        answer["resident_mb"] = resident()
         print(json.dumps(answer), flush=True)
 
 

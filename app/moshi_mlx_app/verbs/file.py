@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from importlib import resources
@@ -22,7 +21,7 @@ from moshi_mlx_app.options import (
     bounded,
     generation_from,
 )
-from moshi_mlx_app.terminal import Face, say, warn
+from moshi_mlx_app.terminal import AnswerProgress, say, warn
 from moshi_mlx_app.tracing import add_trace_option, tracing
 from moshi_mlx_app.transcript import Transcript, write_json
 from moshi_mlx_app.version import program
@@ -151,7 +150,7 @@ class _Answer:
         text = not (args.quiet or args.json)
         with (
             model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
-            Face(samples / rate, text=text, bar=not args.quiet) as face,
+            AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
         ):
             step, write = session.step, self._file.write
             if self.trace is not None:
@@ -185,11 +184,11 @@ class _Answer:
             say(json.dumps(about.as_dict()))
         elif not self.args.quiet:
             factor = about.seconds_computed / about.duration
-            print(
-                f"{self.output}: {about.duration:.1f} s, left Moshi, right the question; words in {self.transcript}\n"
-                f"computed in {about.seconds_computed:.1f} s: real-time factor {factor:.2f} "
-                f"(1: as fast as speech)",
-                file=sys.stderr,
+            warn(
+                f"{self.output}: {about.duration:.1f} s, left Moshi, right the question; words in {self.transcript}", ""
+            )
+            warn(
+                f"computed in {about.seconds_computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", ""
             )
 
     def keep(self) -> str:
