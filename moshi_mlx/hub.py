@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
 from .checkpoint.repo import HubRepo, Progress
@@ -267,7 +267,7 @@ def _place(
     text = os.fspath(source)
     if isinstance(source, str) and source in builtin_models():
         return _Folder(BUILTIN / text), weights
-    path = Path(os.path.expanduser(text))  # which, unlike Path.expanduser, leaves "~nobody" as it is
+    path = _path(text)
     if text and os.path.isdir(path):
         return _Folder(path), weights
     if os.path.isfile(path):
@@ -280,6 +280,14 @@ def _place(
     )
 
 
+def _path(text: str) -> Path:
+    """A path as a person types it. What cannot be one stays as it is: no file is called so."""
+    try:
+        return Path(os.path.expanduser(text))
+    except ValueError:  # a zero, or half of a surrogate pair, behind the ~
+        return Path(text)
+
+
 def fetch_file(
     reference: str,
     *,
@@ -289,7 +297,7 @@ def fetch_file(
 ) -> Path:
     """One file: a path on this machine, or ``hf://organisation/name/path``."""
     if not reference.startswith("hf://"):
-        path = Path(os.path.expanduser(reference))
+        path = _path(reference)
         if not os.path.isfile(path):
             raise CheckpointError(f"{str(path)[:300]}: no such file")
         return path
@@ -442,8 +450,7 @@ def _fetch_reference(name: str, place: _Place, options: dict[str, Any]) -> Path:
         raise CheckpointError(f"{place.label}: {name[:100]!r} is not understood; hf://organisation/name/path is")
     if not isinstance(place, _Folder):
         raise DownloadError(f"{place.label} names {name[:100]!r}: a repository may not point at files of this machine")
-    parsed = urlparse(name)
-    path = Path(unquote((parsed.netloc or "") + parsed.path))
+    path = Path(unquote(name.removeprefix("file://")))
     path = path if path.is_absolute() else inner_path(place.path, path.as_posix(), place.label)
     if not os.path.isfile(path):
         raise CheckpointError(f"{place.label} names {name[:100]!r}, but there is no such file")

@@ -493,10 +493,13 @@ def test_small_files_have_the_hash_that_git_gives_them(server: FakeHub, cache: P
 
 def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> None:
     """If this fails, a mirror that makes ETags of its own is believed about contents that the hub has described."""
-    server.repos[NAME] = FakeRepo(dict(FILES), headers={"ETag": f'"{hashlib.sha256(b"?" * 5000).hexdigest()}"'})
-    server.repos[NAME].body = lambda data: [b"?" * len(data)]
+    repo = server.repos[NAME] = FakeRepo(dict(FILES), body=lambda data: [b"?" * len(data)])
+    repo.headers["ETag"] = f'"{hashlib.sha256(b"?" * 5000).hexdigest()}"'
     with pytest.raises(DownloadError, match="arrived damaged"):
         fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache)
+    repo.body = None
+    assert fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache).read_bytes() == FILES["weights.safetensors"]
+    assert [path.name for path in cache.rglob("blobs/*")] == [hashlib.sha256(FILES["weights.safetensors"]).hexdigest()]
 
 
 @pytest.mark.parametrize("status", [200, 500])

@@ -85,8 +85,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     CheckpointError
         If the file is missing, too large, not UTF-8, not JSON, nested too deeply, or not an object.
     """
-    file, size = open_file(path)
-    with file:
+    with open_file(path) as (file, size):
         if size > MAX_JSON:
             raise CheckpointError(f"{path} has {size} bytes, which is too much for a configuration")
         return parse_object(file.read(MAX_JSON), str(path))
@@ -134,9 +133,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Ten
     CheckpointError
         Names the file, the tensor and what to do.
     """
-    file, size = open_file(path)
     again = "the file is incomplete or damaged: fetch it again"
-    with file:
+    with open_file(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(

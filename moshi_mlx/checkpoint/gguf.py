@@ -97,8 +97,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> tuple[list[GgufTensor], in
         If the header is broken or uses a type other than F32, F16, BF16 and Q8_0.
     """
     path = Path(path)
-    file, size = open_file(path)
-    with file:
+    with open_file(path) as (file, size):
         reader = _Reader(file, path)
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file")
@@ -165,7 +164,7 @@ def iterate_gguf(path: str | os.PathLike[str]) -> Iterator[tuple[str, mx.array]]
     """Like :func:`read_gguf`, tensor by tensor: nothing is kept between two of them."""
     tensors, _ = read_gguf_header(path)
     try:
-        with open_file(path)[0] as file:
+        with open_file(path) as (file, _):
             for tensor in tensors:
                 file.seek(tensor.start)
                 if tensor.kind == "Q8_0":
@@ -175,7 +174,7 @@ def iterate_gguf(path: str | os.PathLike[str]) -> Iterator[tuple[str, mx.array]]
                         yield stem + part, array
                 else:
                     yield tensor.name, _read_plain(file, tensor)
-    except (OSError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

@@ -92,8 +92,7 @@ def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None
     """
     where = where or ("the file" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes):
-        file, size = open_file(source)
-        with file:
+        with open_file(source) as (file, size):
             if size > MAX_FILE:
                 raise CheckpointError(f"{where} has {size} bytes, which is too much for a voice")
             source = file.read(MAX_FILE)

@@ -89,6 +89,10 @@ class HubRepo:
 
         if revision is not None and (revision.startswith("/") or ".." in PurePosixPath(revision).parts):
             raise DownloadError(f"{revision!r} is not a revision of {repo}")
+        try:
+            folder = repo_folder_name(repo_id=repo, repo_type="model")
+        except ValueError as error:
+            raise DownloadError(f"{repo[:100]!r} is not the name of a repository: {error}") from error
         self.repo = repo
         self.revision = revision
         self.progress = progress
@@ -96,7 +100,7 @@ class HubRepo:
         self.offline = environment if offline is None else offline
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.cache = Path(cache or constants.HF_HUB_CACHE)
-        self._root = self.cache / repo_folder_name(repo_id=repo, repo_type="model")
+        self._root = self.cache / folder
         self._timeout = _TIMEOUT if timeout is None else timeout
         self._hashes: dict[str, str] = {}  # of large files: the names of their contents in the cache
         self.commit, self.sizes = self._list_cached() if self.offline else self._list()
@@ -240,7 +244,7 @@ class HubRepo:
             )
 
     def _download(self, name: str) -> None:
-        """Put a file's bytes where the cache keeps them (``blobs/<etag>``), and a link to them under its name."""
+        """Put a file's bytes where the cache keeps them (``blobs/<hash>``), and a link to them under its name."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
@@ -254,17 +258,16 @@ class HubRepo:
                 f"{self.endpoint} gives {name} of {self._label} the ETag {str(remote.etag)[:80]!r}, which is not the "
                 "hash that a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
             )
-        blob = self._root / "blobs" / remote.etag
+        digest = self._hashes.get(name, remote.etag)
+        blob = self._root / "blobs" / digest
         locks = self.cache / ".locks" / self._root.name
         for folder in (blob.parent, locks):
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             tell = stack.enter_context(self._telling(name, _length(_partial(blob)), size))
-            stack.enter_context(_locked(locks / f"{remote.etag}.lock", lambda: tell(_length(_partial(blob)))))
+            stack.enter_context(_locked(locks / f"{digest}.lock", lambda: tell(_length(_partial(blob)))))
             if not blob.is_file():
-                self._receive(
-                    name, urljoin(url, remote.location), blob, size, self._hashes.get(name, remote.etag), tell
-                )
+                self._receive(name, urljoin(url, remote.location), blob, size, tell)
             _link(self._pointer(name), blob)
             tell(size)
 
@@ -278,13 +281,13 @@ class HubRepo:
         with _hub_utils().tqdm(desc=printable(name), total=size, initial=here, unit="B", unit_scale=True) as bar:
             yield lambda at: bar.update(at - bar.n)
 
-    def _receive(self, name: str, url: str, blob: Path, size: int, digest: str, tell: Callable[[int], None]) -> None:
+    def _receive(self, name: str, url: str, blob: Path, size: int, tell: Callable[[int], None]) -> None:
         """Fetch a file to its end, going on with what is here of it; after a broken connection again.
 
         What is not the file announced is thrown away.
         """
         partial = _partial(blob)
-        hashed = _Hashed(size, digest)
+        hashed = _Hashed(size, blob.name)
         tries, farthest, pace = _TRIES, 0, _Pace(f"{name} of {self._label}")
         try:
             with partial.open("r+b" if _length(partial) <= size and partial.exists() else "w+b") as file:

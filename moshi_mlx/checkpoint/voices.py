@@ -109,9 +109,8 @@ def _voices(path: Path, wanted: str | None) -> list[tuple[str, bytes | None]]:
     keep an object of each member: it parses single headers here, and everything between them is counted.
     """
     voices: list[tuple[str, bytes | None]] = []
-    file, _ = open_file(path)
     try:
-        with file, gzip.GzipFile(fileobj=file) as stream:
+        with open_file(path) as (file, _), gzip.GzipFile(fileobj=file) as stream:
             name, passed, count = "", 0, 0
             while (header := stream.read(_BLOCK)) != bytes(_BLOCK):
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")

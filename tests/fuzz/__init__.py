@@ -48,6 +48,14 @@ FUZZERS = {
     "checkpoints": "files",
     "tokenizers": "files",
     "speakers": "files",
+    "hubs": "network",
+    "paths": "paths",
+    "recordings": "sound",
+    "opus": "sound",
+    "conversations": "live",
+    "kills": "live",
+    "messages": "server",
+    "requests": "server",
     "texts": "configs",
     "configs": "configs",
     "codec-configs": "configs",
@@ -110,9 +118,10 @@ def fuzzer(**bounds: Any) -> Callable[[Callable[[Path], Attack]], Fuzzer]:
 
 
 def load(name: str) -> Fuzzer:
-    """The fuzzer of this name."""
-    module = importlib.import_module(f"tests.fuzz.{FUZZERS[name]}")
-    found: Fuzzer = getattr(module, name.replace("-", "_"))
+    """The fuzzer of this name, or at a place: ``package.module:name``."""
+    module, _, attribute = name.rpartition(":")
+    module = module or f"tests.fuzz.{FUZZERS[name]}"
+    found: Fuzzer = getattr(importlib.import_module(module), attribute.replace("-", "_"))
     return found
 
 
@@ -133,7 +142,7 @@ def attack(
         Where the inputs that did harm are put.
     """
     arguments = {"name": name, "seed": seed, "inputs": inputs, "seconds": seconds, "first": first}
-    with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         arguments |= {"folder": folder, "keep": None if keep is None else str(keep)}
         code = "import sys, json; from tests.fuzz import _child; _child(**json.loads(sys.argv[1]))"
         run = subprocess.run(
@@ -213,7 +222,7 @@ def _kept(name: str, seed: int, index: int, data: bytes, what: str, keep: Path |
     if keep is None:
         return Finding(index, what)
     keep.mkdir(parents=True, exist_ok=True)
-    path = keep / f"{name}-{seed}-{index}"
+    path = keep / f"{name.rpartition(':')[2]}-{seed}-{index}"
     path.write_bytes(data)
     path.with_name(f"{path.name}.txt").write_text(
         f"python -m tests.fuzz {name} --seed {seed} --first {index} --inputs 1\n\n{what}\n"

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="where inputs that do harm are put")
     args = parser.parse_args()
     names = args.names or list(FUZZERS)
-    if unknown := set(names) - set(FUZZERS):
+    if unknown := {name for name in names if ":" not in name} - set(FUZZERS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(FUZZERS)}")
     print(f"seed {args.seed}; {args.seconds:g} s for {len(names)} fuzzers\n")
     print(f"{'fuzzer':16} {'inputs':>9} {'refused':>9} {'seconds':>8} {'MB':>6} {'findings':>8}", flush=True)
@@ -30,8 +30,8 @@ def main() -> int:
             name, args.seed, inputs=args.inputs, seconds=args.seconds / len(names), first=args.first, keep=args.keep
         )
         print(
-            f"{name:16} {outcome.inputs:9,} {outcome.refused:9,} {outcome.seconds:8.1f} {outcome.megabytes:6.0f} "
-            f"{len(outcome.findings):8}",
+            f"{name.rpartition(':')[2]:16} {outcome.inputs:9,} {outcome.refused:9,} {outcome.seconds:8.1f} "
+            f"{outcome.megabytes:6.0f} {len(outcome.findings):8}",
             flush=True,
         )
         found += [(name, finding) for finding in outcome.findings]
