@@ -82,7 +82,7 @@ def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
     """One silent frame, then the questions that come with the program, again and again."""
     import soundfile
 
-    with as_file(files("moshi_mlx_app") / "assets" / "questions.wav") as path:
+    with as_file(files("moshi_mlx") / "assets" / "questions.wav") as path:
         pcm, rate = soundfile.read(path, dtype="float32")
     if rate != model.sample_rate:
         import soxr

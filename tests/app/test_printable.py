@@ -134,7 +134,7 @@ def test_file(run: Run, checkpoint: str, here: Path) -> None:
     pcm, rate = soundfile.read(QUESTIONS, frames=24_000)
     question, answer = here / f"q{EVIL}.wav", f"{EVIL}.wav"
     soundfile.write(question, pcm, rate)
-    arguments = ["file", str(question), "-o", answer, "--model", checkpoint, "--trace", f"{EVIL}.json"]
+    arguments = ["file", str(question), "-o", answer, "--model", checkpoint, "--trace", f"trace{EVIL}.json"]
     status, said = run(*arguments)
     assert status == 0 and SEEN in said, said
     status, said = run(*arguments)
