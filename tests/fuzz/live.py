@@ -111,7 +111,9 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
+from moshi_mlx_app.outputs import Claim
 kind, path = sys.argv[1], Path(sys.argv[2])
+claim = Claim(path)
 def write(number):
     if kind == "safetensors":
         import mlx.core as mx
@@ -121,7 +123,7 @@ def write(number):
         from moshi_mlx_app.transcript import write_json
         write_json(path, {"number": number, "text": "x" * 100_000})
     else:
-        from moshi_mlx_app.audio_files import AnswerFile
+        from moshi_mlx_app.wav import AnswerFile
         answer = AnswerFile(path, 24_000, 24_000)
         frame = np.full(1920, number / 1000, np.float32)
         for _ in range(10):
@@ -139,7 +141,7 @@ _KINDS = {"safetensors": "x.safetensors", "json": "x.json", "wav": "x.wav"}
 
 @fuzzer(seconds=5.0, megabytes=100.0)
 def kills(folder: Path) -> Attack:
-    """A process killed while it writes: what is there is whole, and what is left is not in the next one's way."""
+    """A process killed while it writes: what is there is whole, and what it leaves is not in the next one's way."""
 
     def make(rng: random.Random) -> Attempt:
         kind, wait = rng.choice(list(_KINDS)), rng.random() * 0.05
@@ -162,11 +164,14 @@ def kills(folder: Path) -> Attack:
             else:
                 with wave.open(str(path)) as file:
                     assert file.getnframes() == 19_200
-            # What is left beside it, at most one file each time, has a name that is hidden or says that it is part.
-            for left in os.listdir(folder):
-                if left not in _KINDS.values():
-                    assert left.startswith(".") or ".partial" in left, left
-                    (folder / left).unlink()
+            for left in os.listdir(folder):  # the next one begins with it
+                if left in _KINDS.values():
+                    continue
+                assert left.startswith(".") or ".partial" in left, left
+                if left.endswith(".partial.wav") and (folder / left).stat().st_size:
+                    with wave.open(str(folder / left)) as file:
+                        count = file.getnframes()
+                        assert len(file.readframes(count)) == 4 * count, "its header promises what is not there"
 
         return json.dumps([kind, wait]).encode(), call
 
