@@ -127,7 +127,7 @@ def test_ambiguous_weights_need_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "", "hf://only", "ftp://x/y"]
+    "name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "", "hf://only", "ftp://x/y", "file://[x"]
 )
 @pytest.mark.parametrize("key", ["moshi_name", "mimi_name", "tokenizer_name"])
 def test_names_do_not_leave_the_folder(tmp_path: Path, key: str, name: str) -> None:
@@ -137,7 +137,7 @@ def test_names_do_not_leave_the_folder(tmp_path: Path, key: str, name: str) -> N
     if name == "":  # as good as absent
         assert resolve(folder).weights[0].name == "model.safetensors"
         return
-    with pytest.raises(CheckpointError, match=r"outside its folder|should read hf://|not understood"):
+    with pytest.raises(CheckpointError, match=r"outside its folder|should read hf://|not understood|no such file"):
         resolve(folder)
 
 
@@ -663,7 +663,20 @@ def test_a_part_that_is_named_and_missing(tmp_path: Path, key: str) -> None:
     assert resolve(folder).lora == (folder / "part" if key == "lora_name" else None)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x", "~nobody", "a/" * 2000 + "b", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 300,
+        "~nobody-of-that-name/x",
+        "~nobody",
+        "~a\0b",
+        "~\ud800",
+        "a/" * 2000 + "b",
+        "a\0b",
+        "a/b" * 50,
+        "a/b--c",
+    ],
+)
 def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     """If this fails, a slip on the command line, or a strange configuration, ends in the system's error."""
     with pytest.raises(MoshiError):
@@ -675,3 +688,20 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
         resolve(make_folder(tmp_path / "m", contents))  # type: ignore[arg-type]
     with pytest.raises(MoshiError):
         resolve("a/b@" + name, offline=True)
+
+
+@pytest.mark.parametrize("token", ["hf_\x1b[31m", "hf é", "hf_a\nX-Evil: 1", "\x7f"])
+def test_a_token_that_is_none(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """If this fails, a slip in HF_TOKEN is a traceback, is printed for all to see, or writes headers of its own."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.repos[NAME] = FakeRepo(dict(FILES))
+    with pytest.raises(DownloadError, match="characters that no token has") as caught:
+        resolve(NAME, cache=cache)
+    assert token not in str(caught.value) and not server.requests
+
+
+def test_the_hub_is_asked_for_the_model_only(server: FakeHub, cache: Path) -> None:
+    """If this fails, huggingface_hub tells, or asks, the hub things that have nothing to do with the model."""
+    server.repos[NAME] = FakeRepo(dict(FILES))
+    resolve(NAME, cache=cache)
+    assert all("/api/models/" in path or "/resolve/" in path for _, path, _ in server.requests)

@@ -1,6 +1,6 @@
 """A repository on a model hub: what it holds, and its files brought into the shared cache.
 
-The cache is huggingface_hub's, and so are its session, its token and its errors. The bytes are fetched here, because
+The cache is huggingface_hub's, and so are the session, the token and the errors. The bytes are fetched here, because
 a hub, or a mirror named by ``HF_ENDPOINT``, is not trusted: huggingface_hub names a file of the cache after whatever
 ETag it is sent, and bounds neither what comes nor how long it takes. Here nothing is named after an answer that is not
 a plain hash, every file is hashed before it gets its name, no body is read beyond the size announced, and a transfer
@@ -114,7 +114,7 @@ class HubRepo:
             self.offline = True
             return self._list_cached()
         try:
-            return self._read_listing(self._ask())
+            return self._read_listing(self._describe())
         except DownloadError:
             raise
         except CheckpointError as error:  # not JSON
@@ -126,11 +126,11 @@ class HubRepo:
             self.offline = True
             return self._list_cached()
 
-    def _ask(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """The hub's description of the repository."""
         path = f"/revision/{quote(self.revision, safe='')}" if self.revision else ""
         data = bytearray()
-        with self._get(f"{self.endpoint}/api/models/{self.repo}{path}?blobs=true", self._timeout) as response:
+        with self._ask(f"{self.endpoint}/api/models/{self.repo}{path}?blobs=true", self._timeout) as response:
             until = time.monotonic() + self._timeout
             for chunk in response.iter_raw():
                 data += chunk
@@ -245,20 +245,23 @@ class HubRepo:
 
     def _download(self, name: str) -> None:
         """Put a file's bytes where the cache keeps them (``blobs/<hash>``), and a link to them under its name."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
-        remote = _within(2 * _TIMEOUT, lambda: get_hf_file_metadata(url, timeout=_TIMEOUT))
-        listed = self.sizes[name]
-        size = remote.size if listed is None else listed
-        if size is None or size < 0:
+        with self._ask(url, _TIMEOUT, method="HEAD") as response:  # sent on to where the bytes are, or the file's own
+            told, url = response.headers, str(response.request.url)
+        etag = (told.get("x-linked-etag") or told.get("etag") or "").removeprefix("W/").strip('"')
+        length = told.get("x-linked-size") or ("" if "location" in told else told.get("content-length", ""))
+        size = self.sizes[name]
+        if size is None and not length.isdecimal():
             raise DownloadError(f"{self.endpoint} does not say how large {name} of {self._label} is")
-        if not remote.etag or not _HASH.fullmatch(remote.etag):
+        size = int(length) if size is None else size
+        if not _HASH.fullmatch(etag):
             raise DownloadError(
-                f"{self.endpoint} gives {name} of {self._label} the ETag {str(remote.etag)[:80]!r}, which is not the "
-                "hash that a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
+                f"{self.endpoint} gives {name} of {self._label} the ETag {etag[:80]!r}, which is not the hash that "
+                "a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
             )
-        digest = self._hashes.get(name, remote.etag)
+        digest = self._hashes.get(name, etag)
         blob = self._root / "blobs" / digest
         locks = self.cache / ".locks" / self._root.name
         for folder in (blob.parent, locks):
@@ -267,7 +270,7 @@ class HubRepo:
             tell = stack.enter_context(self._telling(name, _length(_partial(blob)), size))
             stack.enter_context(_locked(locks / f"{digest}.lock", lambda: tell(_length(_partial(blob)))))
             if not blob.is_file():
-                self._receive(name, urljoin(url, remote.location), blob, size, tell)
+                self._receive(name, urljoin(url, told.get("location", "")), blob, size, tell)
             _link(self._pointer(name), blob)
             tell(size)
 
@@ -316,7 +319,7 @@ class HubRepo:
     ) -> None:
         """One connection's part of a file; one byte more than ``size`` at most is taken."""
         here = file.tell()
-        with self._get(url, _TIMEOUT, **({"Range": f"bytes={here}-"} if here else {})) as response:
+        with self._ask(url, _TIMEOUT, **({"Range": f"bytes={here}-"} if here else {})) as response:
             if response.status_code != 206 and here:  # the server cannot go on in the middle
                 file.seek(0)
                 file.truncate()
@@ -332,36 +335,38 @@ class HubRepo:
             raise ConnectionError(f"the connection ended after {file.tell()} of {size} bytes")
 
     @contextmanager
-    def _get(self, url: str, timeout: float, **headers: str) -> Iterator[Any]:
+    def _ask(self, url: str, timeout: float, method: str = "GET", **headers: str) -> Iterator[Any]:
         """The answer to a request, its body unread: one whose end is not in sight must not be read at once.
 
         The token goes to the hub itself only. httpx takes it out of what is redirected to another scheme, host or port.
+        A HEAD is not sent on from the hub: what is asked is in its own answer.
         """
         import huggingface_hub
 
-        utils = _hub_utils()
-        headers = {**utils.build_hf_headers(), "Accept-Encoding": "identity", **headers}
-        if _origin(url) != _origin(self.endpoint):
-            headers.pop("authorization", None)
-        session = huggingface_hub.get_session()
-        request = session.build_request("GET", url, headers=headers, timeout=timeout)
+        ours = _origin(self.endpoint)
+        request = huggingface_hub.get_session().build_request(
+            method, url, headers=_headers(with_token=_origin(url) == ours) | headers, timeout=timeout
+        )
 
         def follow() -> Any:
             following = request
             for _ in range(_REDIRECTS):
-                response = session.send(following, stream=True, follow_redirects=False)
-                if response.next_request is None:
+                response = huggingface_hub.get_session().send(following, stream=True, follow_redirects=False)
+                onward = response.next_request
+                if onward is None or (method == "HEAD" and _origin(str(onward.url)) != ours):
                     return response
                 response.close()
-                following = response.next_request
+                following = onward
             raise ConnectionError(f"{url} is redirected again and again")
 
         response = _within(2 * timeout, follow)
         try:
             # As huggingface_hub explains it, but without the body, which it would read to the end.
             told = {key: value for key, value in response.headers.items() if key.startswith("x-error")}
-            utils.hf_raise_for_status(type(response)(response.status_code, headers=told, request=response.request))
-            if response.status_code not in (200, 206) or "content-encoding" in response.headers:
+            bare = type(response)(response.status_code, headers=told, request=response.request)
+            _hub_utils().hf_raise_for_status(bare)
+            good = response.status_code in (200, 206) or method == "HEAD"
+            if not good or "content-encoding" in response.headers:
                 raise ConnectionError(f"{urlsplit(url).hostname} does not send what was asked for")
             yield response
         finally:
@@ -405,6 +410,20 @@ class HubRepo:
                 "local folder, or set HF_ENDPOINT to a mirror"
             )
         return DownloadError(f"cannot fetch {what}: {_short(error)}")
+
+
+def _headers(with_token: bool) -> dict[str, str]:
+    """Of a request. huggingface_hub's own would first ask the hub which programs to tell it of, without a bound."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    headers = {"User-Agent": f"moshi-mlx-local; hf_hub/{huggingface_hub.__version__}", "Accept-Encoding": "identity"}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else huggingface_hub.get_token()
+    if not token or not with_token:
+        return headers
+    if not re.fullmatch(r"[!-~]+", token):
+        raise DownloadError("the token (HF_TOKEN, or of `hf auth login`) has characters that no token has: set it anew")
+    return headers | {"Authorization": f"Bearer {token}"}
 
 
 def _hub_utils() -> Any:
