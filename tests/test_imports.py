@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"errors", "config", "streaming"},
     "mimi": {"errors", "config", "streaming", "layers"},
     "lm": {"errors", "config", "streaming", "layers", "delays"},
-    "checkpoint": {"errors", "config"},
+    "checkpoint": {"errors", "config", "printable"},
     "mimi_weights": {"errors", "checkpoint", "mimi"},
     "weights": {"errors", "config", "checkpoint", "layers", "lm", "mimi", "mimi_weights"},
     "hub": {"errors", "config", "checkpoint"},
