@@ -159,7 +159,7 @@ def test_line_alone():
         gone = set()
 
         def join(name: str):
-            return line.join(lambda: name in gone, lambda: dismissed.append(name))
+            return line.join(name, lambda: name in gone, lambda: dismissed.append(name))
 
         tickets = [join(name) for name in "abcde"]
         assert [ticket.place for ticket in tickets] == [0, 0, 1, 2, 3]

@@ -257,7 +257,7 @@ def test_an_engine_that_fails_ends_its_own_conversation(monkeypatch):
     async def run() -> None:
         async with serving(good) as served, served.client() as client:
             await client.begun()
-            served.server.model = broken
+            served.server.engine.model = broken
             async with served.client() as other:
                 await other.begun()
                 for _ in range(4):
