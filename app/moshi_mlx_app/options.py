@@ -65,7 +65,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=bounded(int, 0, 2**63 - 1),
         default=0,
         metavar="N",
-        help="another seed, another answer (default: 0)",
+        help="another seed, another answer, where the model draws: the built-in one does not (default: 0)",
     )
     group.add_argument("--greedy", action="store_true", help="always the likeliest word and sound: temperatures of 0")
     group.add_argument("--text-temperature", type=number, metavar="T", help="0: always the likeliest; 0.7 is usual")

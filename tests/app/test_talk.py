@@ -207,3 +207,15 @@ def test_the_panel_fits_and_tells() -> None:
     assert max(map(len, _panel(State(), keys=True))) < 80
     assert "muted" in _panel(State(user=0.5, muted=True), keys=False)[0]
     assert decibels(0.0) == -99 and decibels(1.0) == 0
+
+
+def test_a_recordings_json_has_the_form_of_file(card: FakeCard, parrot: Parrot, tmp_path: Path) -> None:
+    """If this fails, a program that reads what `file` writes cannot read what `talk` records."""
+    assert main(["talk", "--no-aec", "--seconds", "1", "--quiet", "--seed", "5", "--record", str(tmp_path)]) == 0
+    (wav,) = tmp_path.glob("*.wav")
+    about = json.loads(wav.with_suffix(".json").read_text())
+    keys = re.findall(r"^\| `(\w+)` ", (ROOT / "docs" / "recordings.md").read_text(), re.MULTILINE)
+    assert set(about) == set(keys) and about["complete"] is True
+    assert about["answer"] == {"file": wav.name, "channels": ["moshi", "user"]} and about["question"] is None
+    assert about["seed"] == 5 and about["model"] == "parrot" and about["generation"]["text"]["temperature"] == 0.7
+    assert about["duration"] == pytest.approx(soundfile.info(wav).duration, abs=1e-3)
