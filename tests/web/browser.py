@@ -72,6 +72,12 @@ class Site:
         with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._over.set)
 
+    def held_up(self) -> threading.Event:
+        """Let the server stand still, as if its process were suspended, until the event is set."""
+        go_on = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: go_on.wait(SOON))
+        return go_on
+
     @contextlib.contextmanager
     def occupied(self) -> Iterator[None]:
         """Somebody else talks meanwhile."""

@@ -22,6 +22,7 @@ from moshi_mlx_app.options import (
     bounded,
     generation_from,
 )
+from moshi_mlx_app.outputs import check_folder
 from moshi_mlx_app.terminal import Loading, is_terminal, say, warn
 from moshi_mlx_app.verbs.file import UNTRAINED
 
@@ -75,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve until someone stops it. Returns the exit status: 0, or 130 after Ctrl-C."""
     from moshi_mlx.model import generation_defaults
     from moshi_mlx_app.fetching import load_model
-    from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.web import certificates
     from moshi_mlx_app.web.engine import Engine
     from moshi_mlx_app.web.guard import Guard
@@ -95,10 +95,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.tls:
         tls, fingerprint = certificates.own(args.host)
     record = None if args.record is None else Path(args.record)
-    if record is not None:  # what is wrong with the folder should come out before anybody has come, or a download
-        trial = Recorder(record, 24_000, 1_920)
-        trial.start()
-        trial.stop()
+    if record is not None:
+        check_folder(record, "--record")
     model = load_model(args, shown=not args.quiet)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moshi_mlx.model import Moshi, SessionFrame
 from moshi_mlx.realtime import Conversation
 from moshi_mlx_app.record import Recorder
+from moshi_mlx_app.transcript import Transcript
 
 from .settings import Settings
 
@@ -40,6 +41,10 @@ class Engine:
     kv_bits: int | None = None
     record: Path | None = None
 
+    def transcript(self, settings: Settings) -> Transcript:
+        """The beginning of a conversation's transcript."""
+        return Transcript.of(self.model, settings.seed, settings.generation, kv_bits=self.kv_bits)
+
     def begin(self, settings: Settings, tap: Tap) -> Running:
         """Start a conversation; takes a moment.
 
@@ -58,7 +63,8 @@ class Engine:
         """
         recorder = None
         if self.record is not None:
-            recorder = Recorder(self.record, self.model.sample_rate, self.model.frame_size)
+            about = self.transcript(settings)
+            recorder = Recorder(self.record, self.model.sample_rate, self.model.frame_size, about)
             recorder.start()
         running = Running(self, settings, tap, recorder)
         try:
@@ -92,8 +98,3 @@ class Running:
     def notices(self) -> list[str]:
         """What the owner of the server should know of the recording."""
         return [] if self.recorder is None else self.recorder.notices()
-
-    @property
-    def files(self) -> list[Path]:
-        """What was recorded."""
-        return [] if self.recorder is None else self.recorder.files

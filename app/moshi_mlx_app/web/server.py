@@ -109,7 +109,8 @@ class Server:
         try:
             self.on_talk(f"{request.remote} came")
             end = await talk.run()
-            self.on_talk(f"{request.remote} ended: {end.reason}")
+            kept = "".join(f"; recorded: {path}" for path in talk.recorded)
+            self.on_talk(f"{request.remote} ended: {end.reason}{kept}")
         finally:
             self.talks.discard(talk)
         return socket

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ class Talk:
         self._over: asyncio.Future[End] = self._loop.create_future()
         self._conversation: Conversation | None = None
         self._running: Running | None = None
+        self.recorded: list[Path] = []
         self._sound: Sound = Pcm()
         self._out: deque[bytes | int] = deque()  # messages, and numbers of the WebSocket's own pings
         self._out_news = asyncio.Event()
@@ -225,8 +227,10 @@ class Talk:
                 running = starting.result()
                 await asyncio.to_thread(running.stop)
                 self._notices()
+                self.recorded = [] if running.recorder is None else running.recorder.files
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
+        transcript = self._engine.transcript(settings)
         self._post(message(Kind.HANDSHAKE))
         self._post(
             message(
@@ -238,6 +242,7 @@ class Talk:
                     "audio": self._sound.name,
                     "sampling": settings.sampling(),
                     "recorded": self._engine.record is not None,
+                    "transcript": {**transcript.head(), "speaker": transcript.speaker},
                     "version": program(),
                 },
             )
