@@ -228,6 +228,7 @@ class Talk:
                 await asyncio.to_thread(running.stop)
                 self._notices()
                 self.recorded = [] if running.recorder is None else running.recorder.files
+                self._running = None  # else each would hold the other until Python looks for such cycles
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
         transcript = self._engine.transcript(settings)
