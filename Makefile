@@ -17,7 +17,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 REFERENCE_READY = $(REFERENCE)/.installed
 CLIENT_READY = $(CLIENT)/.installed
-QUESTIONS = app/moshi_mlx_app/assets/questions.wav
+QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
 .PHONY: help install test talk bench check format reference resolve lowest wheel-check clean kyutai-client

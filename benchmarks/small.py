@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:10}" + "".join(f" {cell:7.1f}" for cell in cells))
     if live is not None:
         print(
-            f"a conversation, a frame every 80 ms: answer p50 {live['answer']['p50']}, p95 {live['answer']['p95']} ms; "
+            f"a frame every 80 ms: latency p50 {live['latency']['p50']}, p95 {live['latency']['p95']} ms; "
             f"{live['late']} of {live['frames']} frames late, {live['dropped_seconds']} s dropped"
         )
     print(f"memory: {memory_used() / 1e6:.0f} MB")

@@ -251,7 +251,7 @@ def test_offline_uses_the_cache(server: FakeHub, cache: Path, monkeypatch: pytes
     assert resolve(NAME, cache=cache) == files
     assert resolve(f"{NAME}@{'a' * 40}", cache=cache).weights == files.weights
     assert server.requests == []
-    with pytest.raises(DownloadError, match=r"not in the cache.*HF_HUB_OFFLINE.*--model small"):
+    with pytest.raises(DownloadError, match=r"not in the cache.*HF_HUB_OFFLINE.*built-in model small"):
         resolve("someone/else", cache=cache)
 
 
@@ -262,7 +262,7 @@ def test_unreachable_hub_falls_back_to_the_cache(server: FakeHub, cache: Path, m
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     assert resolve(NAME, cache=cache) == files
     start = time.monotonic()
-    with pytest.raises(DownloadError, match=r"cannot be reached.*--model small.*local folder.*HF_ENDPOINT"):
+    with pytest.raises(DownloadError, match=r"cannot be reached.*built-in model small.*local folder.*HF_ENDPOINT"):
         resolve("someone/else", cache=cache)
     assert time.monotonic() - start < 10
 

@@ -25,15 +25,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.audio import MAX_RATE, MIN_RATE
 from moshi_mlx.errors import AudioError
 from moshi_mlx_app.outputs import named
 
-__all__ = ["MAX_RATE", "MIN_RATE", "Recording"]
+__all__ = ["Recording"]
 
 Pcm = NDArray[np.float32]
 
-MIN_RATE, MAX_RATE = 8_000, 192_000
-"""Sample rates that are read, hertz."""
 _BLOCK_VALUES = 1 << 16  # samples times channels in one read
 _STREAMED = 0x7FFF0000  # programs that write a wav into a pipe put this or more where the length belongs
 _FFMPEG = ("-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", "file:/dev/stdin", "-map", "0:a:0")

@@ -1,4 +1,4 @@
-"""Which model to talk with when nobody named one: the best that this machine can hold and run in time.
+"""Choose the default model: the best that this machine can hold and run in time.
 
 Memory and speed are measured, in about a second, and kept in the user's cache folder for as long as machine and
 versions stay the same. What a step of a model took in a real conversation is kept there too, and beats the estimate. A
@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moshi_mlx_app.known import BUILTIN, KNOWN, Known, kind, room, verdict
+from moshi_mlx_app.known import BUILTIN, CATALOG, PublishedModel, kind, room, verdict
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 if TYPE_CHECKING:
     from moshi_mlx.hub import Survey
 
-__all__ = ["Choice", "Measured", "cache_folder", "choose", "default_model", "measured", "remember_step"]
+__all__ = ["Measured", "Selection", "cache_folder", "default_model", "measured", "remember_step", "select"]
 
 _PATIENCE = 4.0  # seconds that the hub has for its answer
 _SPARE = 2**29  # bytes that a download must leave on the disk
@@ -33,7 +33,7 @@ _OTHER = "; --model names another"
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """A model.
 
     Attributes
@@ -69,12 +69,12 @@ class Measured:
     steps: Mapping[str, float] = field(default_factory=dict)
 
 
-def choose(
+def select(
     here: Measured,
     survey: Callable[[str, bool], Survey],
     free: Callable[[Path], int] = lambda place: _free(place),
-    known: tuple[Known, ...] = KNOWN,
-) -> Choice:
+    catalog: tuple[PublishedModel, ...] = CATALOG,
+) -> Selection:
     """The best model for a machine.
 
     Parameters
@@ -85,12 +85,12 @@ def choose(
         MoshiError.
     free : callable
         Bytes free on the disk of a folder.
-    known : tuple of Known
+    catalog : tuple of PublishedModel
         Models, the better one first.
     """
     from moshi_mlx.errors import MoshiError
 
-    talking = [model for model in known if model.talks]
+    talking = [model for model in catalog if model.purpose == "dialogue" and not model.gated]
     verdicts = {model.name: verdict(model, here.room, here.speeds, here.steps) for model in talking}
     able = [model.name for model in talking if verdicts[model.name]["fits"] and verdicts[model.name]["keeps_up"]]
     if not able:
@@ -100,7 +100,7 @@ def choose(
         with contextlib.suppress(MoshiError):
             if survey(name, True).missing == 0:
                 better = "" if kind(name) == kind(able[0]) else f"; {able[0]} would do too, with --model"
-                return Choice(name, f"{name}, the best one here: {verdicts[name]['why']}{better or _OTHER}")
+                return Selection(name, f"{name}, the best one here: {verdicts[name]['why']}{better or _OTHER}")
     full = ""
     for name in able:
         try:
@@ -110,19 +110,19 @@ def choose(
             return _builtin(f"{name} would do here, but {reason[:200]}")
         if needed.missing + _SPARE <= free(needed.place):
             line = f"{name}, the best one that this machine can run: {verdicts[name]['why']}{_OTHER}"
-            return Choice(name, line, needed.missing)
+            return Selection(name, line, needed.missing)
         full = f"{name} would do here, but {needed.place} has no room for {needed.missing / 1e9:.1f} GB"
     return _builtin(full)
 
 
-def _builtin(why: str) -> Choice:
-    return Choice(BUILTIN, f"{BUILTIN}, the built-in one: {why}{_OTHER}")
+def _builtin(why: str) -> Selection:
+    return Selection(BUILTIN, f"{BUILTIN}, the built-in one: {why}{_OTHER}")
 
 
-def default_model(say: Callable[[str], object] = lambda _: None, here: Measured | None = None) -> Choice:
-    """What this machine should talk with. ``say`` is told what takes a moment."""
+def default_model(say: Callable[[str], object] = lambda _: None, here: Measured | None = None) -> Selection:
+    """The model that ``talk`` takes on this machine. ``say`` is told what takes a moment."""
     say("looking which model suits this machine")
-    return choose(here or measured(), _survey)
+    return select(here or measured(), _survey)
 
 
 def _survey(name: str, offline: bool) -> Survey:
@@ -166,13 +166,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
 
 
-def measured(*, anew: bool = False) -> Measured:
-    """What is known about this machine, measured now if ``anew`` or if it was not measured before."""
+def measured(*, again: bool = False) -> Measured:
+    """What is known about this machine, measured now if ``again`` or if it was not measured before."""
     from moshi_mlx_app import measure
 
     machine = measure.machine()
     kept = _read(machine)
-    if kept is None or anew:
+    if kept is None or again:
         steps = {} if kept is None else kept["steps"]
         kept = {"machine": _identity(machine), "speeds": measure.speeds(), "steps": steps}
         _write(kept)
@@ -183,7 +183,7 @@ def remember_step(model: str, milliseconds: float) -> None:
     """Keep what a step of a published model took (p95) in a conversation, for the next choice."""
     from moshi_mlx_app import measure
 
-    if not any(known.name == model for known in KNOWN):
+    if not any(published.name == model for published in CATALOG):
         return
     machine = measure.machine()
     kept = _read(machine)

@@ -10,12 +10,13 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, NoReturn
 
 from moshi_mlx_app.start import end
 from moshi_mlx_app.version import DISTRIBUTION, program
@@ -40,6 +41,17 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in a sentence that obeys nothing that stands in the argument."""
+
+    def error(self, message: str) -> NoReturn:
+        from moshi_mlx_app.terminal import warn
+
+        self.print_usage(sys.stderr)
+        warn(message, f"{self.prog}: error")
+        raise SystemExit(2)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Room for the longest option beside its explanation."""
 
@@ -53,7 +65,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=DISTRIBUTION,
         usage=f"{DISTRIBUTION} [--debug] [VERB] [options of the verb, or of talk]\n       {DISTRIBUTION} --version",
         description=DESCRIPTION,
@@ -75,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(verb)
-        verb.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        # Without a default of its own, which would replace what stands before the verb.
+        verb.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the whole traceback of an error"
+        )
         verb.set_defaults(run=module.run, parser=verb)
     return parser
 
@@ -119,9 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         silence_output()
         return 0
     except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        return _report(error)
+        return _report(error, debug="--debug" in arguments)
 
 
 @contextlib.contextmanager
@@ -141,29 +154,56 @@ def _quick_end() -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     with _quick_end():
         parser = build_parser()
-        args, unknown = parser.parse_known_args(_with_verb(arguments))
-        if unknown:  # said with the verb's own usage, not with the program's
-            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        args = parse(parser, arguments)
         if args.verb in ("talk", "file", "check", "bench"):
             importlib.import_module("moshi_mlx.model")
     status: int = args.run(args)
     return status
 
 
-def _with_verb(arguments: list[str]) -> list[str]:
-    """The arguments with the verb ``talk`` in front of the options if no verb is there."""
+def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Options stand where one likes: before the verb, before and after what belongs to it."""
+    actions = [action for verb in verbs(parser).values() for action in verb._actions]
+    valued = {name for action in actions if action.nargs is None for name in action.option_strings}
+    args, unknown = parser.parse_known_args(_with_verb(arguments, valued))
+    if unknown:  # said with the verb's own usage, not with the program's
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The verbs' own parsers, by name."""
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(next(found, {}))
+
+
+def _with_verb(arguments: list[str], valued: Container[str]) -> list[str]:
+    """The arguments with the verb before the options: the first word that is no option and no value, else ``talk``.
+
+    ``valued`` are the options with a value in the next word.
+    """
     first = next((place for place, text in enumerate(arguments) if text != "--debug"), len(arguments))
-    word = arguments[first] if first < len(arguments) else ""
-    if word in ("-h", "--help", "--version") or (word and not word.startswith("-")):
+    if arguments[first : first + 1] in (["-h"], ["--help"], ["--version"]):
         return arguments
-    return [*arguments[:first], "talk", *arguments[first:]]
+    place = first
+    while place < len(arguments) and arguments[place].startswith("-") and arguments[place] != "--":
+        place += 2 if arguments[place] in valued else 1
+    word = arguments[place] if place < len(arguments) else ""
+    if place == first and word and word != "--":
+        return arguments
+    rest = [*arguments[first:place], *arguments[place + 1 :]] if word in VERBS else arguments[first:]
+    return [*arguments[:first], word if word in VERBS else "talk", *rest]
 
 
-def _report(error: Exception) -> int:
-    """Say in one line what went wrong; the system's errors as ``file: reason``."""
+def _report(error: Exception, *, debug: bool) -> int:
+    """Say in one sentence what went wrong, the system's errors as ``file: reason``; with ``debug`` where, too."""
     from moshi_mlx.errors import MoshiError
+    from moshi_mlx.printable import printable
     from moshi_mlx_app.terminal import warn
 
+    if debug:
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(printable(line), file=sys.stderr)
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -172,7 +212,8 @@ def _report(error: Exception) -> int:
             f"something unexpected went wrong: {type(error).__name__}: {message}. This is a fault in {program()}; "
             "run it again with --debug to see where"
         )
-    warn(message, "error")
+    # The library speaks of its own arguments; here they are options.
+    warn(re.sub(r"\b(?:kind|codec)='(\w+)'", r"--codec \1", message), "error")
     return 1
 
 

@@ -11,9 +11,9 @@ to be fetched at the loudspeaker's own pace, and a thread in between would cost 
 variable-rate engine does both: its fixed-rate one works on transforms and hands out 18 to 38 ms at a time, the other
 holds 5 to 10 ms and comes evenly.
 
-A second thread opens the devices, watches them, and opens them again when they stop, or when the system's choice is
-another one now and nobody chose here. PortAudio knows only the devices that were there when it was started, so it is
-started anew then. This module knows no model and no terminal.
+A second thread opens the devices, watches them, and opens them again when they stop, or when the system's default has
+changed and no device was named. PortAudio knows only the devices that were there when it was initialized, so it is
+initialized again then. This module knows no model and no terminal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from moshi_mlx.realtime.ring import Bell, Ring
 from moshi_mlx_app import portaudio
-from moshi_mlx_app.portaudio import Device, DeviceError, devices, find_device, reason, silence_hint, ways
+from moshi_mlx_app.portaudio import Device, DeviceError, candidate_formats, devices, find_device, reason, silence_hint
 from moshi_mlx_app.resampling import Resampler
 from moshi_mlx_app.watching import Defaults
 
@@ -74,7 +74,7 @@ class SoundCard:
     latency : float, optional
         Seconds that the system may hold the sound on either side; by default what suits it.
     follow : bool, optional
-        Go along when the system's choice of device changes. By default on macOS; elsewhere the sound server does it.
+        Follow the system's default device when it changes. By default on macOS; elsewhere the sound server does it.
 
     Attributes
     ----------
@@ -331,10 +331,10 @@ class SoundCard:
         return ""
 
     def _elsewhere(self) -> str:
-        """Which other device the system has chosen since it was last looked at; an empty string if none."""
-        chosen = None if self._defaults is None else self._defaults.changed()
+        """A sentence about a new default device of the system; an empty string if there is none."""
+        changed = None if self._defaults is None else self._defaults.changed()
         for kind, device in (("input", self.input), ("output", self.output)):
-            name = (chosen or {}).get(kind)
+            name = (changed or {}).get(kind)
             if name and device is not None and self._wanted[kind] is None and name != device.name:
                 what = "microphone" if kind == "input" else "loudspeaker"
                 return f"the system's {what} is {name!r} now; opening it"
@@ -348,7 +348,7 @@ class SoundCard:
         latency: float | str = self._latency or ("low" if sys.platform == "darwin" else 0.02)
         for kind, device in (("input", self.input), ("output", self.output)):
             error: Exception | None = None
-            for rate, channels in ways(device, kind):
+            for rate, channels in candidate_formats(device, kind):
                 try:
                     self._streams.append(self._stream(sd, kind, device, rate, channels, latency))
                     break
@@ -407,5 +407,5 @@ def _held(seconds: float) -> float:
     return seconds if 0 <= seconds <= 1 else 0.0
 
 
-def _names(entry: Device | None, leave: Device | None) -> str:
-    return f"{entry.name if entry else '?'} > {leave.name if leave else '?'}"
+def _names(microphone: Device | None, loudspeaker: Device | None) -> str:
+    return f"{microphone.name if microphone else '?'} > {loudspeaker.name if loudspeaker else '?'}"

@@ -1,4 +1,4 @@
-"""Published models, and whether a machine can hold them and keep up with them.
+"""The catalog of published models, what each is for, and whether a machine can hold it and keep up with it.
 
 Everything here is arithmetic on what :mod:`moshi_mlx_app.measure` measured.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["BUILTIN", "KNOWN", "Known", "kind", "may_take", "room", "verdict"]
+if TYPE_CHECKING:
+    from moshi_mlx.model import Moshi
+
+__all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "purpose", "room", "verdict"]
 
 BUILTIN = "small"
 """The model that needs no download."""
@@ -21,7 +24,7 @@ _OVERHEAD = 0.005  # seconds of a step that are not reading weights
 
 
 @dataclass(frozen=True)
-class Known:
+class PublishedModel:
     """A published model.
 
     Attributes
@@ -36,8 +39,10 @@ class Known:
         Bytes of weights that one step reads: all but the embeddings, of which it takes a row each.
     cache : int
         Bytes of keys and values, bfloat16, once the context is full: held, and read at every step.
-    talks : bool
-        Whether anybody who can reach the hub can have a conversation with it.
+    purpose : str
+        As :func:`purpose`.
+    gated : bool
+        Whether its publisher asks for an account and an agreement.
     """
 
     name: str
@@ -45,24 +50,44 @@ class Known:
     bits: int
     read: int
     cache: int
-    talks: bool = False
+    purpose: Literal["dialogue", "speech-to-text"] = "dialogue"
+    gated: bool = False
 
 
 _MOSHI_CACHE = 2 * 32 * 3000 * 4096 * 2  # keys and values, layers, context, dim, bytes
-KNOWN = (
-    Known("kyutai/moshiko-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE, True),
-    Known("kyutai/moshiko-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE, True),
-    Known("kyutai/moshiko-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE, True),
-    Known("kyutai/moshika-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE, True),
-    Known("kyutai/moshika-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE, True),
-    Known("kyutai/moshika-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE, True),
-    # Its publisher asks for an account and an agreement.
-    Known("nvidia/personaplex-7b-v1", 16_743_000_000, 16, 16_080_000_000, _MOSHI_CACHE),
-    # These write down what they hear, and say nothing.
-    Known("kyutai/stt-1b-en_fr-mlx", 1_978_000_000, 16, 1_680_000_000, 2 * 16 * 750 * 2048 * 2),
-    Known("kyutai/stt-2.6b-en-mlx", 5_234_000_000, 16, 4_950_000_000, 2 * 48 * 375 * 2048 * 2),
+CATALOG = (
+    PublishedModel("kyutai/moshiko-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE),
+    PublishedModel("kyutai/moshiko-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE),
+    PublishedModel("kyutai/moshiko-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE),
+    PublishedModel("kyutai/moshika-mlx-bf16", 15_376_000_000, 16, 14_750_000_000, _MOSHI_CACHE),
+    PublishedModel("kyutai/moshika-mlx-q8", 8_169_000_000, 8, 7_840_000_000, _MOSHI_CACHE),
+    PublishedModel("kyutai/moshika-mlx-q4", 4_805_000_000, 4, 4_610_000_000, _MOSHI_CACHE),
+    PublishedModel("nvidia/personaplex-7b-v1", 16_743_000_000, 16, 16_080_000_000, _MOSHI_CACHE, gated=True),
+    PublishedModel(
+        "kyutai/stt-1b-en_fr-mlx", 1_978_000_000, 16, 1_680_000_000, 2 * 16 * 750 * 2048 * 2, "speech-to-text"
+    ),
+    PublishedModel(
+        "kyutai/stt-2.6b-en-mlx", 5_234_000_000, 16, 4_950_000_000, 2 * 48 * 375 * 2048 * 2, "speech-to-text"
+    ),
 )
-"""Sizes as the repositories' files say; the better of two that talk comes first, the man's voice before the woman's."""
+"""Sizes of the repositories' files. The better of two for dialogue comes first, a man's voice before a woman's."""
+
+
+def purpose(model: Moshi) -> str:
+    """What a loaded model is for: ``dialogue`` or ``speech-to-text``.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot hear.
+    """
+    from moshi_mlx.errors import ConfigError
+
+    lm = model.lm.config
+    if model.config.model_type == "tts" or not (lm.own_q or lm.user_q):
+        what = "is a text model" if not lm.own_q else "turns text into speech"
+        raise ConfigError(f"{model.name} {what}: it does not hear; moshi-mlx-local check lists models for dialogue")
+    return "dialogue" if lm.own_q else "speech-to-text"
 
 
 def kind(name: str) -> str:
@@ -76,7 +101,7 @@ def room(machine: Mapping[str, Any]) -> int:
 
 
 def verdict(
-    known: Known,
+    published: PublishedModel,
     room: int,
     speed: Mapping[int, float],
     steps: Mapping[str, float] | None = None,
@@ -98,15 +123,17 @@ def verdict(
     dict
         For JSON.
     """
-    needed = known.size + known.cache + _BESIDE
-    measured = (steps or {}).get(kind(known.name))
-    step = known.read / speed[known.bits] + known.cache / speed[16] + _OVERHEAD
+    needed = published.size + published.cache + _BESIDE
+    measured = (steps or {}).get(kind(published.name))
+    step = published.read / speed[published.bits] + published.cache / speed[16] + _OVERHEAD
     limit = _SHARE_OF_TIME
     if measured is not None:
         step, limit = measured / 1e3, 1.0
     takes = "would take about" if measured is None else "took"
     return {
-        "model": known.name,
+        "model": published.name,
+        "purpose": published.purpose,
+        "gated": published.gated,
         "fits": needed <= room,
         "keeps_up": step <= limit * frame,
         "needed_bytes": round(needed),

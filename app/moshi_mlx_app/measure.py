@@ -82,7 +82,7 @@ def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
     """One silent frame, then the questions that come with the program, again and again."""
     import soundfile
 
-    with as_file(files("moshi_mlx_app") / "assets" / "questions.wav") as path:
+    with as_file(files("moshi_mlx") / "assets" / "questions.wav") as path:
         pcm, rate = soundfile.read(path, dtype="float32")
     if rate != model.sample_rate:
         import soxr
@@ -163,7 +163,7 @@ def paced(
 ) -> dict[str, Any]:
     """A conversation on a microphone that gives one frame every 80 ms, with all its threads.
 
-    ``series`` as for :func:`unpaced`, with ``answer``, and at most the last thousand frames.
+    ``series`` as for :func:`unpaced`, with ``latency``, and at most the last thousand frames.
     """
     sound = question(model)
     with Conversation(model, generation=generation) as conversation:
@@ -179,7 +179,7 @@ def paced(
         while conversation.meters.frames < frames and time.monotonic() < until and conversation.running:
             time.sleep(0.01)
         meters = conversation.meters
-    stages = {"encode": meters.encode, "step": meters.step, "decode": meters.decode, "answer": meters.lag}
+    stages = {"encode": meters.encode, "step": meters.step, "decode": meters.decode, "latency": meters.lag}
     if series is not None:
         series.update({name: _milliseconds(watch) for name, watch in stages.items()})
     return {
@@ -187,7 +187,7 @@ def paced(
         "frames": meters.frames,
         "late": meters.late,
         "dropped_seconds": round(meters.dropped_in / model.sample_rate, 3),
-        "gaps": meters.underruns,
+        "underruns": meters.underruns,
     }
 
 

@@ -51,13 +51,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
         "--codec",
         choices=("auto", "rust", "mlx"),
         default="auto",
-        help="what turns sound into codes and back: auto takes Rust where it fits (default: %(default)s)",
+        help="implementation of the audio codec: auto takes Rust where it can (default: %(default)s)",
     )
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """``--seed`` and everything about sampling. Options that are not given leave the model's own settings alone."""
-    group = parser.add_argument_group("how the answer is chosen (where not given: as the model's authors say)")
+    """``--seed`` and everything about sampling; what is not given stays as the checkpoint says."""
+    group = parser.add_argument_group("sampling (defaults come from the checkpoint)")
     number, count = bounded(float, 0, 100), bounded(int, 0, 1_000_000)
     share = bounded(float, 0, 1)
     group.add_argument(
@@ -65,41 +65,49 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=bounded(int, 0, 2**63 - 1),
         default=0,
         metavar="N",
-        help="another seed, another answer, where the model draws: the built-in one does not (default: 0)",
+        help="seed of the random numbers; no effect where sampling is greedy (default: 0)",
     )
-    group.add_argument("--greedy", action="store_true", help="always the likeliest word and sound: temperatures of 0")
-    group.add_argument("--text-temperature", type=number, metavar="T", help="0: always the likeliest; 0.7 is usual")
-    group.add_argument("--audio-temperature", type=number, metavar="T", help="the same for the voice; 0.8 is usual")
-    group.add_argument("--text-top-k", type=count, metavar="K", help="choose among the K likeliest words; 0: all")
-    group.add_argument("--audio-top-k", type=count, metavar="K", help="the same for the voice")
-    group.add_argument("--top-p", type=share, metavar="P", help="choose among the likeliest that sum to P; 0: all")
-    group.add_argument("--min-p", type=share, metavar="P", help="drop what is less than P times as likely as the best")
+    group.add_argument("--greedy", action="store_true", help="always the most likely token: temperatures of 0")
+    group.add_argument("--text-temperature", type=number, metavar="T", help="of the text; 0: greedy; 0.7 is usual")
+    group.add_argument("--audio-temperature", type=number, metavar="T", help="of the voice; 0: greedy; 0.8 is usual")
+    group.add_argument(
+        "--text-top-k", type=count, metavar="K", help="sample text from the K most likely tokens; 0: from all"
+    )
+    group.add_argument(
+        "--audio-top-k", type=count, metavar="K", help="sample the voice from the K most likely; 0: from all"
+    )
+    group.add_argument(
+        "--top-p", type=share, metavar="P", help="sample from the most likely tokens whose sum is P; 0: off"
+    )
+    group.add_argument(
+        "--min-p", type=share, metavar="P", help="drop tokens less than P times as likely as the best; 0: off"
+    )
     group.add_argument(
         "--repetition-penalty",
         type=bounded(float, 0.01, 100),
         metavar="R",
-        help="above 1 words come back less often; 1: off",
+        help="above 1: words are repeated less often; 1: off",
     )
     group.add_argument(
         "--padding-bonus",
         type=bounded(float, -1000, 1000),
         metavar="B",
-        help="above 0 the model speaks less, below 0 more",
+        help="above 0: the model speaks less; below 0: more",
     )
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """``--kv-bits``: precision of the attention's memory."""
+    """``--kv-bits``: precision of the key-value cache."""
     parser.add_argument(
         "--kv-bits",
         type=int,
         choices=(8,),
-        help="keep what the model remembers of the talk in 8 bits: about half the memory, for large models on a GPU",
+        help="precision of the key-value cache: about half its memory, for large models on a GPU (default: 16 bits)",
     )
 
 
 def generation_from(args: argparse.Namespace, base: GenerationConfig) -> GenerationConfig:
-    """``base`` with what the options say instead."""
+    """``base`` with the options that were given in place of its own."""
     text, audio = base.text, base.audio
     if args.greedy:
         text, audio = replace(text, temperature=0.0), replace(audio, temperature=0.0)

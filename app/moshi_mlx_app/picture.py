@@ -1,21 +1,24 @@
 """The picture of ``bench --picture``: when each stage took how long, as SVG.
 
 Three panels: the frames one after the other, as fast as they go, stage on stage; the same at the pace of a
-conversation, where the answer's delay counts; and how often each stage took how long. Written by hand: a plotting
+conversation, with the latency of the answer; and how often each stage took how long. Written by hand: a plotting
 library would be among the largest things that this program installs.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.printable import printable
+
 __all__ = ["draw"]
 
-_COLORS = {"encode": "#0072b2", "step": "#e69f00", "decode": "#009e73", "answer": "#b8508f"}
+_COLORS = {"encode": "#0072b2", "step": "#e69f00", "decode": "#009e73", "latency": "#b8508f"}
 _WIDTH, _LEFT, _RIGHT, _HIGH = 960, 64, 24, 190
 _MOST = 420  # frames that have room side by side
 _BINS = 40
@@ -31,7 +34,7 @@ def draw(title: str, about: str, fast: Series, paced: Series, frame: float) -> s
     title, about : str
         Two lines above it.
     fast, paced : mapping of str to sequence of float
-        Milliseconds of each frame, by stage: ``encode``, ``step``, ``decode``; ``paced`` has ``answer`` too.
+        Milliseconds of each frame, by stage: ``encode``, ``step``, ``decode``; ``paced`` has ``latency`` too.
     frame : float
         Milliseconds between two frames of a conversation.
 
@@ -45,11 +48,11 @@ def draw(title: str, about: str, fast: Series, paced: Series, frame: float) -> s
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 820" width="{_WIDTH}" height="820" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{_escaped(title)}</title>",
         f'<rect width="{_WIDTH}" height="820" fill="#fff"/>',
         _text(_LEFT, 30, title, size=18),
         _text(_LEFT, 50, about, color="#666"),
-        *_legend([*stages, *(["answer"] if len(paced.get("answer", ())) else [])]),
+        *_legend([*stages, *(["latency"] if len(paced.get("latency", ())) else [])]),
         *_bars(110, f"As fast as it goes{each}", dict(zip(stages, grouped, strict=True)), frame),
         *_lines(370, "At the pace of a conversation: from a frame's last sample to its answer", paced, frame),
         *_histograms(630, "How often each stage took how long, as fast as it goes", {n: fast[n] for n in stages}),
@@ -88,7 +91,7 @@ def _bars(top: int, title: str, series: Series, frame: float) -> list[str]:
 
 
 def _lines(top: int, title: str, series: Series, frame: float) -> list[str]:
-    shown = {name: np.asarray(series[name], float) for name in ("answer", "step") if len(series.get(name, ()))}
+    shown = {name: np.asarray(series[name], float) for name in ("latency", "step") if len(series.get(name, ()))}
     longest = max((float(one.max()) for one in shown.values()), default=0.0)
     highest = _round_up(max(longest, 1.1 * frame))
     parts = _axes(top, title, highest)
@@ -164,6 +167,10 @@ def _round_up(value: float) -> float:
 
 
 def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start", color: str = "#222") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
-    )
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{color}">{_escaped(text)}</text>'
+
+
+def _escaped(text: str) -> str:
+    """Text for XML, which allows neither controls nor noncharacters, escaped or not."""
+    return escape(re.sub("[\ufffe\uffff]", " ", printable(text)))

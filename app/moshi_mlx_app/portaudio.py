@@ -1,7 +1,7 @@
-"""Which sound devices there are, as PortAudio knows them.
+"""The sound devices that PortAudio knows.
 
-PortAudio looks around once, as it is started: what is plugged in later is seen after :func:`devices` with ``refresh``,
-which no open stream survives.
+PortAudio enumerates them once, as it is initialized: what is plugged in later is seen after :func:`devices` with
+``refresh``, which no open stream survives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 
 from moshi_mlx.errors import MoshiError
 
-__all__ = ["Device", "DeviceError", "devices", "find_device", "reason", "silence_hint", "sounddevice", "ways"]
+__all__ = [
+    "Device",
+    "DeviceError",
+    "candidate_formats",
+    "devices",
+    "find_device",
+    "reason",
+    "silence_hint",
+    "sounddevice",
+]
 
 
 class DeviceError(MoshiError):
@@ -35,7 +44,7 @@ class Device:
     rate : float
         Its own sample rate, hertz.
     default_input, default_output : bool
-        Whether the system would choose it.
+        Whether it is the system's default.
     """
 
     index: int
@@ -106,7 +115,10 @@ def devices(*, refresh: bool = False) -> list[Device]:
                 sd._terminate()  # there is no public way
                 sd._initialize()
         hosts = sd.query_hostapis()
-        entry, leave = sd.default.device
+        default_input, default_output = (
+            index if index >= 0 else hosts[0][f"default_{kind}_device"]
+            for kind, index in zip(("input", "output"), sd.default.device, strict=True)
+        )
         found = []
         for index, entries in enumerate(sd.query_devices()):
             host = hosts[entries["hostapi"]]
@@ -118,8 +130,8 @@ def devices(*, refresh: bool = False) -> list[Device]:
                     inputs=int(entries["max_input_channels"]),
                     outputs=int(entries["max_output_channels"]),
                     rate=float(entries["default_samplerate"]),
-                    default_input=index == (entry if entry >= 0 else hosts[0]["default_input_device"]),
-                    default_output=index == (leave if leave >= 0 else hosts[0]["default_output_device"]),
+                    default_input=index == default_input,
+                    default_output=index == default_output,
                 )
             )
         return found
@@ -133,7 +145,7 @@ def find_device(wanted: str | None, kind: str, among: list[Device]) -> Device:
     Parameters
     ----------
     wanted : str or None
-        A number, or a part of a name (the whole name wins); None for the system's choice.
+        A number, or a part of a name (the whole name wins); None for the system's default.
     kind : {"input", "output"}
 
     Raises
@@ -166,7 +178,7 @@ def find_device(wanted: str | None, kind: str, among: list[Device]) -> Device:
     return found[0]
 
 
-def ways(device: Device, kind: str) -> list[tuple[float, int]]:
+def candidate_formats(device: Device, kind: str) -> list[tuple[float, int]]:
     """Rates and channels to try, the device's own first."""
     most = device.inputs if kind == "input" else device.outputs
     # One channel of a microphone is the first one; a loudspeaker's single channel would be the left one.

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from moshi_mlx.model import SessionFrame
 from moshi_mlx.realtime.ring import Bell
 from moshi_mlx.text import Word
-from moshi_mlx_app.outputs import Claim, named, replace_text
+from moshi_mlx_app.outputs import Claim, check_folder, named, replace_text
 from moshi_mlx_app.transcript import VERSION, Transcript, aligned, read_json, spoken, unaligned, write_json
 from moshi_mlx_app.wav import HEADER, LARGEST, WavFile, header, write_at
 
@@ -96,11 +96,8 @@ class Recorder:
         """
         if self.running:
             return
+        check_folder(self.folder, "--record")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise PermissionError(
-                errno.EACCES, "nothing can be recorded there; choose another folder", str(self.folder)
-            )
         self._ending = False
         self._queue.clear()
         self._thread = threading.Thread(target=self._write, name="moshi recorder", daemon=True)

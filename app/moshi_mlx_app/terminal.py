@@ -1,8 +1,9 @@
-"""What a person sees while a recording is answered: words as they come, and how far it is.
+"""Everything that the program prints: text on standard output, sentences on standard error, progress on a terminal.
 
 Text is the result, so it goes to standard output; everything about the work goes to standard error. On a terminal a
-bar stands at the bottom and finished lines scroll above it; anywhere else the same lines come plainly, with no bar, no
-colour and no control characters. If standard output closes (``| head -1``), the text stops and the work goes on.
+bar stands at the bottom and finished lines scroll above it, broken between words; anywhere else the same lines come
+plainly, with no bar, no colour and no control characters. If standard output closes (``| head -1``), the text stops and
+the work goes on. What files, devices and models are called is made printable here, and rich's markup is never read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.status import Status
@@ -22,7 +24,7 @@ from rich.text import Text
 
 from moshi_mlx.printable import printable
 
-__all__ = ["Face", "Lines", "Loading", "is_terminal", "say", "silence_output", "warn"]
+__all__ = ["AnswerProgress", "Lines", "Loading", "is_terminal", "say", "say_line", "silence_output", "warn", "wrapped"]
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -38,12 +40,38 @@ def _is_pipe(stream: TextIO) -> bool:
         return False
 
 
-def say(text: str) -> None:
-    """A line on standard output, unless its reader has gone."""
+def wrapped(text: str, stream: TextIO, indent: int = 0) -> list[str]:
+    """``text`` broken between words to fit a terminal, with ``indent`` spaces before all lines but the first.
+
+    It is one line where ``stream`` is no terminal. A word that is longer than a line, such as a path, stays
+    whole: the terminal continues it, and it can be copied.
+    """
+    if not is_terminal(stream):
+        return [text]
+    width = max(Console(file=stream).width - 1, indent + 20)  # some terminals break a line after a full last column
+    lines, space = [text[:indent]], ""
+    for word in text[indent:].split(" "):
+        if word and space and cell_len(lines[-1]) + 1 + cell_len(word) > width:
+            lines, space = [*lines, " " * indent], ""
+        lines[-1] += space + word
+        space = " "
+    return [line.rstrip() for line in lines]
+
+
+def say(*lines: str) -> None:
+    """Lines on standard output, unless their reader has gone; a line break in a name begins no line."""
     try:
-        print(text, flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
     except BrokenPipeError:
         silence_output()
+
+
+def say_line(line: str, console: Console | None = None) -> None:
+    """A line of :class:`Lines` on standard output; through the ``console`` of what is drawn on the same terminal."""
+    if console is None:
+        say(*wrapped(line, sys.stdout, Lines.INDENT))
+    else:
+        console.print(Text("\n".join(wrapped(line, sys.stderr, Lines.INDENT))), soft_wrap=True)
 
 
 def silence_output() -> None:
@@ -56,9 +84,14 @@ def silence_output() -> None:
         pass
 
 
-def warn(text: str, label: str = "warning") -> None:
-    """A line on standard error."""
-    print(f"{label}: {printable(text)}", file=sys.stderr, flush=True)
+def warn(text: str, label: str = "warning", console: Console | None = None) -> None:
+    """A sentence on standard error, after a ``label`` if it is not empty; through the ``console`` of what is drawn."""
+    label = f"{label}: " if label else ""
+    lines = "\n".join(wrapped(label + printable(text), sys.stderr, len(label)))
+    if console is None:
+        print(lines, file=sys.stderr, flush=True)
+    else:
+        console.print(Text(lines), soft_wrap=True)
 
 
 class Loading:
@@ -71,7 +104,7 @@ class Loading:
 
     def __call__(self, doing: str) -> None:
         if self._status is not None:
-            self._status.update(Text(doing))
+            self._status.update(Text(printable(doing)))
 
     def __enter__(self) -> Loading:
         if self._status is not None:
@@ -93,6 +126,7 @@ class Lines:
 
     PAUSE = 1.2
     LONG, LONGEST = 60, 160
+    INDENT = 11  # characters before the text
 
     def __init__(self) -> None:
         self._text = ""
@@ -144,11 +178,11 @@ class _Bar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         if self.current:
-            yield Text(self.current)
+            yield Text("\n".join(wrapped(self.current, sys.stderr, Lines.INDENT)))
         yield from super().get_renderables()
 
 
-class Face:
+class AnswerProgress:
     """Shows one answer as it grows. Use it with ``with``: leaving it clears the bar and prints what is pending.
 
     Parameters
@@ -183,7 +217,7 @@ class Face:
         # Both on one terminal: finished lines must go through the bar, or they would be written over it.
         self._together = self._bar is not None and text and is_terminal(sys.stdout)
 
-    def __enter__(self) -> Face:
+    def __enter__(self) -> AnswerProgress:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -207,10 +241,6 @@ class Face:
         self._print(done)
 
     def _print(self, lines: list[str]) -> None:
-        if not self._text:
-            return
-        for line in lines:
-            if self._together and self._bar is not None:
-                self._bar.console.print(Text(line))
-            else:
-                say(line)
+        console = self._bar.console if self._together and self._bar is not None else None
+        for line in lines if self._text else ():
+            say_line(line, console)

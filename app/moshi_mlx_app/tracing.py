@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +55,6 @@ def tracing(path: str | None) -> Iterator[Trace | None]:
                         "trace",
                     )
                 else:
-                    print(f"trace: {target}", file=sys.stderr)
+                    warn(str(target), "trace")
             except OSError as error:
                 warn(f"{target} could not be written: {error.strerror or error}", "trace")

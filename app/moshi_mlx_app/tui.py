@@ -1,7 +1,8 @@
 """What a person sees and presses during a live conversation. Knows no sound: it is told numbers and shows them.
 
-On a terminal Moshi's lines scroll above a panel of three lines; anywhere else only the lines come, with no colour and
-no control characters. Words go to standard output, everything else to standard error, as in the verb ``file``.
+On a terminal Moshi's lines scroll above a panel of levels, figures and keys, as wide as the terminal; anywhere else
+only the lines come, with no colour and no control characters. Words go to standard output, everything else to standard
+error, as in the verb ``file``.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import math
 import os
 import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from moshi_mlx.printable import printable
-from moshi_mlx_app.terminal import Lines, is_terminal, say, warn
+from moshi_mlx_app.terminal import Lines, is_terminal, say_line, warn, wrapped
 
 __all__ = ["Keys", "Panel", "State", "decibels", "own_errors"]
 
 _BAR = 12
 _QUIETEST = -60.0
+_PATIENCE = 0.25  # seconds that a notice waits for the end of a word
 
 
 @dataclass
@@ -39,16 +41,16 @@ class State:
         Since the conversation began.
     user, moshi : float
         Levels: root mean square, 0 to 1.
-    answer : float
-        Seconds from the end of a frame to its answer being ready: the middle of the last thousand.
-    waiting : float
-        Seconds of sound on their way inside the program.
+    latency : float
+        Seconds from the end of a frame to its answer being ready: the median of the last thousand.
+    queue : float
+        Seconds of sound that wait inside the program: to be heard, and to be played.
     late : int
-        Frames that were late.
+        Frames whose answer was ready more than two frames after their end.
     dropped : float
         Seconds of the user's sound that were dropped.
-    gaps : int
-        Times that the loudspeaker found nothing to play.
+    underruns : int
+        Reads of the loudspeaker that ran out of samples.
     recording : float or None
         Seconds recorded, None if nothing is being recorded.
     """
@@ -56,11 +58,11 @@ class State:
     seconds: float = 0.0
     user: float = 0.0
     moshi: float = 0.0
-    answer: float = 0.0
-    waiting: float = 0.0
+    latency: float = 0.0
+    queue: float = 0.0
     late: int = 0
     dropped: float = 0.0
-    gaps: int = 0
+    underruns: int = 0
     recording: float | None = None
     muted: bool = False
     sound: bool = True
@@ -87,6 +89,8 @@ class Panel:
     def __init__(self, *, panel: bool = True, text: bool = True, keys: bool = True):
         self._text, self._keys = text, keys
         self._lines = Lines()
+        self._waiting: list[tuple[str, str]] = []  # notices that came inside a word, and when the first of them came
+        self._since = 0.0
         self._live: Live | None = None
         if panel and is_terminal(sys.stderr):
             self._live = Live(
@@ -97,7 +101,7 @@ class Panel:
                 redirect_stderr=False,
             )
         # Both on one terminal: lines must go through the panel, or they would be written over it.
-        self._together = self._live is not None and is_terminal(sys.stdout)
+        self._above = self._live.console if self._live is not None and is_terminal(sys.stdout) else None
 
     def __enter__(self) -> Panel:
         if self._live is not None:
@@ -107,58 +111,90 @@ class Panel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._print(self._lines.flush())
+        self._flush()
         if self._live is not None:
             self._live.stop()
 
     def say(self, seconds: float, text: str) -> None:
         """Moshi said ``text`` at this time of the conversation; call it with ``""`` as time goes on."""
+        if self._waiting and (text[:1].isspace() or time.monotonic() - self._since >= _PATIENCE):
+            self._flush()
         self._print(self._lines.feed(seconds, text))
+        if self._waiting and not self._lines.current:
+            self._flush()
 
-    def anew(self) -> None:
+    def restart(self) -> None:
         """A new conversation begins, and its time counts from zero."""
-        self._print(self._lines.flush())
+        self._flush()
         self._lines = Lines()
 
     def notice(self, text: str, label: str = "notice") -> None:
-        """A sentence about the devices, the recording and the like."""
-        if self._live is not None:
-            self._live.console.print(Text(f"{label}: {printable(text)}"))
-        else:
-            warn(text, label)
+        """A sentence about the devices, the recording and the like.
+
+        It stands below the words that came before it: the line that is still growing ends first, after a whole word.
+        """
+        self._since = self._since if self._waiting else time.monotonic()
+        self._waiting.append((text, label))
+        if not (self._text and self._lines.current):
+            self._flush()
 
     def show(self, state: State) -> None:
-        """Draw the panel anew."""
-        if self._live is not None:
-            width = max(self._live.console.width - 1, 20)
-            lines = [self._lines.current, *_panel(state, self._keys)] if self._text else _panel(state, self._keys)
-            self._live.update(Group(*(Text(line[:width]) for line in lines)), refresh=True)
+        """Draw the panel again."""
+        if self._live is None:
+            return
+        width = max(self._live.console.width - 1, 20)
+        lines = wrapped(self._lines.current, sys.stderr, Lines.INDENT) if self._text else []
+        self._live.update(Text("\n".join([*lines, *_panel(state, self._keys, width)])), refresh=True)
+
+    def _flush(self) -> None:
+        """End the growing line, and print the notices that wait."""
+        self._print(self._lines.flush())
+        waiting, self._waiting = self._waiting, []
+        for text, label in waiting:
+            warn(text, label, self._live.console if self._live is not None else None)
 
     def _print(self, lines: list[str]) -> None:
-        if not self._text:
-            return
-        for line in lines:
-            if self._together and self._live is not None:
-                self._live.console.print(Text(line))
-            else:
-                say(line)
+        for line in lines if self._text else ():
+            say_line(line, self._above)
 
 
-def _panel(state: State, keys: bool) -> list[str]:
-    """The panel's lines."""
+def _panel(state: State, keys: bool, width: int) -> list[str]:
+    """The panel's lines, none wider than ``width``."""
     minutes, seconds = divmod(int(state.seconds), 60)
     you = "muted" if state.muted else f"{decibels(state.user):4.0f} dB"
-    marks = ["" if state.sound else "waiting for the sound devices"]
-    if state.recording is not None:
-        marks.append(f"recording {state.recording:.0f} s")
-    lines = [
-        f"you {_bar(0.0 if state.muted else state.user)} {you:7}   Moshi {_bar(state.moshi)} "
-        f"{decibels(state.moshi):4.0f} dB   {minutes}:{seconds:02}   {'   '.join(filter(None, marks))}".rstrip(),
-        f"answer after {state.answer * 1e3:.0f} ms   on the way {state.waiting * 1e3:.0f} ms   late {state.late}   "
-        f"dropped {state.dropped:.1f} s   gaps {state.gaps}",
+    fields = [
+        f"you {_bar(0.0 if state.muted else state.user)} {you:7}",
+        f"Moshi {_bar(state.moshi)} {decibels(state.moshi):4.0f} dB",
+        f"{minutes}:{seconds:02}",
     ]
+    if not state.sound:
+        fields.append("waiting for the sound devices")
+    if state.recording is not None:
+        fields.append(f"recording {state.recording:.0f} s")
+    lines = _flow(fields, width)
+    lines += _flow(
+        [
+            f"latency {state.latency * 1e3:.0f} ms",
+            f"queue {state.queue * 1e3:.0f} ms",
+            f"late {state.late}",
+            f"dropped {state.dropped:.1f} s",
+            f"underruns {state.underruns}",
+        ],
+        width,
+    )
     if keys:
-        lines.append("m mute   r record   n new conversation   d devices again   q quit")
+        lines += _flow(["m mute", "r record", "n new conversation", "d reopen devices", "? help", "q quit"], width)
+    return lines
+
+
+def _flow(fields: Sequence[str], width: int) -> list[str]:
+    """Fields beside each other, in as many lines as they need."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + 3 + len(field) <= width:
+            lines[-1] += f"   {field}"
+        else:
+            lines.append(field)
     return lines
 
 

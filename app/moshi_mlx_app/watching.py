@@ -1,8 +1,8 @@
-"""Which microphone and loudspeaker the system would choose, asked again and again while others are in use.
+"""The system's default microphone and loudspeaker, polled while devices are in use.
 
-PortAudio answers that only once, as it is started, and starting it anew ends every stream of the process. So another
-process asks: this file, run as a program. It writes a line of JSON when the answer changes, and ends when its standard
-input does. If it cannot be had, nothing is noticed, and everything else goes on.
+PortAudio looks them up only once, as it is initialized, and initializing it again ends every stream of the process. So
+another process asks: this file, run as a program. It writes a line of JSON when the answer changes, and ends when its
+standard input does. If it cannot be started, no change is noticed, and everything else goes on.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _EVERY = 2.0  # seconds
 
 
 class Defaults:
-    """The system's choice.
+    """The system's default devices.
 
     Parameters
     ----------
     every : float
-        Seconds between two looks.
+        Seconds between two queries.
     """
 
     def __init__(self, every: float = _EVERY):
@@ -37,7 +37,7 @@ class Defaults:
         self._news: deque[dict[str, str | None]] = deque(maxlen=1)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start to poll."""
         if not sys.executable:
             return
         try:
@@ -80,8 +80,8 @@ def _main(every: float) -> None:
 
     before = ""
     while True:
-        with contextlib.suppress(Exception):  # the system is changing just now, or its sound server starts anew
-            line = json.dumps(_choice(sounddevice))
+        with contextlib.suppress(Exception):  # the system is changing just now, or its sound server restarts
+            line = json.dumps(_default_names(sounddevice))
             if line != before:
                 before = line
                 print(line, flush=True)
@@ -92,7 +92,7 @@ def _main(every: float) -> None:
                 look_again()
 
 
-def _choice(sounddevice: Any) -> dict[str, str | None]:
+def _default_names(sounddevice: Any) -> dict[str, str | None]:
     host = (sounddevice.query_hostapis() or [{}])[0]
     known = sounddevice.query_devices()
     names = {}

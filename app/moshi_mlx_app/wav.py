@@ -91,6 +91,9 @@ class WavFile:
         file, self._file = self._file, -1
         if file >= 0:
             with contextlib.suppress(OSError):
+                if self.samples:  # half a frame on a full disk is room for the words
+                    os.ftruncate(file, HEADER + 2 * self._channels * self.samples)
+            with contextlib.suppress(OSError):
                 os.close(file)
 
 

@@ -111,7 +111,7 @@ class HubRepo:
         if commit is None:
             raise DownloadError(
                 f"{self._label} is not in the cache ({self.cache}), and the network is switched off (HF_HUB_OFFLINE). "
-                "Unset it once to fetch the model, use `--model small`, which is built in, or give a local folder"
+                "Unset it once to fetch the model, use the built-in model small, or give a local folder"
             )
         folder = self._root / "snapshots" / commit
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -279,7 +279,7 @@ class HubRepo:
         if _is_network(error) or isinstance(error, errors.LocalEntryNotFoundError):
             return DownloadError(
                 f"cannot fetch {what}: {self.endpoint} cannot be reached ({_short(error)}). Check the connection and "
-                "start again: what is here already will be used. Or use `--model small`, which is built in, give a "
+                "start again: what is here already will be used. Or use the built-in model small, give a "
                 "local folder, or set HF_ENDPOINT to a mirror"
             )
         return DownloadError(f"cannot fetch {what}: {_short(error)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moshi_mlx.errors import DownloadError
 from moshi_mlx.hub import CheckpointFiles
+from moshi_mlx.printable import printable
 
 from .convert import Result
 from .recipes import PARTS, RECIPES, Module, Plan, describe
@@ -16,6 +17,8 @@ from .source import Source
 from .terminal import table
 
 __all__ = ["model_card", "parts_table", "upload"]
+
+_AGAIN = " The source is quantized itself: its own errors stay in the result, and no figure here counts them."
 
 
 def parts_table(plan: Plan, result: Result, modules: Sequence[Module]) -> str:
@@ -35,7 +38,7 @@ def parts_table(plan: Plan, result: Result, modules: Sequence[Module]) -> str:
 def model_card(files: CheckpointFiles, plan: Plan, result: Result, source: Source, report: Report | None) -> str:
     """README.md of the result: front matter for the hub, recipe, sizes, and the cost where it was measured."""
     origin = files.source if files.revision is None else f"{files.source.split('@')[0]}@{files.revision}"
-    name = origin if files.revision is not None else Path(files.source).name
+    name = printable(origin if files.revision is not None else Path(files.source).name)
     front = ["---", "library_name: moshi-mlx-local", "tags:", "- mlx", "- moshi"]
     if files.revision is not None:
         front.append(f"base_model: {files.source.split('@')[0]}")
@@ -46,8 +49,9 @@ def model_card(files: CheckpointFiles, plan: Plan, result: Result, source: Sourc
         *front, "---", "",
         f"# {name}, {'dense' if plan.name == 'dense' else 'quantized'}", "",
         f"Written by `moshi-mlx-quantize` from `{name}`{merged}. {what}", "",
-        f"{result.bytes_after / 1e6:,.1f} MB instead of {result.bytes_before / 1e6:,.1f} MB: "
-        f"{result.bits_per_weight:.2f} bits per weight, scales, biases and norms counted.", "",
+        f"{result.bytes_after / 1e6:,.2f} MB of weights instead of {result.bytes_before / 1e6:,.2f} MB: "
+        f"{result.bits_per_weight:.2f} bits per weight, scales, biases and norms counted. rel. error: how far "
+        "the weights are from the source's, over their size." + (_AGAIN if source.quantized else ""), "",
         "```", parts_table(plan, result, source.modules), "```", "",
     ]  # fmt: skip
     if plan.skipped:
@@ -57,11 +61,7 @@ def model_card(files: CheckpointFiles, plan: Plan, result: Result, source: Sourc
     if report is None:
         lines += ["The outputs were not compared with the source's.", ""]
     else:
-        lines += [
-            f"Divergence from the source's predictions (nats) and agreement of the likeliest token, on "
-            f"{report.calibration}; MB of matrices and tables.", "",
-            "```", report.table(), "```", "",
-        ]  # fmt: skip
+        lines += [f"Measured on {report.calibration}. {report.legend()}", "", "```", report.table(), "```", ""]
     lines += [
         "How every module is quantized is in config.json: nothing has to be told at load.",
         "The licence is the source's.",

@@ -1,7 +1,7 @@
 """From a checkpoint to a smaller one, tensor by tensor.
 
 Memory holds one tensor of the source at a time and a few MB of its quantized form, however large the model is. The
-result is written aside, loaded strictly and run for one frame, and only then moved into place.
+result is written to a staging folder, loaded strictly and run for one frame, and only then moved into place.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Result:
     weights : str
         Name of the file of weights.
     bytes_before, bytes_after : int
-        Size of the tensors; before: as if nothing were quantized.
+        Size of the source's files of weights (and of its LoRA, if one was merged), and of the one that was written.
     errors : dict of str to float
         Relative error ``|w' - w| / |w|`` (Frobenius) by module.
     parts : dict of str to tuple
@@ -70,7 +70,8 @@ class Result:
     @property
     def bits_per_weight(self) -> float:
         """Over the whole file; scales, biases and what stays dense count."""
-        return 8 * self.bytes_after / max(1, sum(part[1] for part in self.parts.values()))
+        sizes = self.parts.values()
+        return 8 * sum(part[0] for part in sizes) / max(1, sum(part[1] for part in sizes))
 
 
 # ---------------------------------------------------------------------------------------------- what will be written
@@ -134,8 +135,8 @@ def check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(place).free
     if wanted + SPARE_BYTES > free:
         raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or write "
-            "to another disk"
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or "
+            "write to another disk"
         )
 
 
@@ -179,10 +180,9 @@ def write_checkpoint(
     """
     entries = planned_entries(source, plan)
     helium = source.config.model_type == "helium"
-    result = Result(weights_name(plan, helium), bytes_after=entry_bytes(entries.values()))
-    result.bytes_before = _dense_bytes(source)
-    carried, names = _carried(source, files, reference)
-    check_space(folder, result.bytes_after + sum(path.stat().st_size for path, _ in carried))
+    result = Result(weights_name(plan, helium), bytes_before=source.size)
+    carried, names = _carried(source, files, reference, {result.weights, "config.json", "README.md"})
+    check_space(folder, entry_bytes(entries.values()) + sum(path.stat().st_size for path, _ in carried))
     # MLX would keep freed buffers for later, which would be most of the memory that is used here.
     limit = mx.set_cache_limit(0)
     try:
@@ -190,6 +190,7 @@ def write_checkpoint(
             _write_tensors(source, plan, tuned or {}, writer, result, progress or (lambda _: None))
     finally:
         mx.set_cache_limit(limit)
+    result.bytes_after = (folder / result.weights).stat().st_size
     for path, name in carried:
         _copy(path, folder / name)
         result.carried.append(name)
@@ -200,15 +201,6 @@ def write_checkpoint(
 
 def _metadata(plan: Plan, made: Mapping[str, Any] | None) -> dict[str, str]:
     return {"recipe": plan.name, **{key: str(value) for key, value in (made or {}).items()}}
-
-
-def _dense_bytes(source: Source) -> int:
-    modules = {module.name: module for module in source.modules}
-    total = sum(module.bytes(None, source.dtype.size) for module in source.modules)
-    for name, value in source.tensors.items():
-        if name.rpartition(".")[0] not in modules:
-            total += value.nbytes * max(1, len(stored_names(name, "mlx", source.config.lm)))
-    return total
 
 
 def _write_tensors(
@@ -318,8 +310,11 @@ def _count(result: Result, part: str, size: int, weights: int, lost: float = 0.0
 # ------------------------------------------------------------------------------------------------------ other files
 
 
-def _carried(source: Source, files: CheckpointFiles, reference: bool) -> tuple[list[tuple[Path, str]], dict[str, str]]:
-    """Files to copy with their names, and what config.json shall say about them."""
+def _carried(
+    source: Source, files: CheckpointFiles, reference: bool, taken: set[str]
+) -> tuple[list[tuple[Path, str]], dict[str, str]]:
+    """Files to copy with their names, none of them taken, and what config.json shall say about them."""
+    used = {name.casefold() for name in taken}
     copies: list[tuple[Path, str]] = []
     names: dict[str, str] = {}
     for part, key in (("mimi", "mimi_name"), ("mimi_config", "mimi_config_name"), ("tokenizer", "tokenizer_name")):
@@ -332,6 +327,9 @@ def _carried(source: Source, files: CheckpointFiles, reference: bool) -> tuple[l
             names[key] = f"hf://{files.source.split('@')[0]}/{name}"
             continue
         target = Path(name).name if "://" in name or "/" in name else name
+        while target.casefold() in used:
+            target = f"{part}-{target}"
+        used.add(target.casefold())
         if target != name or source.data.get(key) not in (None, name):
             names[key] = target
         elif key == "mimi_config_name":

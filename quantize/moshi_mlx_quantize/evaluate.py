@@ -10,7 +10,8 @@ Models are evaluated with weights that were quantized and expanded again, which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.audio import as_mono
 from moshi_mlx.checkpoint.files import read_json
 from moshi_mlx.checkpoint.quantization import Quantization
 from moshi_mlx.codec import make_codec
 from moshi_mlx.config import LmConfig
-from moshi_mlx.errors import AudioError, CheckpointError
+from moshi_mlx.errors import AudioError, CheckpointError, ConfigError
 from moshi_mlx.generate import GenerationConfig, Generator
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.lm import Lm
 from moshi_mlx.mimi import MimiConfig
-from moshi_mlx.model import to_mono
+from moshi_mlx.printable import printable
 from moshi_mlx.sampling import GREEDY
+from moshi_mlx.text import SILENT_IDS
 
 from .convert import dequantize, quantize
 from .recipes import Plan
@@ -38,16 +41,21 @@ __all__ = [
     "Calibration",
     "Cost",
     "Outputs",
+    "Recording",
     "Subject",
     "calibrate",
     "codes_of",
     "compare",
     "make_subject",
     "read_recording",
+    "same_text",
 ]
 
 Ints = NDArray[np.int32]
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+SAME_FRAMES = 12
+"""About a second: what is said so much sooner or later counts as the same."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +87,11 @@ class Calibration:
     ----------
     tokens : array [1, streams, frames], int32
         Text, own codes, user codes, not delayed.
-    origin : str
-        Where they come from, for the report.
     user : array [frames, user_q], int32
         What the user said.
     """
 
     tokens: Ints
-    origin: str
     user: Ints
 
 
@@ -205,8 +210,25 @@ def _divergence(p: mx.array, q: mx.array) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------------- calibration
 
 
-def read_recording(path: Path, rate: int) -> NDArray[np.float32]:
-    """A recording of any rate as samples at ``rate``.
+@dataclass(frozen=True)
+class Recording:
+    """What the user says.
+
+    Attributes
+    ----------
+    pcm : array [samples], float32
+    rate : int
+    origin : str
+        Where it comes from, for the report.
+    """
+
+    pcm: NDArray[np.float32]
+    rate: int
+    origin: str
+
+
+def read_recording(path: Path | None, seconds: float) -> Recording:
+    """The beginning of a recording, by default of the recorded questions.
 
     Raises
     ------
@@ -215,27 +237,36 @@ def read_recording(path: Path, rate: int) -> NDArray[np.float32]:
     """
     import soundfile
 
+    if path is None:
+        with as_file(files("moshi_mlx") / "assets" / "questions.wav") as questions:
+            return replace(read_recording(questions, seconds), origin="the recorded questions")
+    if not path.is_file():
+        raise AudioError(f"{path}: no such file")
     try:
-        pcm, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            pcm = file.read(int(seconds * rate) + 1, dtype="float32", always_2d=True)
+        return Recording(as_mono(pcm, rate, rate), rate, "a recording")
+    except (soundfile.LibsndfileError, OSError, AudioError) as error:
         raise AudioError(f"{path} cannot be read: {error}") from error
-    return to_mono(pcm, found, rate)
 
 
-def codes_of(pcm: NDArray[np.float32], files: CheckpointFiles, config: LmConfig) -> Ints:
-    """Codes [frames, user_q] of samples at 24 kHz.
+def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: LmConfig) -> Ints:
+    """Codes [frames, user_q] of a recording.
 
     Raises
     ------
-    CheckpointError
-        If the checkpoint has no codec.
+    MoshiError
+        If the model hears nothing, or its codec cannot be used.
     """
-    if files.mimi is None:
-        raise CheckpointError(f"{files.source} has no codec to read a recording with: leave out --calibration")
-    sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
-    codec = make_codec(files.mimi, sizes, max(config.own_q, config.user_q))
-    whole = np.concatenate([pcm, np.zeros(-len(pcm) % codec.frame_size, np.float32)])
-    return np.ascontiguousarray(codec.encode(whole)[: config.user_q].T, dtype=np.int32)
+    if not config.user_q:
+        raise ConfigError("the model hears nothing")
+    if checkpoint.mimi is None:
+        raise CheckpointError("there is no codec to hear a recording with")
+    sizes = MimiConfig() if checkpoint.mimi_config is None else MimiConfig.from_dict(read_json(checkpoint.mimi_config))
+    codec = make_codec(checkpoint.mimi, sizes, max(config.own_q, config.user_q))
+    codes = codec.encode(as_mono(recording.pcm, recording.rate, codec.sample_rate))
+    return np.ascontiguousarray(codes[: config.user_q].T, dtype=np.int32)
 
 
 def calibrate(
@@ -263,10 +294,6 @@ def calibrate(
     user = np.zeros((count, config.user_q), np.int32)
     said: dict[int, Ints] = {}
     last = np.zeros(config.own_q, np.int32)
-    origin = "a recording, answered by the model"
-    if recording is None:
-        echo = config.own_q == config.user_q
-        origin = "the model's own samples" if echo or not config.user_q else "the model's own samples on random codes"
     for index in range(count):
         if recording is not None:
             user[index] = recording[index]
@@ -280,7 +307,7 @@ def calibrate(
     length = max(said, default=-1) + 1
     own = np.stack([said[i] for i in range(length)]) if length else np.zeros((0, 1 + config.own_q), np.int32)
     tokens = np.concatenate([own, user[:length]], axis=1).T[None]
-    return Calibration(np.ascontiguousarray(tokens, dtype=np.int32), f"{origin}, {length} frames", user)
+    return Calibration(np.ascontiguousarray(tokens, dtype=np.int32), user)
 
 
 # ----------------------------------------------------------------------------------------------------- whole recipes
@@ -318,6 +345,38 @@ def what_it_says(
     return text
 
 
+def spoken(text: Ints) -> list[tuple[int, int]]:
+    """(frame, token) of every text token that is no mark of silence."""
+    return [(frame, int(token)) for frame, token in enumerate(text) if token >= 0 and token not in SILENT_IDS]
+
+
+def same_text(text: Ints, other: Ints, within: int = SAME_FRAMES) -> float | None:
+    """How much of what was said is the same, a little sooner or later.
+
+    Parameters
+    ----------
+    text, other : array [frames]
+        Text tokens.
+    within : int
+        By how many frames the same token may be shifted.
+
+    Returns
+    -------
+    float or None
+        Twice the longest common subsequence of what both say, over all that they say; None where both say nothing.
+    """
+    said, heard = spoken(text), spoken(other)
+    if not said and not heard:
+        return None
+    longest = [0] * (len(heard) + 1)
+    for at, token in said:
+        before, longest = longest, [0]
+        for i, (then, same) in enumerate(heard):
+            matched = before[i] + 1 if token == same and abs(at - then) <= within else 0
+            longest.append(max(matched, before[i + 1], longest[i]))
+    return 2 * longest[-1] / (len(said) + len(heard))
+
+
 def words(tokens: Sequence[int], tokenizer: Path | None) -> str | None:
     """Text tokens as people read them; None without a tokenizer."""
     if tokenizer is None:
@@ -326,4 +385,4 @@ def words(tokens: Sequence[int], tokenizer: Path | None) -> str | None:
 
     detokenizer = TextTokenizer(tokenizer).detokenizer()
     text = "".join(detokenizer.step(int(token)) for token in tokens if token >= 0) + detokenizer.flush()
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from moshi_mlx.errors import ConfigError
+from moshi_mlx.errors import ConfigError, MoshiError
 from moshi_mlx.hub import CheckpointFiles
+from moshi_mlx.printable import printable
 
-from .codec import load_codec, measure_codec
 from .convert import dequantize, quantize
 from .distill import Tuned, distill
-from .evaluate import calibrate, codes_of, cost_of, make_subject, read_recording, what_it_says, words
+from .evaluate import (
+    Ints,
+    Recording,
+    calibrate,
+    codes_of,
+    cost_of,
+    make_subject,
+    same_text,
+    spoken,
+    what_it_says,
+    words,
+)  # fmt: skip
 from .recipes import Plan, Recipe, make_plan
 from .report import Entry, Report
 from .sensitivity import CANDIDATES, as_rows, measured_plan, unit_of
 from .source import Source
 from .terminal import Bar
 
-__all__ = ["measure_recipes", "target_bytes", "weight_errors"]
-
-CODEC_RATE = 24000
+__all__ = ["LESSONS", "measure_recipes", "target_bytes", "weight_errors"]
 
 LESSONS = 6
 """Conversations that distilling learns from."""
@@ -45,11 +53,14 @@ def measure_recipes(
     args: argparse.Namespace,
     files: CheckpointFiles,
     source: Source,
+    recording: Recording,
     recipes: Sequence[Recipe],
     plan: Plan | None,
     bar: Bar,
 ) -> tuple[Report, Plan | None, Tuned]:
     """Measure a plan and other recipes on calibration tokens; the whole dense model is in memory meanwhile.
+
+    A model that cannot hear the recorded questions is measured on what it samples by itself, and the report says so.
 
     Returns
     -------
@@ -60,54 +71,55 @@ def measure_recipes(
     target = target_bytes(args, source)
     subject = make_subject(source)
     config = source.config.lm
-    recording = pcm = None
-    if args.calibration is not None:
-        if not config.user_q:
-            raise ConfigError(f"{files.source} listens to nobody: leave out --calibration")
-        pcm = read_recording(Path(args.calibration), CODEC_RATE)
-        recording = codes_of(pcm, files, config)
+    heard: Ints | None = None
+    try:
+        heard = codes_of(recording, files, config)
+        origin = f"{recording.origin}, answered by the model"
+    except MoshiError as error:
+        if args.calibration is not None:
+            raise ConfigError(f"{files.source}: {error}: leave out --calibration") from error
+        origin = f"the model's own samples ({error})"
     bar.stage("sampling calibration tokens")
-    calibration = calibrate(subject, args.frames, recording)
+    calibration = calibrate(subject, args.frames, heard)
     if not calibration.tokens.size:
         raise ConfigError("too few frames to measure on: ask for more --frames, or give a longer recording")
+    frames = calibration.tokens.shape[-1]
+    origin += f", {frames} frames ({frames * 0.08:.1f} s)"
     reference = subject.outputs(calibration)
-    report = Report(
-        files.source, calibration.origin, source.modules, sum(m.bytes(None, source.dtype.size) for m in source.modules)
-    )
+    if config.n_q and not spoken(calibration.tokens[0, 0]):
+        origin += ", on which it says nothing: what speech would cost was not measured"
+    dense = sum(m.bytes(None, source.dtype.size) for m in source.modules)
+    report = Report(printable(files.source), printable(origin), source.modules, source.size, dense)
     found: Plan | None = None
     if target is not None:
-        dense = [m for m in source.modules if m.part in ("conditions", "cross-attention")]
-        units = {unit_of(m) for m in source.modules} - {unit_of(m) for m in dense}
+        kept = [m for m in source.modules if m.part in ("conditions", "cross-attention")]
+        units = {unit_of(m) for m in source.modules} - {unit_of(m) for m in kept}
         bar.stage("measuring what each part is worth", len(units) * len(CANDIDATES))
         found, sensitivity = measured_plan(
             subject,
             source.modules,
             calibration,
             reference,
-            target - sum(m.bytes(None) for m in dense),
+            target - sum(m.bytes(None) for m in kept),
             progress=bar.advance,
         )
         report.sensitivity = as_rows(sensitivity)
-    if args.codec and pcm is not None:
-        bar.stage("measuring the codec")
-        report.codec = measure_codec(load_codec(files, max(config.own_q, config.user_q)), pcm)
     tuned: Tuned = {}
     distilled: Plan | None = None
     chosen = found or plan
     if args.distill and chosen is not None:
         bar.stage("sampling conversations to learn from")
-        lessons = [calibrate(subject, args.frames, recording, seed=1 + i) for i in range(LESSONS)]
+        lessons = [calibrate(subject, args.frames, lesson(heard, args.frames, i), seed=1 + i) for i in range(LESSONS)]
         bar.stage("distilling", args.distill)
         tuned = distill(subject, chosen, lessons, args.distill, progress=bar.advance)
         distilled = Plan(f"{chosen.name}, distilled", chosen.choices, chosen.skipped)
     plans = [p for p in (distilled, found, plan) if p is not None]
     plans += [make_plan(source.modules, recipe) for recipe in recipes]
-    talks = files.tokenizer is not None and bool(config.n_q) and source.config.model_type != "tts"
-    spoken: np.ndarray | None = None
-    if talks:
+    said: Ints | None = None
+    if config.n_q and source.config.model_type != "tts":
         bar.stage("listening to the source")
-        spoken = what_it_says(subject, None, calibration)
-        report.said = words(spoken.tolist(), files.tokenizer)
+        said = what_it_says(subject, None, calibration)
+        report.listened, report.said = True, words(said.tolist(), files.tokenizer)
     for each in plans:
         bar.stage(f"measuring {each.name}")
         parts = tuned if each is distilled else {}
@@ -119,12 +131,20 @@ def measure_recipes(
             cost,
             weight_errors(source, each, parts),
         )
-        if spoken is not None:
+        if said is not None:
             says = what_it_says(subject, each, calibration, parts)
             entry.said = words(says.tolist(), files.tokenizer)
-            entry.same_text = float((says == spoken).mean()) if len(says) else None
+            entry.same_text = same_text(said, says)
         report.entries.append(entry)
     return report, distilled or found, tuned
+
+
+def lesson(heard: Ints | None, frames: int, index: int) -> Ints | None:
+    """What the user says in a conversation to learn from: not what is measured on, where the recording has more."""
+    if heard is None:
+        return None
+    spare = heard[frames:] if len(heard) >= 2 * frames else heard
+    return np.take(spare, range(index * frames, (index + 1) * frames), axis=0, mode="wrap")
 
 
 def weight_errors(source: Source, plan: Plan, tuned: Tuned | None = None) -> dict[str, float]:

@@ -3,7 +3,7 @@
 A recipe is a default, exceptions by part of the model, and rules by name that the user adds; later rules win::
 
     rules = [Rule.parse("depformer=8:64"), Rule.parse("*.layers.0.*=keep")]
-    plan = make_plan(modules, recipe("q4"), rules)
+    plan = make_plan(modules, RECIPES["q4"], rules)
 
 Modules are linear layers and embeddings by the names of :class:`moshi_mlx.lm.Lm`. Conditions and cross-attention stay
 dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides, and Kyutai's program
@@ -259,9 +259,9 @@ def _mixed(high: int) -> Callable[[Module, int, Quantization], Quantization]:
 RECIPES: Mapping[str, Recipe] = {
     r.name: r
     for r in (
-        Recipe("q4", "Kyutai's: 4 bits, groups of 32", Quantization(4, 32)),
+        Recipe("q4", "4 bits, groups of 32 (Kyutai's q4)", Quantization(4, 32)),
         Recipe("q6", "6 bits, groups of 64", Quantization(6, 64)),
-        Recipe("q8", "Kyutai's: 8 bits, groups of 64", Quantization(8, 64)),
+        Recipe("q8", "8 bits, groups of 64 (Kyutai's q8)", Quantization(8, 64)),
         Recipe("mxfp4", "4-bit floats, groups of 32", Quantization(4, 32, "mxfp4")),
         Recipe("nvfp4", "4-bit floats, groups of 16", Quantization(4, 16, "nvfp4")),
         Recipe("mxfp8", "8-bit floats, groups of 32", Quantization(8, 32, "mxfp8")),

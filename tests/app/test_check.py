@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from moshi_mlx_app import measure
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.known import KNOWN
+from moshi_mlx_app.known import CATALOG
 from moshi_mlx_app.measure import speeds
 from moshi_mlx_app.picture import draw
 from moshi_mlx_app.verbs import check
 
 from tests.app.test_talk import card  # noqa: F401
+from tests.helpers.checkpoints import small_config, write_checkpoint
 
 
 def test_check(
@@ -32,13 +34,59 @@ def test_check(
     assert report["sound"]["ok"] and report["sound"]["heard_seconds"] > 0 and report["sound"]["loudest"] > 0.05
     assert report["stages"]["silent"] and report["stages"]["spoken"] and report["stages"]["frames"] == 4
     assert report["machine"]["memory"] > 1e9 and report["machine"]["packages"]["mlx"]
-    assert [entry["keeps_up"] for entry in report["verdicts"]] == [False] * len(KNOWN)
+    assert [entry["keeps_up"] for entry in report["verdicts"]] == [False] * len(CATALOG)
     assert report["default"]["model"] == "small" and "would take about" in report["default"]["why"]
     assert report["ok"] is (status == 0) and report["ok"] is report["keeps_up"]
     card.list = []
     assert main(["check", "--frames", "4"]) == 1
     said = capsys.readouterr().out
     assert "shows no microphone" in said and "not possible as it is" in said and "too slow" in said
+
+
+def test_models_for_other_purposes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a model that only writes down what it hears is offered for a conversation."""
+    monkeypatch.setattr(measure, "speeds", lambda: dict.fromkeys((4, 8, 16), 1e13))
+    monkeypatch.setattr("moshi_mlx_app.choice.room", lambda machine: 10**12)
+    assert main(["check", "--no-sound", "--frames", "4"]) in (0, 1)
+    lines = capsys.readouterr().out.splitlines()
+    for published in CATALOG:
+        (line,) = [line for line in lines if line[7:].startswith(f"{published.name} ")]
+        assert line.startswith("  yes") is (published.purpose == "dialogue")
+        assert ("not for dialogue: speech-to-text, with moshi-mlx-local file" in line) is not line.startswith("  yes")
+        assert ("asks for an agreement" in line) is published.gated
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small models that do not converse, by what they are for."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    transcriber = small_config(model_type="stt", n_q=3, dep_q=0, delays=[0] * 4)
+    speaker = small_config(model_type="tts")
+    return {
+        "stt": str(write_checkpoint(folder / "stt", transcriber, mimi=True)),
+        "tts": str(write_checkpoint(folder / "tts", speaker, mimi=True)),
+        "text": str(write_checkpoint(folder / "text", layout="helium")),
+    }
+
+
+def test_models_that_do_not_converse(
+    checkpoints: dict[str, str],
+    card: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If this fails, a model that cannot converse ends in a fault, or in a talk that nobody answers."""
+    for verb in (["talk"], ["check", "--no-sound"], ["bench"]):
+        for kind, said in (("text", "is a text model"), ("tts", "turns text into speech")):
+            assert main([*verb, "--model", checkpoints[kind]]) == 1
+            error = capsys.readouterr().err.strip()
+            assert re.fullmatch(rf"error: {kind} {said}: it does not hear; .* models for dialogue", error), error
+    assert main(["talk", "--no-aec", "--seconds", "0.5", "--json", "--model", checkpoints["stt"]]) == 0
+    shown = capsys.readouterr()
+    assert "stt is for speech-to-text: it writes down what it hears and does not answer" in shown.err
+    assert json.loads(shown.out)["frames"] >= 0
+    assert main(["check", "--no-sound", "--frames", "4", "--model", checkpoints["stt"]]) == 1
+    said = capsys.readouterr().out
+    assert "not possible as it is: " in said and "stt is for speech-to-text: use moshi-mlx-local file" in said
 
 
 def test_speeds_are_measured() -> None:
@@ -72,7 +120,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_the_picture(frames: int) -> None:
     """If this fails, the picture of a short or long benchmark is broken, or leaves its frame."""
     rng = np.random.default_rng(frames)
-    times = {name: rng.gamma(4, 5, frames).tolist() for name in ("encode", "step", "decode", "answer")}
+    times = {name: rng.gamma(4, 5, frames).tolist() for name in ("encode", "step", "decode", "latency")}
     times["step"][frames // 2] = 2500.0
     drawn = ElementTree.fromstring(draw("a <title> & more", "about", times, times, 80.0))
     rects = [rect.attrib for rect in drawn.iter("{http://www.w3.org/2000/svg}rect")][1:]
@@ -81,4 +129,4 @@ def test_the_picture(frames: int) -> None:
         assert 0 <= float(rect["x"]) and float(rect["x"]) + float(rect["width"]) <= 960
         assert 60 <= float(rect["y"]) + 0.01 and float(rect["y"]) + float(rect["height"]) <= 820
     assert "<title>" in str(drawn[1].text or "") + "".join(drawn.itertext())
-    assert draw("no voice", "", {"encode": [1.0], "step": [2.0], "decode": []}, {"step": [2.0], "answer": []}, 80.0)
+    assert draw("no voice", "", {"encode": [1.0], "step": [2.0], "decode": []}, {"step": [2.0], "latency": []}, 80.0)

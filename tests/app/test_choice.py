@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from moshi_mlx_app import choice, measure
-from moshi_mlx_app.choice import Choice, Measured, choose
-from moshi_mlx_app.known import BUILTIN, KNOWN, Known, room, verdict
+from moshi_mlx_app.choice import Measured, Selection, select
+from moshi_mlx_app.known import BUILTIN, CATALOG, PublishedModel, room, verdict
 
 from moshi_mlx.errors import DownloadError
 from moshi_mlx.hub import Survey
@@ -32,7 +32,7 @@ def hub(*here: str, reachable: bool = True, begun: int = 0) -> Callable[[str, bo
     """A hub, and what was fetched from it before."""
 
     def survey(name: str, offline: bool) -> Survey:
-        size = next(known.size for known in KNOWN if known.name == name)
+        size = next(known.size for known in CATALOG if known.name == name)
         if name in here:
             return Survey(name, {"model": (size, 0)}, Path("/cache"))
         if offline or not reachable:
@@ -42,8 +42,8 @@ def hub(*here: str, reachable: bool = True, begun: int = 0) -> Callable[[str, bo
     return survey
 
 
-def taken(here: Measured, survey: Callable[[str, bool], Survey], free: float = 1e12) -> Choice:
-    chosen = choose(here, survey, lambda place: int(free))
+def taken(here: Measured, survey: Callable[[str, bool], Survey], free: float = 1e12) -> Selection:
+    chosen = select(here, survey, lambda place: int(free))
     assert "\n" not in chosen.line and len(chosen.line) < 320 and chosen.model in chosen.line
     assert "--model" in chosen.line
     return chosen
@@ -70,10 +70,25 @@ def test_the_best_that_fits_and_keeps_up(here: Measured, model: str, why: str) -
     assert (chosen.missing > 0) is (model != BUILTIN)
 
 
+def test_only_dialogue_models_are_taken() -> None:
+    """If this fails, somebody talks to a model that only writes down, or is asked for an account out of the blue."""
+    size = 10**9
+    for_dialogue = PublishedModel("a/dialogue", size, 16, size, 0)
+    others = (
+        PublishedModel("a/gated", size, 16, size, 0, gated=True),
+        PublishedModel("a/transcriber", size, 16, size, 0, "speech-to-text"),
+    )
+
+    def survey(name: str, offline: bool) -> Survey:
+        return Survey(name, {"model": (size, 0)}, Path("/cache"))
+
+    assert select(M4_MAX, survey, catalog=(*others, for_dialogue)).model == "a/dialogue"
+
+
 def test_nothing_can_be_reached() -> None:
     """If this fails, a machine without network cannot talk at all, or nobody learns why it talks with a toy."""
     chosen = taken(M4_MAX, hub(reachable=False))
-    assert chosen == Choice(BUILTIN, chosen.line) and f"{BF16} would do here, but" in chosen.line
+    assert chosen == Selection(BUILTIN, chosen.line) and f"{BF16} would do here, but" in chosen.line
     assert "cannot be reached" in chosen.line
     assert taken(M4_MAX, hub(Q4, reachable=False)).model == Q4
 
@@ -112,14 +127,14 @@ def test_what_a_step_took_beats_what_was_estimated() -> None:
 def test_verdicts() -> None:
     """If this fails, people download 15 GB that do not fit, or are kept from a model that would do."""
     fast = {4: 100e9, 8: 100e9, 16: 100e9}
-    small = verdict(Known("a", 4_800_000_000, 4, 4_500_000_000, 1_500_000_000), 12_000_000_000, fast)
+    small = verdict(PublishedModel("a", 4_800_000_000, 4, 4_500_000_000, 1_500_000_000), 12_000_000_000, fast)
     assert small["fits"] and small["keeps_up"] and small["step_ms"] == 65.0
-    large = verdict(Known("b", 15_400_000_000, 16, 15_000_000_000, 1_500_000_000), 12_000_000_000, fast)
+    large = verdict(PublishedModel("b", 15_400_000_000, 16, 15_000_000_000, 1_500_000_000), 12_000_000_000, fast)
     assert not large["fits"] and not large["keeps_up"] and "17.7 GB of 12.0" in large["why"]
-    slow = verdict(Known("c", 4_800_000_000, 4, 4_500_000_000, 0), 48_000_000_000, {**fast, 4: 7.5e9})
+    slow = verdict(PublishedModel("c", 4_800_000_000, 4, 4_500_000_000, 0), 48_000_000_000, {**fast, 4: 7.5e9})
     assert slow["fits"] and not slow["keeps_up"] and "605 ms and may" in slow["why"]
-    assert len({known.name for known in KNOWN}) == len(KNOWN)
-    for known in KNOWN:
+    assert len({known.name for known in CATALOG}) == len(CATALOG)
+    for known in CATALOG:
         assert 0.8 * known.size < known.read < known.size
 
 
@@ -139,7 +154,7 @@ def test_measured_once_per_machine_and_version(tmp_path: Path, monkeypatch: pyte
     choice.remember_step("kyutai/moshika-mlx-q4", 71.234)
     choice.remember_step("a folder of mine", 1.0)
     assert choice.measured().steps == {Q4: 71.2}
-    assert choice.measured(anew=True).steps == {Q4: 71.2} and count == 2
+    assert choice.measured(again=True).steps == {Q4: 71.2} and count == 2
     file = tmp_path / "a" / "b" / "machine.json"
     kept = json.loads(file.read_text())
     damages: list[Any] = ["{", "[]", '{"speeds": 3}', json.dumps({**kept, "machine": {**kept["machine"], "mlx": "0"}})]
@@ -160,7 +175,7 @@ def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moshi_mlx.hub.survey", lambda name, **_: answers.wait(60))
     began = time.monotonic()
     try:
-        chosen = choose(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))
+        chosen = select(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))
         spent = time.monotonic() - began
     finally:  # its thread must not be found by the tests that come next
         answers.set()

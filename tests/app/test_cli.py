@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from moshi_mlx_app import cli
 from moshi_mlx_app.cli import main
@@ -54,11 +57,86 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["--help"]),
         (["--version"], ["--version"]),
         (["nonsense"], ["nonsense"]),
+        (["--model", "small", "file", "q.wav"], ["file", "--model", "small", "q.wav"]),
+        (["--debug", "--json", "check"], ["--debug", "check", "--json"]),
+        (["--model=file", "--json"], ["talk", "--model=file", "--json"]),
+        (["--json", "nonsense"], ["talk", "--json", "nonsense"]),
     ],
 )
 def test_without_a_verb_it_talks(given: list[str], taken: list[str]) -> None:
     """If this fails, the bare command does not converse, or options are lost on the way."""
-    assert cli._with_verb(given) == taken
+    assert cli._with_verb(given, {"--model", "--seed"}) == taken
+
+
+# What stands for each verb's own words; a verb that is not here has none.
+WORDS = {"file": ["question.wav"], "completion": ["bash"]}
+
+
+def pieces(parser: argparse.ArgumentParser) -> list[list[str]]:
+    """Every option of a verb, with a value where it takes one."""
+    found = []
+    for action in parser._actions:
+        if not action.option_strings or isinstance(action, argparse._HelpAction):
+            continue
+        value = [str(next(iter(action.choices)))] if action.choices else ["-5" if "bonus" in action.dest else "1"]
+        if action.dest == "frames":
+            value = ["20"]
+        found.append([action.option_strings[-1], *(value if action.nargs is None else [])])
+    return found
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_options_stand_anywhere(verb: str) -> None:
+    """If this fails, an option before the verb or between its words is an error, or changes what it means."""
+    parser = cli.build_parser()
+    options, words = pieces(cli.verbs(parser)[verb]), WORDS.get(verb, [])
+    wanted = vars(cli.parse(parser, [verb, *words, *(part for option in options for part in option)]))
+    assert len(wanted) > len(options)
+    rng = np.random.default_rng(len(verb))
+    for _ in range(30):
+        order = [*options]
+        rng.shuffle(order)
+        places = sorted(rng.integers(0, len(order) + 1, 1 + len(words)))
+        for place, word in zip(reversed(places), reversed([verb, *words]), strict=True):
+            order.insert(place, [word])
+        assert vars(cli.parse(parser, [part for one in order for part in one])) == wanted, order
+
+
+def test_an_option_takes_a_value_everywhere_or_nowhere() -> None:
+    """If this fails, `moshi-mlx-local --option word file ...` takes a value for a verb, or a verb for a value."""
+    parser, seen = cli.build_parser(), {}
+    for verb in cli.verbs(parser).values():
+        for action in verb._actions:
+            for name in action.option_strings:
+                assert action.nargs in (None, 0), "a value that may be left out cannot stand before a verb"
+                assert seen.setdefault(name, action.nargs) == action.nargs, name
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--model", "small", "walk"], "moshi-mlx-local talk: error: unrecognized arguments: walk"),
+        (["--modell", "check"], "moshi-mlx-local check: error: unrecognized arguments: --modell"),
+        (["file", "a.wav", "b\x1b[31m\u202e.wav", "-o", "c.wav"], "unrecognized arguments: b [31m .wav"),
+        (["walk\x1b[31m"], "invalid choice: 'walk\\x1b[31m'"),
+    ],
+)
+def test_what_is_wrong_with_the_command_line(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, a mistyped command is blamed on something else, or what was typed is obeyed by the terminal."""
+    assert main(given) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and "\x1b" not in shown and "usage: moshi-mlx-local" in shown
+
+
+def test_a_traceback_is_printable(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, a file's name in a traceback is obeyed by the terminal."""
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert main(["--debug", "file", "a\x1b[2J\u202e.wav", "-o", "b.wav"]) == 1
+    sys.stderr.flush()
+    said = sys.stderr.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "Traceback" in said and "error: a [2J .wav" in said and "\x1b" not in said and "\u202e" not in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

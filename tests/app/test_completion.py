@@ -27,6 +27,9 @@ TYPED = [
     ("file --codec ", {"auto", "rust", "mlx"}),
     ("file ques", {"question.wav"}),
     ("talk --model kyutai/moshiko", {f"kyutai/moshiko-mlx-{bits}" for bits in ("q4", "q8", "bf16")}),
+    ("web --model kyutai/", {f"kyutai/moshi{who}-mlx-{bits}" for who in ("ko", "ka") for bits in ("q4", "q8", "bf16")}),
+    ("file --model kyutai/stt", {"kyutai/stt-1b-en_fr-mlx", "kyutai/stt-2.6b-en-mlx"}),
+    ("bench --model kyutai/stt", {"kyutai/stt-1b-en_fr-mlx", "kyutai/stt-2.6b-en-mlx"}),
     ("completion f", {"fish"}),
 ]
 
@@ -72,6 +75,8 @@ def test_bash(script: Path) -> None:
     for text, wanted in TYPED:
         assert wanted <= complete(script, PROGRAM, text), text
     assert complete(script, PROGRAM, "talk --no-a") == {"--no-aec"}
+    for verb in ("", "talk ", "web ", "check "):  # these models do not converse
+        assert complete(script, PROGRAM, f"{verb}--model kyutai/stt") == set()
     assert "--q-bits" in complete(script.with_name("quantize.bash"), QUANTIZE, "--q-")
     assert "q4" in complete(script.with_name("quantize.bash"), QUANTIZE, "--recipe q")
 
@@ -89,7 +94,9 @@ def test_fish(script: Path) -> None:
     assert not done.stderr, done.stderr
     answers = done.stdout.split("----\n")
     for (text, wanted), answer in zip(typed, answers, strict=False):
-        assert wanted <= {line.partition("\t")[0] for line in answer.splitlines()}, text
+        offered = {line.partition("\t")[0] for line in answer.splitlines()}
+        assert wanted <= offered, text
+        assert "kyutai/stt-1b-en_fr-mlx" in wanted or "kyutai/stt-1b-en_fr-mlx" not in offered, text
 
 
 @pytest.mark.parametrize("script", ["zsh"], indirect=True)

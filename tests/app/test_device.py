@@ -144,19 +144,19 @@ def test_any_rate_and_channels(card: FakeCard) -> None:
         played += len(out)
 
     with SoundCard(lambda pcm: heard.append(pcm.copy()), fill, RATE, input_device="2") as sound:
-        entry, leave = card.streams
-        assert entry.options["samplerate"] == 16_000 and leave.options["samplerate"] == 44_100
-        assert leave.options["channels"] == 2 and entry.options["channels"] == 1
+        microphone, loudspeaker = card.streams
+        assert microphone.options["samplerate"] == 16_000 and loudspeaker.options["samplerate"] == 44_100
+        assert loudspeaker.options["channels"] == 2 and microphone.options["channels"] == 1
         tone = np.sin(np.arange(16_000) * (2 * np.pi * 500 / 16_000)).astype(np.float32)
         out = []
         for start in range(0, 16_000, 160):
-            entry.call(tone[start : start + 160, None])
+            microphone.call(tone[start : start + 160, None])
             block = np.full((441, 2), 9.0, np.float32)
-            leave.call(block)
+            loudspeaker.call(block)
             out.append(block)
         assert until(lambda: sum(map(len, heard)) > 23_500)
-        entry.call(tone[:160, None], input_overflow=True)
-        leave.call(np.zeros((333, 2), np.float32), output_underflow=True)
+        microphone.call(tone[:160, None], input_overflow=True)
+        loudspeaker.call(np.zeros((333, 2), np.float32), output_underflow=True)
         assert (sound.overflows, sound.underflows, sound.dropped) == (1, 1, 0)
         sound.check()
     for pcm, rate in ((np.concatenate(heard), RATE), (np.concatenate(out)[:, 0], 44_100)):

@@ -23,7 +23,7 @@ from tests.app.test_file import ask, names
 from tests.app.test_talk import ENVIRONMENT, card, parrot  # noqa: F401
 
 PROGRAM = """
-import resource, signal, sys, time
+import os, resource, sys, time
 import moshi_mlx
 from tests.app.conftest import FakeModel
 fake = FakeModel()
@@ -31,7 +31,9 @@ pause, largest = float(sys.argv[1]), int(sys.argv[2])
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 def on_frame(index):
-    time.sleep(pause)
+    time.sleep(abs(pause))
+    while pause < 0 and index > 2 and not os.path.exists("go"):
+        time.sleep(0.01)
 fake.on_frame = on_frame
 moshi_mlx.load = fake.load
 from moshi_mlx_app.cli import main
@@ -40,7 +42,10 @@ sys.exit(main(sys.argv[3:]))
 
 
 def begun(*arguments: str, pause: float = 0.0, largest: int = 0) -> subprocess.Popen[bytes]:
-    """The program with the model that costs nothing; ``pause`` seconds a frame, files of ``largest`` bytes at most."""
+    """The program with the model that costs nothing.
+
+    ``pause`` seconds a frame (below 0: until the file `go` is there), files of ``largest`` bytes at most.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(pause), str(largest), *arguments],
         stdout=subprocess.PIPE,
@@ -176,23 +181,22 @@ def test_two_runs_on_one_output(here: Path) -> None:
     """If this fails, two runs write into one file, or leave a wav beside the other one's words."""
     ask(2.0)
     ask(1.0, name="other.wav")
-    first = begun("file", "q.wav", "-o", "a.wav", "--tail", "0", pause=0.12)
+    first = begun("file", "q.wav", "-o", "a.wav", "--tail", "0", pause=-0.01)
     try:
-        assert until(lambda: Path("a.partial.wav").exists() and Path("a.partial.wav").stat().st_size > 44, 30)
+        assert until(lambda: Path("a.partial.wav").exists() and Path("a.partial.wav").stat().st_size > 44, 60)
         for options in (
             ["-o", "a.wav", "--force"],
             ["-o", "b.wav", "--transcript", "a.json", "--force"],
             ["-o", "b.wav", "--trace", "a.json", "--force"],
         ):
-            began = time.monotonic()
             status, said = ended(begun("file", "other.wav", *options, "--tail", "0"))
             assert status == 1 and said.count("\n") == 1, said
-            assert "another run is writing it" in said and time.monotonic() - began < 20
-        assert first.poll() is None, "the machine is too slow for this test"
+            assert "another run is writing it" in said
     finally:
+        Path("go").touch()
         status, said = ended(first)
     assert status == 0, said
-    assert names(here) == {"q.wav", "other.wav", "a.wav", "a.json"}
+    assert names(here) == {"q.wav", "other.wav", "a.wav", "a.json", "go"}
     assert soundfile.info("a.wav").duration == 2.0 and belong(Path("a.wav"), Path("a.json"))
 
 
@@ -286,6 +290,7 @@ def test_a_full_disk(largest: int, words: list[str], here: Path) -> None:
     if largest > 44:
         frames = soundfile.info("a.partial.wav").frames
         assert frames == (largest - 44) // (4 * 1920) * 1920
+        assert Path("a.partial.wav").stat().st_size == 44 + 4 * frames
         about = json.loads(Path("a.partial.json").read_text())
         assert about["duration"] == frames / 24_000 and not about["complete"]
     else:
@@ -306,6 +311,9 @@ def test_no_room_for_the_words(here: Path, model: FakeModel, capsys: pytest.Capt
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     said = capsys.readouterr().err
-    assert "kept: the first 0.2 s of the answer are in a.partial.wav, but the words could not be written" in said
+    assert (
+        "kept: the first 0.2 s of the answer are in a.partial.wav, but the words could not be written: a.partial.json: "
+        in said
+    )
     assert "error: a.partial.json: " in said and names(here) == {"q.wav", "a.partial.wav"}
     assert soundfile.info("a.partial.wav").duration == 0.2

@@ -162,8 +162,9 @@ def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     """If this fails, a typing mistake is noticed only after the talk."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        Recorder(tmp_path / "file" / "folder", RATE, SIZE).start()
+    for folder in (tmp_path / "file" / "folder", tmp_path / "file"):
+        with pytest.raises(OSError, match=r"file is a file; name a folder"):
+            Recorder(folder, RATE, SIZE).start()
 
 
 PROGRAM = """

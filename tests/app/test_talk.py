@@ -29,7 +29,7 @@ from tests.helpers.parrot import Parrot, install, pump
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = ROOT / "moshi_mlx" / "assets" / "questions.wav"
 PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
 
 
@@ -98,7 +98,7 @@ def test_without_a_verb_it_talks(
     assert main(["--no-aec", "--seconds", "2", "--backlog", "3", "--json", "--record", str(folder)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 8 <= figures["frames"] <= 26 and figures["dropped_seconds"] == 0
-    assert figures["device_openings"] == 1 and len(figures["answer_ms"]) == 2
+    assert figures["device_openings"] == 1 and len(figures["latency_ms"]) == 2
     pcm, rate = soundfile.read(figures["files"][0])
     assert rate == 24_000 and len(pcm) == figures["frames"] * 1_920
     assert np.abs(pcm[4_000:]).max() > 0.09
@@ -174,7 +174,8 @@ def test_keys_and_panel(tmp_path: Path) -> None:
         os.execv(sys.executable, [*PROGRAM, "talk", "--no-aec"])
     shown, end = "", time.monotonic() + 90
     script = [("q quit", b"m"), ("muted", b"m"), ("dB   Moshi", b"r"), ("recording 0", b""), ("recording 1 s", b"r")]
-    script += [("recorded: recordings/", b" "), ("a new conversation", b"d"), ("sound again", b"q"), ("frames,", b"")]
+    script += [("recorded: recordings/", b" "), ("a new conversation", b"?"), ("ran out of sound", b"d")]
+    script += [("sound again", b"q"), ("frames,", b"")]
     since = 0
     while time.monotonic() < end:
         if script and script[0][0] in shown[since:]:
@@ -200,12 +201,12 @@ def test_keys_and_panel(tmp_path: Path) -> None:
 
 def test_the_panel_fits_and_tells() -> None:
     """If this fails, a narrow terminal shows rubbish, or a number is missing."""
-    lines = _panel(State(75.0, 0.1, 0.0, 0.047, 0.12, 3, 1.25, 4, 12.0, False, False), keys=True)
+    lines = _panel(State(75.0, 0.1, 0.0, 0.047, 0.12, 3, 1.25, 4, 12.0, False, False), keys=True, width=120)
     assert "1:15" in lines[0] and "-20 dB" in lines[0] and "recording 12 s" in lines[0] and "waiting" in lines[0]
-    assert "answer after 47 ms" in lines[1] and "late 3" in lines[1] and "dropped 1.2 s" in lines[1]
-    assert "gaps 4" in lines[1] and "q quit" in lines[2]
-    assert max(map(len, _panel(State(), keys=True))) < 80
-    assert "muted" in _panel(State(user=0.5, muted=True), keys=False)[0]
+    assert "latency 47 ms" in lines[1] and "late 3" in lines[1] and "dropped 1.2 s" in lines[1]
+    assert "queue 120 ms" in lines[1] and "underruns 4" in lines[1] and "q quit" in lines[2]
+    assert len(_panel(State(), keys=True, width=79)) == 3
+    assert "muted" in _panel(State(user=0.5, muted=True), keys=False, width=79)[0]
     assert decibels(0.0) == -99 and decibels(1.0) == 0
 
 
@@ -219,3 +220,24 @@ def test_a_recordings_json_has_the_form_of_file(card: FakeCard, parrot: Parrot, 
     assert about["answer"] == {"file": wav.name, "channels": ["moshi", "user"]} and about["question"] is None
     assert about["seed"] == 5 and about["model"] == "parrot" and about["generation"]["text"]["temperature"] == 0.7
     assert about["duration"] == pytest.approx(soundfile.info(wav).duration, abs=1e-3)
+
+
+def test_two_talks_record_into_one_folder_and_a_third_is_killed(tmp_path: Path) -> None:
+    """If this fails, talks at the same time lose each other's recordings, or a killed one is never listed."""
+    command = [*PROGRAM, "--no-aec", "--quiet", "--record", str(tmp_path)]
+    with begun(command) as killed:
+        assert until(lambda: sum(wav.stat().st_size for wav in tmp_path.glob("*.wav")) > 10_000, 60)
+        with begun([*command, "--seconds", "1"]) as one, begun([*command, "--seconds", "1"]) as two:
+            assert until(lambda: len(list(tmp_path.glob("*.wav"))) == 3, 60)
+            killed.kill()
+            for talk in (one, two):
+                _, errors = talk.communicate(timeout=60)
+                assert talk.returncode == 0, errors
+        killed.communicate()
+    lines = [json.loads(line) for line in (tmp_path / "recordings.jsonl").read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(wav.name for wav in tmp_path.glob("*.wav"))
+    for line in lines:
+        wav = tmp_path / line["path"]
+        assert soundfile.info(wav).duration == pytest.approx(line["duration"])
+        assert json.loads(wav.with_suffix(".json").read_text())["duration"] == pytest.approx(line["duration"])
+    assert not list(tmp_path.glob(".*"))

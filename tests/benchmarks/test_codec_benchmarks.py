@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from moshi_mlx_app.known import KNOWN
+from moshi_mlx_app.known import CATALOG
 from moshi_mlx_quantize.recipes import RECIPES, make_plan, modules_of
 
 from benchmarks import mac_on_paper, mimi, small
@@ -18,7 +18,7 @@ def test_bytes_of_a_step(recipe: str | None, name: str) -> None:
     """The floor of every chip would be wrong: the published files, counted by hand, say otherwise."""
     lm = Lm(ModelConfig.moshi_7b().lm)
     plan = None if recipe is None else make_plan(modules_of(lm), RECIPES[recipe])
-    known = next(known for known in KNOWN if known.name == f"kyutai/moshiko-mlx-{name}")
+    known = next(known for known in CATALOG if known.name == f"kyutai/moshiko-mlx-{name}")
     assert mac_on_paper.step_bytes(lm, plan) == pytest.approx(known.read, rel=0.01)
     assert mac_on_paper.cache_bytes(lm) == pytest.approx(known.cache, rel=0.01)
 

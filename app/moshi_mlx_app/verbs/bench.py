@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
 from moshi_mlx_app.outputs import Output, partial_name, replace_text, reserved
-from moshi_mlx_app.terminal import Loading, say
+from moshi_mlx_app.terminal import Loading, say, warn
 from moshi_mlx_app.version import program
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
@@ -59,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from moshi_mlx.model import generation_defaults
     from moshi_mlx_app.fetching import load_model
+    from moshi_mlx_app.known import purpose
     from moshi_mlx_app.measure import machine, memory_used, paced, unpaced
 
     model = load_model(args)
+    purpose(model)  # text models have nothing to measure here
     fast_series: dict[str, list[float]] = {}
     slow_series: dict[str, list[float]] = {}
     with Loading() as loading:
@@ -80,9 +81,10 @@ def _run(args: argparse.Namespace) -> int:
         title = f"{program()}: {model.description}"
         picture = draw(title, about, fast_series, slow_series, 1e3 / model.frame_rate)
         replace_text(Path(args.picture), picture)
-        print(f"picture: {args.picture}", file=sys.stderr)
+        warn(args.picture, "picture")
     if not args.json:
-        _table(f"{program()}: {model.description}\n{about}", fast, slow)
+        say(f"{program()}: {model.description}", about)
+        _table(fast, slow)
     figures = {
         "benchmark": "bench",
         "program": program(),
@@ -96,12 +98,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(head: str, fast: dict[str, Any], slow: dict[str, Any]) -> None:
+def _table(fast: dict[str, Any], slow: dict[str, Any]) -> None:
     from moshi_mlx_app.measure import memory_used
 
-    say(head)
     say(f"{'ms':10} {'p50':>8} {'p95':>8} {'max':>8}    paced: {'p50':>8} {'p95':>8} {'max':>8}")
-    for name in ("encode", "step", "decode", "frame", "answer"):
+    for name in ("encode", "step", "decode", "frame", "latency"):
         say(f"{name:10} {_row(fast.get(name))}           {_row(slow.get(name))}".rstrip())
     say(
         f"real-time factor {fast['rtf']}; paced: {slow['late']} of {slow['frames']} frames late, "

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
 from moshi_mlx.printable import printable
 from moshi_mlx_app.options import add_model_options, bounded
-from moshi_mlx_app.terminal import Loading, is_terminal, say
+from moshi_mlx_app.terminal import Loading, say, wrapped
 from moshi_mlx_app.version import program
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "look at devices, memory and speed, and say which models would do here"
+HELP = "test devices, memory and speed, and list the models that run here in real time"
 EXAMPLES = """\
 examples:
   moshi-mlx-local check
@@ -35,7 +33,7 @@ _LISTEN = 2.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own options and the shared ones."""
-    add_model_options(parser, chosen="what talk would take if it is here, else small")
+    add_model_options(parser, chosen="the one that talk takes if it is here, else small")
     parser.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
     parser.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
     parser.add_argument("--no-sound", action="store_true", help="leave the sound devices alone")
@@ -53,18 +51,19 @@ def run(args: argparse.Namespace) -> int:
     """Look, measure, report. Returns the exit status."""
     from moshi_mlx_app.choice import default_model, measured, remember_step
     from moshi_mlx_app.fetching import load_model
-    from moshi_mlx_app.known import BUILTIN, KNOWN, verdict
+    from moshi_mlx_app.known import BUILTIN, CATALOG, purpose, verdict
     from moshi_mlx_app.measure import machine, memory_used, unpaced
 
     here = machine()
     sound = {"ok": True, "said": "not looked at"} if args.no_sound else _sound(args)
     with Loading() as loading:
         loading("measuring how fast weights can be read")
-        known = measured(anew=True)
-        choice = default_model(loading, known)
+        measurement = measured(again=True)
+        selected = default_model(loading, measurement)
     if args.model is None:
-        args.model = BUILTIN if choice.missing else choice.model
+        args.model = BUILTIN if selected.missing else selected.model
     model = load_model(args)
+    talks = purpose(model) == "dialogue"
     with Loading() as loading:
         loading("measuring the model")
         stages = unpaced(model, args.frames)
@@ -77,14 +76,19 @@ def run(args: argparse.Namespace) -> int:
         "program": program(),
         "machine": here,
         "sound": sound,
-        "model": {"name": model.name, "trained": model.trained, "description": model.description},
+        "model": {
+            "name": model.name,
+            "trained": model.trained,
+            "description": model.description,
+            "purpose": purpose(model),
+        },
         "stages": stages,
         "memory_used": memory_used(),
-        "bytes_per_second": {str(bits): round(value) for bits, value in known.speeds.items()},
+        "bytes_per_second": {str(bits): round(value) for bits, value in measurement.speeds.items()},
         "keeps_up": in_time,
-        "verdicts": [verdict(one, known.room, known.speeds, known.steps) for one in KNOWN],
-        "default": {"model": choice.model, "why": choice.line, "download_bytes": choice.missing},
-        "ok": bool(sound["ok"] and whole and in_time),
+        "verdicts": [verdict(one, measurement.room, measurement.speeds, measurement.steps) for one in CATALOG],
+        "default": {"model": selected.model, "why": selected.line, "download_bytes": selected.missing},
+        "ok": bool(sound["ok"] and whole and in_time and talks),
     }
     if args.json:
         say(json.dumps(report))
@@ -100,7 +104,7 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
     from moshi_mlx_app.tui import own_errors
 
     try:
-        known = devices()
+        found = devices()
         loudest = 0.0
         heard = played = 0
 
@@ -114,31 +118,31 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
             played += len(out)
             out[:] = 0
 
-        chosen = {"input_device": args.input_device, "output_device": args.output_device}
-        with own_errors(), SoundCard(take, fill, 24_000, **chosen) as card:
+        named = {"input_device": args.input_device, "output_device": args.output_device}
+        with own_errors(), SoundCard(take, fill, 24_000, **named) as card:
             until = time.monotonic() + _LISTEN
             while time.monotonic() < until:
                 time.sleep(0.05)
                 card.check()
             notices = card.notices()
-        entry, leave = card.input, card.output
+        microphone, loudspeaker = card.input, card.output
         said = []
         if not heard:
             said.append("the microphone gives nothing: allow this program to use it, or choose another")
         elif not loudest:
-            said.append(silence_hint(entry))
+            said.append(silence_hint(microphone))
         if not played:
             said.append("the loudspeaker takes nothing: choose another")
         return {
             "ok": bool(heard and loudest and played),
             "said": "; ".join(dict.fromkeys([*said, *notices])) or "fine",
-            "microphone": entry.as_dict() if entry else None,
-            "loudspeaker": leave.as_dict() if leave else None,
+            "microphone": microphone.as_dict() if microphone else None,
+            "loudspeaker": loudspeaker.as_dict() if loudspeaker else None,
             "heard_seconds": round(heard / 24_000, 2),
             "played_seconds": round(played / 24_000, 2),
             "loudest": round(loudest, 5),
             "latency_ms": [round(card.latency_in * 1e3, 1), round(card.latency_out * 1e3, 1)],
-            "devices": [device.as_dict() for device in known],
+            "devices": [device.as_dict() for device in found],
         }
     except DeviceError as error:
         return {"ok": False, "said": str(error)}
@@ -157,8 +161,8 @@ def _print(report: dict[str, Any], frame: float) -> None:
     _line("packages", ", ".join(f"{name} {version or 'missing'}" for name, version in here["packages"].items()))
     for what in ("microphone", "loudspeaker"):
         if sound.get(what):
-            _line(what, f"{printable(sound[what]['name'])}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
-    _line("sound", printable(sound["said"]))
+            _line(what, f"{sound[what]['name']}, {sound[what]['rate']:.0f} Hz, {sound[what]['host']}")
+    _line("sound", sound["said"])
     _line("model", report["model"]["description"])
     _line(
         "",
@@ -170,12 +174,15 @@ def _print(report: dict[str, Any], frame: float) -> None:
         times = stages[name]
         _line(name, f"p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
-    say(f"published models, estimated from how fast weights can be read here; a step may take {frame:.0f} ms:")
+    limit = f"a step, estimated from how fast weights are read here, may take {frame:.0f} ms"
+    say(*wrapped(f"published models for dialogue; {limit}:", sys.stdout))
     for entry in report["verdicts"]:
-        word = "yes" if entry["fits"] and entry["keeps_up"] else "no"
-        why = entry["why"].removesuffix(may_take(frame / 1e3))
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
-        _line(f"  {word:4} {entry['model']:25}", f"{', '.join(flaws) + ': ' if flaws else ''}{why}")
+        why = ", ".join(flaws) + ": " * bool(flaws) + entry["why"].removesuffix(may_take(frame / 1e3))
+        word = "no" if flaws else "yes"
+        if entry["purpose"] != "dialogue":
+            word, why = "", f"not for dialogue: {entry['purpose']}, with moshi-mlx-local file; {why}"
+        _line(f"  {word:4} {entry['model']:25}", why + "; its publisher asks for an agreement" * entry["gated"])
     _line("talk takes", report["default"]["why"])
     fetched = report["default"]["download_bytes"]
     if fetched:
@@ -186,6 +193,10 @@ def _print(report: dict[str, Any], frame: float) -> None:
             ("see the sound devices above", sound["ok"]),
             ("frames come out damaged", stages["silent"] and stages["spoken"]),
             (f"{report['model']['name']} is too slow here", report["keeps_up"]),
+            (
+                f"{report['model']['name']} is for {report['model']['purpose']}: use moshi-mlx-local file",
+                report["model"]["purpose"] == "dialogue",
+            ),
         )
         if not good
     ]
@@ -196,9 +207,4 @@ def _print(report: dict[str, Any], frame: float) -> None:
 def _line(label: str, text: str) -> None:
     """A line of the report; on a terminal as many as are needed, under one another."""
     label = f"{label:11} "
-    if not is_terminal(sys.stdout):
-        say(label + text)
-        return
-    width = max(shutil.get_terminal_size().columns - 1 - len(label), 30)
-    for number, part in enumerate(textwrap.wrap(text, width, break_on_hyphens=False) or [""]):
-        say((label if not number else " " * len(label)) + part)
+    say(*wrapped(label + printable(text), sys.stdout, len(label)))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
 
-from moshi_mlx_app.known import BUILTIN, KNOWN
+from moshi_mlx_app.known import BUILTIN, CATALOG
 from moshi_mlx_app.terminal import say
 from moshi_mlx_app.version import DISTRIBUTION
 
@@ -21,19 +19,33 @@ examples:
   fish:  moshi-mlx-local completion fish > ~/.config/fish/completions/{DISTRIBUTION}.fish
 
 Once for each shell; to try it in this one alone: source <(moshi-mlx-local completion bash)
-The script starts no Python at a Tab: print it anew after an update.
+The script starts no Python at a Tab: print it again after an update.
 """
 SHELLS = ("bash", "zsh", "fish")
 
 _FILES = ("question", "output", "transcript", "picture", "trace", "cert", "key")
 _FOLDERS = ("record",)
-_MODEL = {"bash": "_moshi_models", "zsh": "_moshi_models", "fish": "(_moshi_models)"}
-_NAMES = " ".join((BUILTIN, *(known.name for known in KNOWN)))
-_PREAMBLE = {
-    "bash": f'_moshi_models() {{\n  compgen -W "{_NAMES}" -- "$1"\n  compgen -d -- "$1"\n}}',
-    "zsh": f"_moshi_models() {{\n  _alternative 'models:model:({_NAMES})' 'folders:folder:_files -/'\n}}",
-    "fish": f"function _moshi_models\n  printf '%s\\n' {_NAMES}\n  __fish_complete_directories (commandline -ct)\nend",
+_NAMES = {
+    "_moshi_mlx_local_dialogue_models": [BUILTIN, *(model.name for model in CATALOG if model.purpose == "dialogue")],
+    "_moshi_mlx_local_models": [BUILTIN, *(model.name for model in CATALOG)],
 }
+_ANY_MODEL = ("file", "bench")  # verbs that do not converse
+
+
+def _preamble(shell: str) -> str:
+    """Functions that complete the names of models, and folders."""
+    functions = []
+    for function, names in _NAMES.items():
+        words = " ".join(names)
+        functions.append(
+            {
+                "bash": f'{function}() {{\n  compgen -W "{words}" -- "$1"\n  compgen -d -- "$1"\n}}',
+                "zsh": f"{function}() {{\n  _alternative 'models:model:({words})' 'folders:folder:_files -/'\n}}",
+                "fish": f"function {function}\n  printf '%s\\n' {words}\n"
+                "  __fish_complete_directories (commandline -ct)\nend",
+            }[shell]
+        )
+    return "\n".join(functions)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,27 +57,22 @@ def run(args: argparse.Namespace) -> int:
     """Print the script. Returns the exit status."""
     import shtab
 
-    from moshi_mlx_app.cli import build_parser
+    from moshi_mlx_app.cli import build_parser, verbs
     from moshi_mlx_app.verbs import talk
 
     parser = build_parser()
     talk.add_arguments(parser)  # its options need no verb
-    for action in _actions(parser):
-        if action.dest in _FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif action.dest in _FOLDERS:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.dest == "model":
-            action.complete = _MODEL  # type: ignore[attr-defined]
-    say(shtab.complete(parser, args.shell, preamble=_PREAMBLE))  # type: ignore[arg-type]
+    for verb, options in [("talk", parser), *verbs(parser).items()]:
+        models = "_moshi_mlx_local_models" if verb in _ANY_MODEL else "_moshi_mlx_local_dialogue_models"
+        for action in options._actions:
+            if action.dest in _FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif action.dest in _FOLDERS:
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif action.dest == "model":
+                action.complete = {"bash": models, "zsh": models, "fish": f"({models})"}  # type: ignore[attr-defined]
+    script = shtab.complete(parser, args.shell, preamble={args.shell: _preamble(args.shell)})  # type: ignore[arg-type]
+    # zsh would complete talk's options behind every verb.
+    all_options = "_arguments -C -s $_shtab_moshi_mlx_local_opt"
+    say(*script.replace(all_options, all_options.replace("-s", '-s -A "-*"')).split("\n"))
     return 0
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every option and argument, those of the verbs too."""
-    for action in parser._actions:
-        yield action
-        verbs: Any = action.choices
-        if isinstance(action, argparse._SubParsersAction):
-            for verb in verbs.values():
-                yield from _actions(verb)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = devices()
     if args.json:
-        say(json.dumps([device.as_dict() for device in found], ensure_ascii=False))
+        say(json.dumps([device.as_dict() for device in found]))
         return 0
     if not found:
         say("no sound device is known to this machine")

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from moshi_mlx.audio import LONGEST_TAIL, TAIL
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.printable import printable
 from moshi_mlx_app.audio_files import Recording
 from moshi_mlx_app.interrupt import no_interrupt
 from moshi_mlx_app.options import (
@@ -25,7 +25,7 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.outputs import Output, partial_name, reserved
-from moshi_mlx_app.terminal import Face, say, warn
+from moshi_mlx_app.terminal import AnswerProgress, say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 from moshi_mlx_app.transcript import Transcript, clean, read_json, unaligned, write_json
 from moshi_mlx_app.wav import AnswerFile, AnswerStream
@@ -56,7 +56,6 @@ UNTRAINED = (
     "the model {name!r} has random weights: it has not been trained, so what it says is noise and nonsense. "
     "Name a trained one with --model"
 )
-TAIL = 4.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--tail",
-        type=bounded(float, 0, 3600),
+        type=bounded(float, 0, LONGEST_TAIL),
         default=TAIL,
         metavar="SECONDS",
         help="silence after the question, in which the answer can end (default: %(default)s)",
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.question is None) != args.demo:
         args.parser.error("name a QUESTION, or - for standard input, or ask for --demo (and not for both)")
     if args.demo:
-        asset = resources.files("moshi_mlx_app") / "assets" / "questions.wav"
+        asset = resources.files("moshi_mlx") / "assets" / "questions.wav"
         with resources.as_file(asset) as path:
             return _answer(args, str(path))
     return _answer(args, args.question)
@@ -116,13 +115,16 @@ def run(args: argparse.Namespace) -> int:
 def _answer(args: argparse.Namespace, question: str) -> int:
     outputs = _outputs(args)
     others: dict[str, str | int | Path] = {"the question": 0 if question == "-" else question}
+    known = None if question == "-" else _conversation(question)
+    if known is not None:
+        others["the question's words"] = Path(question).with_suffix(".json")
     if args.output == "-":
         others["standard output"] = 1
     with (
         reserved(args.parser, outputs, others=others, force=args.force),
         _standard_output(args) as stream,
         tracing(args.trace) as trace,
-        _Question(question) as asked,
+        _Question(question, known) as asked,
     ):
         for warning in asked.recording.warnings:
             warn(warning)
@@ -149,9 +151,8 @@ def _answer(args: argparse.Namespace, question: str) -> int:
 class _Question:
     """The recording that is asked, and what is known about it: of a recorded conversation it is the user's side."""
 
-    def __init__(self, question: str):
+    def __init__(self, question: str, known: dict[str, Any] | None):
         self.words: list[dict[str, Any]] = []
-        known = None if question == "-" else _conversation(question)
         self.recording = Recording(question, side=None if known is None else 1)
         self.from_conversation = known is not None and self.recording.channels == 2
         if known is not None and self.from_conversation:
@@ -234,7 +235,7 @@ class _Answer:
         text = not (args.quiet or args.json)
         with (
             model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
-            Face(samples / rate, text=text, bar=not args.quiet) as face,
+            AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
         ):
             step, write = session.step, self._file.write
             if self.trace is not None:
@@ -274,20 +275,18 @@ class _Answer:
         elif not self.args.quiet:
             computed = about.seconds_computed or 0.0
             sides = "Moshi alone" if self.args.mono else "left Moshi, right the question"
-            print(
-                printable(f"{self._file.target}: {about.duration:.1f} s, {sides}")
-                + printable("" if words is None else f"; words in {words}")
-                + f"\ncomputed in {computed:.1f} s: real-time factor {computed / about.duration:.2f} "
-                f"(1: as fast as speech)",
-                file=sys.stderr,
-            )
+            where = "" if words is None else f"; words in {words}"
+            warn(f"{self._file.target}: {about.duration:.1f} s, {sides}{where}", "")
+            factor = computed / about.duration
+            warn(f"computed in {computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", "")
 
     def keep(self) -> str:
         """Leave what there is in valid files; returns a sentence that says where."""
         kept = None if self._file is None else self._file.keep()
         if kept is None or self._about is None:
             return "nothing was written"
-        said = f"the first {self.seconds:.1f} s of the answer are in {kept}"
+        went = "are in" if self.stream is None else "went to"
+        said = f"the first {self.seconds:.1f} s of the answer {went} {kept}"
         if self.transcript is None:
             return said
         words = partial_name(self.transcript)
@@ -295,7 +294,7 @@ class _Answer:
         try:
             write_json(words, self._about.as_dict())
         except OSError as error:
-            return f"{said}, but the words could not be written: {error}"
+            return f"{said}, but the words could not be written: {words}: {error.strerror or error}"
         return f"{said}, the words in {words}"
 
 
@@ -304,9 +303,9 @@ def check_seed(seed: int, model: Moshi, generation: GenerationConfig) -> None:
     drawn = generation.text.temperature or (generation.audio.temperature and model.config.model_type != "stt")
     if seed and not drawn:
         warn(
-            f"--seed {seed} changes nothing: with these settings {model.name} always says what is likeliest. "
+            f"{seed} changes nothing: with these settings {model.name} always says what is likeliest. "
             "Temperatures above 0 draw, such as --text-temperature 0.7 --audio-temperature 0.8",
-            "notice",
+            "seed",
         )
 
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import signal
-import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -34,22 +34,40 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "talk with Moshi in the terminal: what happens without a verb"
+HELP = "talk with Moshi in the terminal (the default)"
 EXAMPLES = """\
 examples:
-  moshi-mlx-local                                    talk with the best model for this machine
-  moshi-mlx-local talk --model kyutai/moshika-mlx-q4   or with this one
-  moshi-mlx-local talk --record talks                and keep it: talks/*.wav, *.json
+  moshi-mlx-local                                the best model for this machine
+  moshi-mlx-local --model kyutai/moshika-mlx-q4  this one
+  moshi-mlx-local talk --record talks            keep it: talks/*.wav, *.json
   moshi-mlx-local talk --input-device 3 --output-device headset
-  moshi-mlx-local talk --seconds 60 --json           a minute, then the figures
+  moshi-mlx-local talk --seconds 60 --json       a minute, then the figures
 
 Keys: m mute, r record, n or space a new conversation, d look for the devices
-again, q or Ctrl-C quit. A recording is stereo, left Moshi, right you, with
-timed words beside it: the layout that moshi-finetune trains on.
+again, ? what the figures mean, q or Ctrl-C quit. A recording is stereo, left
+Moshi, right you, with timed words beside it: the layout that moshi-finetune
+trains on.
+
+The panel:
 """
+FIGURES = {
+    "latency": "from the end of a frame of your voice (80 ms) to the answer to it being ready: the median",
+    "queue": "sound inside the program: yours waiting to be heard, Moshi's waiting to be played",
+    "late": "frames whose answer came more than two frames (160 ms) after their end",
+    "dropped": "your voice left out because the model fell behind by more than --backlog",
+    "underruns": "times the loudspeaker ran out of sound: heard as a gap or a click",
+}
+EXAMPLES += "".join(
+    textwrap.fill(text, 78, initial_indent=f"  {name:10} ", subsequent_indent=" " * 13) + "\n"
+    for name, text in FIGURES.items()
+)
 BUILT_IN = (
     "the built-in model knows a few hundred questions and nothing else. Say hello; ask for its name, the capital of "
     "France, the opposite of hot, two plus three, the day after Monday"
+)
+TRANSCRIBES = (
+    "the model {name} is for speech-to-text: it writes down what it hears and does not answer. Name a dialogue model "
+    "with --model for a conversation; moshi-mlx-local check lists them"
 )
 _TICK = 0.05
 _ENOUGH = 250  # frames of a conversation that tell how long a step takes
@@ -66,21 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency",
         type=bounded(float, 0.001, 1),
         metavar="SECONDS",
-        help="what the system may hold on either side; more if the sound stutters (default: little; 0.02 on Linux)",
+        help="buffer of the system in each direction; more if the sound stutters (default: low; 0.02 on Linux)",
     )
     group.add_argument(
         "--no-aec",
         action="store_true",
-        help="do not take Moshi's voice out of the microphone: for headphones, or a system that does it already",
+        help="no echo cancellation: for headphones, or where the system does it already",
     )
     group.add_argument(
         "--backlog",
         type=bounded(float, 0.08, 3),
         default=0.32,
         metavar="SECONDS",
-        help="how far Moshi may fall behind before the oldest of your words are dropped (default: %(default)s)",
+        help="how far Moshi may fall behind before the oldest of your voice is dropped (default: %(default)s)",
     )
-    group = parser.add_argument_group("the talk")
+    group = parser.add_argument_group("conversation")
     group.add_argument(
         "--record",
         metavar="DIR",
@@ -114,16 +132,18 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx_app.choice import remember_step
     from moshi_mlx_app.device import SoundCard
     from moshi_mlx_app.fetching import load_model
-    from moshi_mlx_app.known import BUILTIN
+    from moshi_mlx_app.known import BUILTIN, purpose
     from moshi_mlx_app.portaudio import devices, find_device
     from moshi_mlx_app.record import Recorder
     from moshi_mlx_app.transcript import Transcript
     from moshi_mlx_app.tui import Keys, Panel, own_errors
 
-    known = devices()  # what is missing should not come out after a download
-    find_device(args.input_device, "input", known)
-    find_device(args.output_device, "output", known)
+    found = devices()  # what is missing should not come out after a download
+    find_device(args.input_device, "input", found)
+    find_device(args.output_device, "output", found)
     model = load_model(args, shown=not args.quiet)
+    if purpose(model) == "speech-to-text":
+        warn(TRANSCRIBES.format(name=model.name), "notice")
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     elif args.model == BUILTIN and not args.quiet:
@@ -244,7 +264,7 @@ class _Talk:
             self.panel.say(self._time(event.frame), event.text)
         elif event.kind == "reset":
             self._first_frame = event.frame
-            self.panel.anew()
+            self.panel.restart()
             self.panel.notice("a new conversation")
 
     def _time(self, frame: int) -> float:
@@ -263,17 +283,20 @@ class _Talk:
             self.card.reopen()
         elif key == "r":
             self._record()
+        elif key == "?":
+            for name, text in FIGURES.items():
+                self.panel.notice(text, name)
         return True
 
     def _record(self) -> None:
         if self.recorder.running:
             self.recorder.stop()
-            self.panel.notice(f"recorded: {self.recorder.files[-1] if self.recorder.files else 'nothing yet'}")
+            self.panel.notice(str(self.recorder.files[-1]) if self.recorder.files else "nothing yet", "recorded")
             return
         try:
             self.recorder.start()
         except OSError as error:
-            self.panel.notice(f"{error.filename}: {error.strerror}", "recording")
+            self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
 
     def _state(self) -> Any:
         from moshi_mlx_app.tui import State
@@ -283,11 +306,11 @@ class _Talk:
             seconds=self.seconds,
             user=meters.level_in,
             moshi=meters.level_out,
-            answer=meters.lag.percentile(50),
-            waiting=self.conversation.delay,
+            latency=meters.lag.percentile(50),
+            queue=self.conversation.delay,
             late=meters.late,
             dropped=meters.dropped_in / self.conversation.model.sample_rate,
-            gaps=meters.underruns,
+            underruns=meters.underruns,
             recording=self.recorder.seconds if self.recorder.running else None,
             muted=self.muted,
             sound=self.card.open,
@@ -302,11 +325,11 @@ class _Talk:
             "seconds": round(self.seconds, 3),
             "frames": meters.frames,
             "late": meters.late,
-            "answer_ms": {str(p): round(meters.lag.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "latency_ms": {str(p): round(meters.lag.percentile(p) * 1e3, 1) for p in (50, 95)},
             "step_ms": {str(p): round(meters.step.percentile(p) * 1e3, 1) for p in (50, 95)},
             "dropped_seconds": round(meters.dropped_in / rate, 3),
             "dropped_output_seconds": round(meters.dropped_out / rate, 3),
-            "gaps": meters.underruns,
+            "underruns": meters.underruns,
             "device_overflows": card.overflows,
             "device_underflows": card.underflows,
             "device_openings": card.openings,
@@ -316,18 +339,18 @@ class _Talk:
         if self.args.json:
             say(json.dumps(figures))
         elif not self.args.quiet:
-            print(
-                f"{self.seconds:.1f} s, {meters.frames} frames, {meters.late} late; answer ready after "
-                f"{meters.lag.percentile(50) * 1e3:.0f} ms (p95 {meters.lag.percentile(95) * 1e3:.0f}); "
-                f"{figures['dropped_seconds']} s dropped, {meters.underruns} gaps",
-                file=sys.stderr,
+            latency = [meters.lag.percentile(percent) * 1e3 for percent in (50, 95)]
+            warn(
+                f"{self.seconds:.1f} s, {meters.frames} frames, {meters.late} late; latency {latency[0]:.0f} ms "
+                f"(p95 {latency[1]:.0f}); {figures['dropped_seconds']} s dropped, {meters.underruns} underruns",
+                "",
             )
             _recorded(self.recorder)
 
 
 def _recorded(recorder: Recorder) -> None:
     for path in recorder.files:
-        print(f"recorded: {path}", file=sys.stderr)
+        warn(str(path), "recorded")
 
 
 @contextlib.contextmanager
