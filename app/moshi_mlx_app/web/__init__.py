@@ -7,7 +7,7 @@
     GET /api/link.svg  the QR code of the link for other devices
     GET /api/chat      a WebSocket; one conversation each
 
-``door`` takes connections, ``guard`` says who may come in, ``line`` who waits, ``talk`` is one connection, ``wire`` knows
-bytes, ``settings`` the query, ``engine`` what computes, ``server`` puts them together. The conversation itself is the
-library's.
+``door`` takes connections, ``guard`` says who may come in, ``line`` who waits, ``talk`` is one connection, ``wire``
+knows bytes, ``settings`` the query, ``engine`` what computes, ``server`` puts them together. The conversation itself is
+the library's.
 """
