@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from moshi_mlx_app.echo import WebRtcEcho
+from moshi_mlx_app.audio.echo import WebRtcEcho
 
 from tests.helpers.room import Room, dense, reduction, run
 

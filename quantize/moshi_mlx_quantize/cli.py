@@ -175,7 +175,7 @@ def _run(arguments: list[str]) -> int:
     # Options may stand between SOURCE and DEST, which parse_args alone refuses; after -- it is the one that works.
     args = parser.parse_args(arguments) if "--" in arguments else parser.parse_intermixed_args(arguments)
     if args.list_recipes:
-        from .recipes import RECIPES
+        from .plan.recipes import RECIPES
 
         for recipe in RECIPES.values():
             print(f"{recipe.name:14} {recipe.text}")
@@ -193,7 +193,7 @@ def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """A script for the shell; it starts no Python."""
     import shtab
 
-    from .recipes import RECIPES
+    from .plan.recipes import RECIPES
 
     for action in parser._actions:
         if action.dest == "recipe":

@@ -15,18 +15,18 @@ from moshi_mlx.errors import CheckpointError, ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
 from moshi_mlx.printable import printable
 
-from .card import model_card, parts_table, upload
-from .convert import Result, check, check_space, planned_entries, write_checkpoint
-from .distill import Tuned
-from .evaluate import Recording, read_recording
-from .measure import LESSONS, measure_recipes
-from .recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
-from .report import Report
+from .measure.compare import LESSONS, measure_recipes
+from .measure.evaluate import Recording, read_recording
+from .measure.report import Report
+from .plan.recipes import RECIPES, Module, Plan, Recipe, Rule, describe, make_plan, uniform
 from .source import Source, open_source, scratch_bytes
-from .staging import Staging
-from .targets import as_path, check_apart, check_report, check_target, files_of
 from .terminal import Bar, say, warn
-from .writer import entry_bytes
+from .write.card import model_card, parts_table, upload
+from .write.convert import Result, check, check_space, planned_entries, write_checkpoint
+from .write.distill import Tuned
+from .write.staging import Staging
+from .write.targets import as_path, check_apart, check_report, check_target, files_of
+from .write.writer import entry_bytes
 
 __all__ = ["choose_plan", "find_recipe", "run"]
 

@@ -25,8 +25,8 @@ from moshi_mlx.errors import CheckpointError
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.weights import fit_lm, flat_parameters, load_config
 
-from .recipes import Module, modules_of
-from .writer import Entry, StreamingWriter
+from .plan.recipes import Module, modules_of
+from .write.writer import Entry, StreamingWriter
 
 __all__ = ["Source", "open_source", "scratch_bytes"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from moshi_mlx_app.audio_files import Recording
-from moshi_mlx_app.outputs import partial_name
-from moshi_mlx_app.wav import AnswerFile
+from moshi_mlx_app.recording.audio_files import Recording
+from moshi_mlx_app.recording.outputs import partial_name
+from moshi_mlx_app.recording.wav import AnswerFile
 
 from moshi_mlx.errors import AudioError
 

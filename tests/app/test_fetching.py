@@ -9,9 +9,9 @@ from pathlib import Path
 
 import huggingface_hub.utils._http
 import pytest
-from moshi_mlx_app import fetching
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.fetching import fetch, load_model
+from moshi_mlx_app.models import fetch as fetching
+from moshi_mlx_app.models.fetch import fetch, load_model
 
 from moshi_mlx.checkpoint import repo
 from tests.app.conftest import FakeModel

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app import device, portaudio
+from moshi_mlx_app.audio import device, portaudio
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.tui import State, _panel, decibels
+from moshi_mlx_app.screen.panel import State, _panel, decibels
 
 import moshi_mlx
 from moshi_mlx.realtime import conversation

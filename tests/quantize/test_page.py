@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moshi_mlx_quantize.evaluate import Cost
-from moshi_mlx_quantize.recipes import RECIPES, Module, make_plan
-from moshi_mlx_quantize.report import Entry, Report, is_report, log_ticks, ticks
+from moshi_mlx_quantize.measure.evaluate import Cost
+from moshi_mlx_quantize.measure.report import Entry, Report, is_report, log_ticks, ticks
+from moshi_mlx_quantize.plan.recipes import RECIPES, Module, make_plan
 
 from ..web.browser import chromium, unavailable
 

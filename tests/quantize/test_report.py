@@ -17,9 +17,10 @@ from xml.etree import ElementTree
 import mlx.core as mx
 import numpy as np
 import pytest
-from moshi_mlx_quantize import evaluate
 from moshi_mlx_quantize.cli import main
-from moshi_mlx_quantize.evaluate import (
+from moshi_mlx_quantize.measure import evaluate
+from moshi_mlx_quantize.measure.compare import lesson
+from moshi_mlx_quantize.measure.evaluate import (
     Subject,
     calibrate,
     codes_of,
@@ -28,10 +29,9 @@ from moshi_mlx_quantize.evaluate import (
     make_subject,
     read_recording,
     same_text,
-)  # fmt: skip
-from moshi_mlx_quantize.measure import lesson
-from moshi_mlx_quantize.recipes import RECIPES, make_plan
-from moshi_mlx_quantize.sensitivity import Sensitivity, allocate, measured_plan
+)
+from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan
+from moshi_mlx_quantize.plan.sensitivity import Sensitivity, allocate, measured_plan
 from moshi_mlx_quantize.source import Source, open_source
 
 from moshi_mlx.checkpoint.quantization import Quantization
@@ -80,7 +80,7 @@ def test_cost_of_nothing_is_nothing(subject: Subject) -> None:
 
 def test_divergence_against_its_definition(subject: Subject) -> None:
     """Broken: the divergence is another number than the sum of p log(p / q)."""
-    from moshi_mlx_quantize.evaluate import Outputs
+    from moshi_mlx_quantize.measure.evaluate import Outputs
 
     rng = np.random.default_rng(0)
     p, q = (rng.dirichlet(np.ones(7), 5) for _ in range(2))

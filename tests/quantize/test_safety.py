@@ -15,9 +15,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from moshi_mlx_quantize import convert, writer
 from moshi_mlx_quantize.cli import main
-from moshi_mlx_quantize.writer import Entry, StreamingWriter
+from moshi_mlx_quantize.write import convert, writer
+from moshi_mlx_quantize.write.writer import Entry, StreamingWriter
 
 from moshi_mlx.checkpoint.files import read_safetensors
 from moshi_mlx.errors import CheckpointError
@@ -109,7 +109,7 @@ def test_interruptions(number: signal.Signals, status: int, tmp_path: Path) -> N
     """Broken: Ctrl-C leaves a fragment under the final name, or what a killed run leaves stops the next one."""
     write_random(tmp_path / "source", config_of_size(40))
     code = (
-        "import os, sys, time; from moshi_mlx_quantize import writer; from moshi_mlx_quantize.cli import main\n"
+        "import os, sys, time; from moshi_mlx_quantize.write import writer; from moshi_mlx_quantize.cli import main\n"
         "real = os.pwrite\n"
         "def slow(*a): time.sleep(0.02); return real(*a)\n"
         "writer.os.pwrite = slow; sys.exit(main(sys.argv[1:]))"
@@ -137,7 +137,7 @@ def test_interruptions(number: signal.Signals, status: int, tmp_path: Path) -> N
 
 def test_two_runs_at_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Broken: two runs write into the same folder, or a foreign folder of that name is deleted."""
-    from moshi_mlx_quantize.staging import Staging
+    from moshi_mlx_quantize.write.staging import Staging
 
     with Staging(tmp_path / "out"):
         assert "another run is writing" in error_of(capsys, source, tmp_path / "out")

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moshi_mlx_quantize import staging
 from moshi_mlx_quantize.cli import main
-from moshi_mlx_quantize.staging import Staging
+from moshi_mlx_quantize.write import staging
+from moshi_mlx_quantize.write.staging import Staging
 
 from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.errors import CheckpointError
