@@ -40,12 +40,36 @@ def test_names_of_this_machine_are_fine(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.example", "evil.example:8998", "localhost.evil.example", "", "192.168.1.9", "[", "a b"]
+    "name",
+    ["evil.example", "evil.example:8998", "localhost.evil.example", "", "192.168.1.9", "[", "a b", "[::1", "::1"]
+    + [
+        "a;script-src *@localhost",
+        "evil@localhost",
+        "localhost:8998;",
+        "localhost:99999999",
+        "localhost/",
+        "[localhost]",
+    ],
 )
 def test_foreign_names_are_turned_away(name):
     """If it fails, a site whose name is pointed at this machine (DNS rebinding) can talk through the server."""
     assert ask("/api/info", Host=name) == 403
     assert ask("/", Host=name) == 403
+
+
+def test_two_names_at_once_are_turned_away():
+    """If it fails, this server and a proxy before it may each believe another of the two."""
+
+    async def run() -> bytes:
+        async with serving() as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(served.url).port)
+            writer.write(b"GET / HTTP/1.0\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), SOON)
+            writer.close()
+            return answer
+
+    # The HTTP library refuses it itself in its later versions.
+    assert asyncio.run(run()).startswith((b"HTTP/1.0 403", b"HTTP/1.0 400"))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +180,11 @@ def test_every_answer_is_strict(tmp_path: Path):
                     assert headers["X-Content-Type-Options"] == "nosniff"
                     assert headers["Referrer-Policy"] == "no-referrer"
                     assert "Access-Control-Allow-Origin" not in headers
-            async with served.session.get(served.url, headers={"Host": "evil.example; script-src *"}) as answer:
-                assert answer.status in (400, 403) and "evil" not in answer.headers["Content-Security-Policy"]
+                    assert headers["Server"] == "moshi-mlx-local"  # and no versions
+            for host in ("evil.example; script-src *", "a;script-src *@localhost", "evil;@127.0.0.1"):
+                async with served.session.get(served.url, headers={"Host": host}) as answer:
+                    policy = answer.headers["Content-Security-Policy"]
+                    assert answer.status in (400, 403) and "evil" not in policy and "*" not in policy
 
     asyncio.run(run())
 
@@ -165,7 +192,7 @@ def test_every_answer_is_strict(tmp_path: Path):
 def test_idle_connections_make_room(monkeypatch):
     """If it fails, connections that say nothing keep everyone else out."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.server._CONNECTIONS", 5)
+    monkeypatch.setattr("moshi_mlx_app.web.door._CONNECTIONS", 5)
 
     async def run() -> None:
         async with serving() as served, served.client() as client:
