@@ -30,7 +30,7 @@ QUESTIONS = Path(__file__).resolve().parents[1] / "app" / "moshi_mlx_app" / "ass
 def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
     """What each stream held at each position [positions, streams] while the model heard the questions."""
     sound, rate = soundfile.read(QUESTIONS, dtype="float32")
-    pcm = moshi_mlx.model.to_mono(sound, rate, model.sample_rate)
+    pcm = moshi_mlx.audio.as_mono(sound, rate, model.sample_rate)
     size = model.frame_size
     columns: list[np.ndarray] = []
     with model.session() as session:

@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 import soundfile
-import soxr
 
 import moshi_mlx
+from moshi_mlx.audio import TAIL, as_mono
 from moshi_mlx.realtime import Conversation
 
 BLOCK = 0.01  # seconds that an audio engine asks for at a time
@@ -53,14 +53,13 @@ def main() -> int:
     parser.add_argument("question")
     parser.add_argument("answer")
     parser.add_argument("--model", default="small")
-    parser.add_argument("--tail", type=float, default=4.0, help="seconds of silence after the question")
+    parser.add_argument("--tail", type=float, default=TAIL, help="seconds of silence after the question")
     args = parser.parse_args()
 
     model = moshi_mlx.load(args.model)
     rate = model.sample_rate
-    pcm, file_rate = soundfile.read(args.question, dtype="float32", always_2d=True)
-    pcm = soxr.resample(pcm.mean(axis=1), file_rate, rate)
-    pcm = np.concatenate([pcm, np.zeros(round(args.tail * rate), np.float32)]).astype(np.float32)
+    pcm = as_mono(*soundfile.read(args.question), rate)
+    pcm = np.concatenate([pcm, np.zeros(round(args.tail * rate), np.float32)])
 
     with Conversation(model, seed=0) as conversation:  # leaving it ends the threads, and raises what went wrong
         engine = AudioEngine(pcm, rate, conversation)

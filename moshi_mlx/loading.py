@@ -9,9 +9,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .checkpoint.files import read_json
+from .checkpoint.files import read_json, read_safetensors
+from .checkpoint.finite import check_finite
 from .checkpoint.repo import Progress
-from .codec import Codec, MimiCodec, make_codec
+from .codec import Codec, MimiCodec, RustMimi, make_codec
 from .config import LmConfig, ModelConfig
 from .errors import CheckpointError, CodecError, ConfigError
 from .hub import BUILTIN, CheckpointFiles, resolve
@@ -98,11 +99,21 @@ def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin:
         return None, True
     if lm.own_q not in (0, codebooks):
         raise ConfigError(f"{lm.own_q} own and {lm.user_q} user codebooks: one codec cannot serve both")
+    if files.mimi_config is None and "mimi_config" in files.names:
+        raise CheckpointError(f"{files.folder} lacks {files.names['mimi_config']}, which config.json names: fetch it")
     sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
     if sizes.quantizer.bins != lm.card:
-        raise ConfigError(f"the codec has {sizes.quantizer.bins} entries per codebook, the language model {lm.card}")
+        unnamed = (
+            "" if files.mimi_config else ". config.json names no mimi_config.json (mimi_config_name) with its sizes"
+        )
+        raise ConfigError(
+            f"the codec has {sizes.quantizer.bins} entries per codebook, the language model {lm.card}{unnamed}"
+        )
     if files.mimi is not None:
-        return make_codec(files.mimi, sizes, codebooks, kind), True
+        made = make_codec(files.mimi, sizes, codebooks, kind)
+        if isinstance(made, RustMimi):  # which reads the file by itself, and does not look
+            check_finite(read_safetensors(files.mimi)[0], str(files.mimi))
+        return made, True
     if not builtin:
         raise _lacking(files, "mimi", "the weights of its codec")
     if kind == "rust":

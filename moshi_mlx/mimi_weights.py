@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint.files import read_safetensors, read_safetensors_header
+from .checkpoint.finite import check_finite
 from .errors import CheckpointError
 from .mimi import Mimi, MimiConfig
 
@@ -226,15 +227,22 @@ def load_mimi(path: str | os.PathLike[str], config: MimiConfig | None = None, nu
     Raises
     ------
     CheckpointError
-        If the file cannot be read or does not fit the configuration.
+        If the file cannot be read, does not fit the configuration, or holds NaN or infinity.
     """
     mimi = Mimi(config, num_codebooks)
-    weights = mimi_weights(read_safetensors(path)[0], config, num_codebooks)
+    tensors = read_safetensors(path)[0]
+    try:
+        weights = mimi_weights(tensors, config, num_codebooks)
+    except CheckpointError as error:
+        other = ". A codec of other sizes than the published Mimi's needs a mimi_config.json, which config.json names "
+        hint = f"{other}(mimi_config_name)" if config in (None, MimiConfig()) else ""
+        raise CheckpointError(f"{path}: {error}{hint}") from error
     # Once, here: everything in the order in which it is read, and nothing lazy left for another thread. Linear layers
     # multiply by a transpose; MLX's CPU product is faster by a sixth if that is what lies in memory.
     linear = {f"{name}.weight" for name, module in mimi.named_modules() if isinstance(module, nn.Linear)}
     for name, array in weights.items():
         weights[name] = mx.contiguous(array.T).T if name in linear else mx.contiguous(array)
+    check_finite(weights, os.fspath(path))
     mimi.update(tree_unflatten(list(weights.items())))
     mx.eval(mimi.parameters())
     return mimi

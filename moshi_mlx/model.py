@@ -11,16 +11,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .audio import TAIL, as_mono, check_frame, check_tail
 from .config import ModelConfig
-from .errors import AudioError, ConfigError, StateError
+from .errors import ConfigError, StateError
 from .generate import GenerationConfig, Generator, Step
 from .lm import Lm
 from .sampling import GREEDY, Sampling
@@ -37,7 +40,6 @@ __all__ = [
     "TextReader",
     "generation_defaults",
     "make_generator",
-    "to_mono",
 ]
 
 Pcm = NDArray[np.float32]
@@ -179,36 +181,37 @@ class Moshi:
     def reply(
         self,
         pcm: ArrayLike,
-        sample_rate: int,
+        sample_rate: float,
         *,
         seed: int = 0,
         generation: GenerationConfig | None = None,
         conditions: Mapping[str, Any] | None = None,
-        tail: float = 0.0,
+        tail: float = TAIL,
         on_frame: Callable[[SessionFrame], None] | None = None,
     ) -> Reply:
         """Play a recording to the model and collect what it says.
 
         Parameters
         ----------
-        pcm : array [samples] or [samples, channels], float
-            The recording; channels are averaged.
-        sample_rate : int
+        pcm : array [samples] or [samples, channels]
+            The recording: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`). Channels are averaged.
+        sample_rate : float
             Its rate in hertz; resampled to the model's.
         seed, generation, conditions
             As for :meth:`session`.
         tail : float
-            Seconds of silence after the recording, so that an answer can end.
+            Seconds of silence after the recording, in which the answer can end: a model begins to speak when the
+            question is over.
         on_frame : callable, optional
             Called with every :class:`SessionFrame` as it comes.
 
         Raises
         ------
         AudioError
-            If there are no samples, or some are not finite.
+            If the samples, their rate or ``tail`` cannot be used.
         """
         began = time.perf_counter()
-        user = to_mono(pcm, sample_rate, self.sample_rate)
+        user = as_mono(pcm, sample_rate, self.sample_rate)
         size = self.frame_size
         before, after = self.silence(tail)
         user = np.concatenate([np.zeros(before, np.float32), user, np.zeros(after, np.float32)])
@@ -245,7 +248,13 @@ class Moshi:
         """Samples of silence to play before and after a recording: what the checkpoint asks for, and ``tail`` seconds.
 
         Speech-to-text writes a word some time after its sound, so the last one needs that time, and a second to end.
+
+        Raises
+        ------
+        AudioError
+            If ``tail`` is not a number of seconds from 0 to 3,600.
         """
+        check_tail(tail)
         stt = self.config.stt_config
         if self.config.model_type == "stt":
             tail = max(tail, float(stt.get("audio_delay_seconds", 0.0)) + 1.0)
@@ -273,7 +282,8 @@ class Moshi:
 class Session:
     """One conversation, frame by frame. Made by :meth:`Moshi.session`.
 
-    Belongs to the thread that made it. Use it with ``with``, or call :meth:`close`.
+    Belongs to one thread at a time: threads that take turns are fine, two at once are refused. Use it with ``with``, or
+    call :meth:`close`.
 
     Attributes
     ----------
@@ -301,6 +311,7 @@ class Session:
         self._reader = TextReader(model)
         self._closed = False
         self._frames = 0
+        self._busy = threading.Lock()
         self.on_stage: Callable[[str, float, float], object] | None = None
         # Position 0 runs before any sound: what it says is shown with the first frame.
         self._early = self._reader.step(self._generator.first)
@@ -326,8 +337,8 @@ class Session:
 
         Parameters
         ----------
-        pcm : array [frame_size], float32
-            The user's sound, -1 to 1.
+        pcm : array [frame_size]
+            The user's sound: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`).
 
         Returns
         -------
@@ -336,15 +347,17 @@ class Session:
         Raises
         ------
         AudioError
-            If the frame has another size or values that are not finite.
+            If the frame has another size, or samples that cannot be used.
         StateError
-            After :meth:`close`.
+            After :meth:`close`, or while another thread is in this session.
         """
-        if self._closed:
-            raise StateError("this session is closed; begin another with model.session()")
-        samples = np.ascontiguousarray(pcm, dtype=np.float32)
-        if samples.shape != (self.model.frame_size,):
-            raise AudioError(f"a frame is {self.model.frame_size} samples, found shape {list(np.shape(pcm))}")
+        samples = check_frame(pcm, self.model.frame_size)
+        with self._alone():
+            if self._closed:
+                raise StateError("this session is closed; begin another with model.session()")
+            return self._step(samples)
+
+    def _step(self, samples: Pcm) -> SessionFrame:
         marks = [time.monotonic()]
         codes = None if self._encoder is None else self._encoder.encode(samples)
         marks.append(time.monotonic())
@@ -365,23 +378,38 @@ class Session:
 
     def finish(self) -> SessionFrame:
         """The last text and words, which only the end completes; its ``pcm`` is empty."""
-        text, words = self._reader.flush()
+        with self._alone():
+            text, words = self._reader.flush()
         return SessionFrame(self._frames, np.zeros(0, np.float32), text, words)
 
     def reset(self) -> None:
         """Begin anew, as after :meth:`Moshi.session`."""
-        first = self._generator.reset()
-        for stream in (self._encoder, self._decoder):
-            if stream is not None:
-                stream.reset()
-        self._reader.reset()
-        self._closed = False
-        self._frames = 0
-        self._early = self._reader.step(first)
+        with self._alone():
+            first = self._generator.reset()
+            for stream in (self._encoder, self._decoder):
+                if stream is not None:
+                    stream.reset()
+            self._reader.reset()
+            self._closed = False
+            self._frames = 0
+            self._early = self._reader.step(first)
 
     def close(self) -> None:
         """End the conversation; its memory goes with the last reference to it."""
         self._closed = True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else is in the session: two threads at once would mix their frames, or crash MLX."""
+        if not self._busy.acquire(blocking=False):
+            raise StateError(
+                "another thread is in this session: a session belongs to one thread at a time. Give each thread a "
+                "session of its own, or let them take turns with a lock"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
 
 def make_generator(
@@ -476,36 +504,3 @@ def generation_defaults(config: ModelConfig) -> GenerationConfig:
     )
     audio = Sampling(float(saved.get("temp", audio.temperature)), int(saved.get("top_k", audio.top_k)))
     return replace(base, text=text, audio=audio)
-
-
-def to_mono(pcm: ArrayLike, sample_rate: int, target_rate: int) -> Pcm:
-    """A recording as the model hears it: channels averaged, resampled with soxr's best quality.
-
-    Raises
-    ------
-    AudioError
-        If there are no samples, the shape or rate makes no sense, or some samples are not finite.
-    """
-    samples = np.asarray(pcm)
-    if samples.dtype.kind in "iu":
-        raise AudioError(f"samples must be floats between -1 and 1, found {samples.dtype}: divide by its full scale")
-    if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
-        raise AudioError(f"pcm must be [samples] or [samples, channels], found {samples.dtype} {list(samples.shape)}")
-    if not 1 <= sample_rate <= 1_000_000:
-        raise AudioError(f"a sample rate of {sample_rate} Hz makes no sense")
-    if samples.size == 0:
-        raise AudioError("the recording has no samples")
-    samples = samples.astype(np.float32)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
-    bad = np.flatnonzero(~np.isfinite(samples))
-    if bad.size:
-        raise AudioError(
-            f"{bad.size} samples are not finite numbers, the first at {bad[0] / sample_rate:.3f} s: "
-            "the file is damaged, or was written with a wrong format"
-        )
-    if sample_rate != target_rate:
-        import soxr
-
-        samples = soxr.resample(samples, sample_rate, target_rate, quality="VHQ").astype(np.float32)
-    return np.ascontiguousarray(samples)

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .checkpoint.files import read_json, read_shapes, read_tensors, shown
+from .checkpoint.finite import check_finite
 from .checkpoint.layouts import (
     MISMATCH,
     detect_layout,
@@ -61,10 +62,19 @@ def load_config(path: str | os.PathLike[str] | None, weights: Paths = ()) -> Mod
     Raises
     ------
     CheckpointError, ConfigError
-        If the file is broken, or says something unknown or unsupported; the message names the file.
+        If the file is broken, or says something unknown or unsupported, or is missing and the weights are not those of
+        a model that comes without one; the message names the file.
     """
     if path is None:
-        return guess_config(read_shapes(weights))
+        shapes = read_shapes(weights)
+        config = guess_config(shapes)
+        if not _resembles(shapes, config.lm):
+            first = weights if isinstance(weights, (str, os.PathLike)) else next(iter(weights), "")
+            raise CheckpointError(
+                f"{Path(first).parent} has no config.json, and its weights are not those of Moshi 7B, PersonaPlex 7B "
+                "or Helium preview, which come without one: put the config.json that belongs to them beside them"
+            )
+        return config
     data = read_json(path)
     try:
         return ModelConfig.from_dict(data)
@@ -79,6 +89,20 @@ def guess_config(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
         return ModelConfig.helium_preview()
     sixteen = {"linears.15.weight", "depformer.15.linear_out.weight", "depformer.slices.15.linear_out.weight"}
     return ModelConfig.personaplex() if sixteen & shapes.keys() else ModelConfig.moshi_7b()
+
+
+def _resembles(shapes: Mapping[str, tuple[int, ...]], config: LmConfig) -> bool:
+    """Whether tensors of any layout and quantization have this model's width, layers, tokens and streams."""
+    norm = shapes.get("out_norm.weight") or shapes.get("out_norm.alpha") or (0,)
+    tokens = shapes.get("text_emb.weight") or (0,)
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"transformer\.layers\.(\d+)\.", name))}
+    streams = {int(m[2]) for name in shapes if (m := re.match(r"(audio_embs|emb)\.(\d+)\.", name))}
+    return (
+        norm[-1] == config.dim
+        and tokens[0] == config.text_card + config.text_start_row
+        and layers == set(range(config.num_layers))
+        and streams == set(range(config.n_q))
+    )
 
 
 def load_lm(
@@ -108,7 +132,8 @@ def load_lm(
     Raises
     ------
     CheckpointError
-        If a file is broken, or a tensor is missing, left over, misshapen or of a wrong type; the first few are named.
+        If a file is broken, or a tensor is missing, left over, misshapen, of a wrong type or not finite; the first few
+        are named.
     """
     listed = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
     where = ", ".join(str(path) for path in listed)
@@ -122,7 +147,7 @@ def load_lm(
     if update is not None:
         update.clear()
     try:
-        _read(model)
+        _read(model, where)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
     return model
@@ -249,15 +274,15 @@ def _pad_ends_the_text(params: dict[str, mx.array]) -> None:
             params[name] = mx.concatenate([table[:_EOS_ROW], table[_PAD_ROW : _PAD_ROW + 1], table[_PAD_ROW:]])
 
 
-def _read(model: Lm) -> None:
+def _read(model: Lm, where: str) -> None:
     """Evaluate all weights, a bounded number of bytes at a time, so that nothing is held twice."""
-    batch: list[mx.array] = []
+    batch: dict[str, mx.array] = {}
     size = 0
-    for value in flat_parameters(model).values():
-        batch.append(value)
+    for name, value in flat_parameters(model).items():
+        batch[name] = value
         size += value.nbytes
         if size >= _BATCH_BYTES:
-            mx.eval(batch)
-            batch, size = [], 0
-    mx.eval(batch)
+            check_finite(batch, where)
+            batch, size = {}, 0
+    check_finite(batch, where)
     mx.clear_cache()

@@ -2,7 +2,7 @@
 
 app -> moshi_mlx <- quantize           app and quantize never meet
 config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- model <- realtime, loading
-text, sampling, delays, checkpoint, weights, hub, codec stand beside them
+text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ PACKAGES = {
 
 # What each room of the library may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
+    "__main__": set(),
+    "local": set(),
     "errors": set(),
+    "audio": {"errors"},
     "printable": set(),
     "config": {"errors"},
     "delays": {"errors", "config"},
@@ -44,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"errors", "config", "streaming", "mimi", "mimi_weights", "lean_codec"},
     "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
     "generate": {"errors", "config", "streaming", "delays", "sampling", "lm", "lean"},
-    "model": {"errors", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "model": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
     "loading": {
         "errors",
         "config",
@@ -58,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "codec",
         "model",
     },
-    "realtime": {"errors", "config", "streaming", "sampling", "text", "codec", "generate", "model"},
+    "realtime": {"errors", "audio", "config", "streaming", "sampling", "text", "codec", "generate", "model"},
 }
 HEAVY = {"huggingface_hub", "mlx_lm", "rustymimi", "sentencepiece", "sounddevice", "soundfile", "torch", "transformers"}
 

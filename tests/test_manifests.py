@@ -16,7 +16,7 @@ from moshi_mlx.checkpoint.lora import merge_lora
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError
 from moshi_mlx.mimi_weights import mimi_weights
-from moshi_mlx.weights import fit_lm, flat_parameters, guess_config, load_speaker, load_voice_prompt
+from moshi_mlx.weights import fit_lm, flat_parameters, guess_config, load_config, load_speaker, load_voice_prompt
 
 from .helpers.checkpoints import DATA, manifest_tensors, read_manifest, write_gguf, write_sparse
 from .helpers.torch_files import write_pt
@@ -101,6 +101,20 @@ def test_language_model(name: str) -> None:
     assert mx.get_peak_memory() - before < FEW_BYTES
 
 
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_without_a_configuration(name: str, tmp_path: Path) -> None:
+    """Broken: a published folder without a config.json is refused, or any other is taken for a model that it is not."""
+    tensors = manifest_tensors(read_manifest(name))
+    path = tmp_path / "model.safetensors"
+    write_sparse(path, tensors)
+    if name.startswith(("moshiko", "personaplex", "helium_1_preview_2b_mlx")):
+        fit_lm(load_config(None, path), tensors, dtype=mx.bfloat16)
+    else:
+        assert LANGUAGE_MODELS[name] is not None
+        with pytest.raises(CheckpointError, match=r"has no config\.json"):
+            load_config(None, path)
+
+
 def test_hibiki_2b_without_schedule() -> None:
     """Broken: an unrolled checkpoint whose configuration names no shared weights does not load."""
     tensors = manifest_tensors(read_manifest("hibiki_2b_mlx_bf16"))
@@ -141,6 +155,7 @@ def test_gguf(tmp_path: Path) -> None:
         tensors[stem + "weight"] = mx.zeros((rows, width // 4), mx.uint32)
         tensors[stem + "scales"] = tensors[stem + "biases"] = mx.zeros((rows, width // 32), mx.float16)
     config = guess_config({name: tuple(value.shape) for name, value in tensors.items()})
+    assert load_config(None, path) == config
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     model = fit_lm(config, tensors, dtype=mx.float16)

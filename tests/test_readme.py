@@ -1,46 +1,207 @@
-"""The README's Python is run, so that it cannot rot.
+"""Every block of code in the README and in docs/ is run as written, so that it cannot rot, or is listed with a reason.
 
-A block whose first line is ``# runnable`` is run as it stands. The others need a download or a device: they must at
-least be Python, and what they take from moshi_mlx must exist.
+Python is executed, commands are given to a shell, in a folder with a recorded question. What cannot be run here (it
+needs a network, a microphone, hours) is in ``NOT_RUN``: a new block that is in neither makes a test fail.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = DOCUMENTS[0].read_text(encoding="utf-8")
+QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+
+# Commands, by how they begin or what is in them.
+NOT_RUN = {
+    r"^(uv tool|pip|apt) install ": "asks a package index; `make wheel-check` installs the wheel",
+    r"^git clone ": "asks a forge",
+    r"^make (talk|bench)$": "needs the environment of a clone: a workflow runs it",
+    r"--model kyutai/": "downloads a model",
+    r"^moshi-mlx-local web\b": "serves until it is stopped: tests/web does",
+    r"^python -m moshi\.client ": "Kyutai's program: tests/web/test_kyutai_clients.py runs it",
+    r"^\.venv/bin/python -m benchmarks mimi small": "minutes: tests/benchmarks runs smaller ones",
+    r"-m tests\.quantize\.memory 3200": "minutes, and 3 GB: tests/quantize runs it with less",
+    r"^python examples/embedding\.py ": "tests/test_embedding.py runs it, with less silence",
+    r" --target-bpw ": "a minute: tests/quantize/test_report.py runs it on a smaller model",
+    r" --distill ": "minutes: tests/quantize/test_distill.py runs it on a smaller model",
+    r"-m moshi_mlx\.training\.": "hours",
+}
+# What stands for the reader's own.
+PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}
+# Indented blocks that are pictures, by their first words, and what a command prints.
+PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "{'source'")
 
 
-def test_the_readme_has_python() -> None:
-    """If this fails, the tests below run nothing."""
-    assert any(block.startswith("# runnable") for block in BLOCKS)
+class Block(NamedTuple):
+    """A block of code and where it is."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}:{self.line}"
 
 
-@pytest.mark.parametrize(
-    "block", [b for b in BLOCKS if b.startswith("# runnable")], ids=lambda b: b.splitlines()[1][:40]
-)
-def test_runnable_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, a reader who copies the README gets an error."""
+def blocks() -> list[Block]:
+    found = []
+    for path in DOCUMENTS:
+        for token in MarkdownIt("commonmark").parse(path.read_text(encoding="utf-8")):
+            if token.type in ("fence", "code_block"):
+                assert token.map is not None
+                fence = token.type == "fence"
+                found.append(Block(path.name, token.map[0] + 1 + fence, token.info if fence else "", token.content))
+    return found
+
+
+BLOCKS = blocks()
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def commands() -> list[Block]:
+    """The lines of all other blocks, without comments."""
+    lines = []
+    for block in BLOCKS:
+        if block.language == "python" or block.text.startswith(PICTURES[:2]):
+            continue
+        for offset, line in enumerate(block.text.splitlines()):
+            command = re.split(r"\s{2,}(?!-)|\s+#", line.removeprefix("$ ").strip())[0]
+            if command and not command.startswith(PICTURES):
+                lines.append(Block(block.document, block.line + offset, block.language, command))
+    return lines
+
+
+COMMANDS = commands()
+RUN = [command for command in COMMANDS if not any(re.search(pattern, command.text) for pattern in NOT_RUN)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a question in it, one that the built-in model knows."""
+    pcm, rate = soundfile.read(QUESTIONS, dtype="float32")
+    soundfile.write(tmp_path / "question.wav", pcm[round(9.6 * rate) : round(12.0 * rate)], rate)
+    soundfile.write(tmp_path / "speech.wav", pcm[: 2 * rate], rate)
+    for name in ("benchmarks", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    seconds = 0.4 * np.sin(2 * np.pi * 220 * np.arange(24000) / 24000)
-    exec(compile(block, "README.md", "exec"), {"pcm": seconds.astype(np.float32), "sample_rate": 24000})
+    return tmp_path
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_is_python_with_real_names(block: str) -> None:
-    """If this fails, the README names something that moshi_mlx does not have."""
+def test_there_is_something_to_run() -> None:
+    """If this fails, the tests below run nothing."""
+    assert len(PYTHON) >= 4 and len(RUN) >= 3
+    assert {block.document for block in PYTHON} == {"README.md", "embedding.md"}
+    assert {block.language for block in BLOCKS} <= {"python", ""}, "say here how that language is run"
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
+def test_python_runs_as_written(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, a reader who copies it gets an error, or hears nothing."""
+    exec(compile("\n" * (block.line - 1) + block.text, block.document, "exec"), {"__name__": "__main__"})
+    said = capsys.readouterr().out
+    if "question.wav" in block.text:
+        assert len(said.split()) >= 3, f"it answers with words, not with {said!r}"
+    if "answer.wav" in block.text:
+        answer, rate = soundfile.read(folder / "answer.wav")
+        assert len(answer) >= 6 * rate and np.abs(answer).max() > 0.05
+
+
+@pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.name} {command.text[:40]}")
+def test_commands_run_as_written(command: Block, folder: Path) -> None:
+    """If this fails, a reader who types it gets an error. If it can never run here, give it a line in NOT_RUN."""
+    line = command.text.replace(".venv/bin/", "")
+    for word, value in PLACEHOLDERS.items():
+        line = re.sub(rf"\b{word}\b", value, line)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+
+
+def test_what_is_not_run_is_there() -> None:
+    """If this fails, NOT_RUN excuses what no document says any more."""
+    for pattern in NOT_RUN:
+        assert any(re.search(pattern, command.text) for command in COMMANDS), pattern
+
+
+USERS_PROGRAM = """
+import wave
+
+import numpy as np
+
+import moshi_mlx
+from moshi_mlx import GenerationConfig, MoshiError, Sampling, SessionFrame
+
+
+def answer(name: str) -> list[str]:
+    with wave.open(name) as file:
+        rate = file.getframerate()
+        pcm = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    model = moshi_mlx.load("small", on_progress=print)
+    greedy = GenerationConfig(text=Sampling(0.0), audio=Sampling(0.0))
+    try:
+        reply = model.reply(pcm, rate, seed=1, generation=greedy, on_frame=show)
+    except MoshiError as error:
+        return [str(error)]
+    print(f"{reply.seconds_computed:.1f} s for {reply.seconds_audio:.1f} s, loudest {np.abs(reply.pcm).max():.2f}")
+    return [f"{word.start:.2f} {word.text}" for word in reply.words]
+
+
+def show(frame: SessionFrame) -> None:
+    print(frame.text, end="")
+
+
+print(answer("question.wav"))
+"""
+
+
+def test_a_users_program_type_checks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, a program with strict types cannot use the library, or what the documents show does not pass."""
+    pytest.importorskip("mypy", reason="comes with the dev extra")
+    programs = {"user.py": USERS_PROGRAM}
+    for block in PYTHON:
+        # soundfile has no types, which is not this package's to mend.
+        first = "# mypy: disable-error-code=import-untyped\n" if "import soundfile" in block.text else ""
+        programs[f"{block.document.removesuffix('.md').lower()}_{block.line}.py"] = first + block.text
+    # If the package brought no types, these would be unused, and strict mypy says so.
+    programs["wrong.py"] = (
+        "import moshi_mlx\n"
+        "moshi_mlx.load(1)  # type: ignore[arg-type]\n"
+        'moshi_mlx.load("small").session().step(b"").text.no_such()  # type: ignore[attr-defined]\n'
+    )
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / "cache"), *programs]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    exec(compile(USERS_PROGRAM, "user.py", "exec"), {"__name__": "__main__"})
+    assert "loudest 0." in capsys.readouterr().out
+
+
+def test_names_of_the_library_exist() -> None:
+    """If this fails, a document names something that moshi_mlx does not have."""
     import moshi_mlx
 
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moshi_mlx":
-            assert hasattr(moshi_mlx, node.attr), f"moshi_mlx.{node.attr}"
+    for block in PYTHON:
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moshi_mlx":
+                assert hasattr(moshi_mlx, node.attr), f"{block.name}: moshi_mlx.{node.attr}"
 
 
 def test_files_named_in_the_readme_exist() -> None:

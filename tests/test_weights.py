@@ -12,7 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import moshi_mlx
 from moshi_mlx.checkpoint.layouts import detect_layout, from_internal, to_internal, to_mlx_layout, to_torch_layout
+from moshi_mlx.checkpoint.lora import merge_lora
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError, ConfigError
 from moshi_mlx.hub import CheckpointFiles, resolve
@@ -167,10 +169,15 @@ def test_unknown_files_are_named() -> None:
 
 
 def test_models_without_configuration(tmp_path: Path) -> None:
-    """Broken: a folder with weights alone is taken for another model."""
-    write_checkpoint(tmp_path, tokenizer=False)
-    with pytest.raises(CheckpointError, match=r"20 tensors are missing.*belong together"):
-        load_lm(load_config(None, tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    """Broken: a folder with weights alone is taken for another model, and its shapes are blamed."""
+    for layout in ("mlx", "torch", "helium", "gguf", "sharded"):
+        folder = write_checkpoint(tmp_path / layout, layout=layout, tokenizer=False, mimi=layout != "helium")
+        (folder / "config.json").unlink()
+        files = resolve(folder)
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder))} has no config\.json, .* put the config"):
+            load_config(files.config, files.weights)
+        with pytest.raises(CheckpointError, match=r"has no config\.json"):
+            moshi_mlx.load(folder)
 
 
 # ----------------------------------------------------------------------------------------------- strictness
@@ -493,6 +500,58 @@ def test_lora_details(tmp_path: Path) -> None:
         mx.save_safetensors(str(path), tensors)
         with pytest.raises(CheckpointError, match=message):
             load_lm(config, weights, lora=path)
+
+
+def test_lora_with_trained_embeddings(tmp_path: Path) -> None:
+    """Broken: an update that was trained with ``ft_embed`` is refused, or added to the old tables.
+
+    PyTorch's program wraps each linear layer of an embedding (``low_rank``, ``out1``, ``out2``) and saves all of the
+    wrapper: its new base, ``frozen_W``, and the factors that are added to it.
+    """
+    folder = write_checkpoint(tmp_path, conditioned_config(), "torch", tokenizer=False)
+    config = load_config(folder / "config.json")
+    base, path = random_params(config), tmp_path / "lora.safetensors"
+    update = write_lora(path, base, config)
+    layers = {
+        "depformer.embs.0.out1": "depformer_text_emb.out1",
+        "depformer.embs.2.low_rank": "depformer_emb.1.low_rank",
+        "text_emb.out2": "text_emb.out2",
+    }
+    rng = np.random.default_rng(3)
+    new = {
+        theirs: mx.array(rng.standard_normal(base[f"{ours}.weight"].shape, np.float32)).astype(mx.bfloat16)
+        for ours, theirs in layers.items()
+    }
+    update |= {f"{theirs}.frozen_W.weight": value for theirs, value in new.items()}
+    mx.save_safetensors(str(path), update)
+    merged = flat_parameters(
+        load_lm(config, folder / "model.safetensors", lora=path, lora_scaling=2.0, dtype=mx.float32)
+    )
+    for ours, theirs in layers.items():
+        a, b, frozen = (
+            np.array(update[f"{theirs}.{part}.weight"].astype(mx.float32)) for part in ("lora_A", "lora_B", "frozen_W")
+        )
+        expected = frozen + 2.0 * (b @ a)
+        assert np.abs(np.array(merged[f"{ours}.weight"]) - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.abs(frozen - np.array(base[f"{ours}.weight"].astype(mx.float32))).max() > 1
+    # By hand: 1 x 2 factors of rank 1 on a new base of a 2 x 2 layer.
+    params = {"text_linear.weight": mx.array([[9.0, 9.0], [9.0, 9.0]])}
+    by_hand = {
+        "text_linear.frozen_W.weight": mx.array([[1.0, 2.0], [3.0, 4.0]]),
+        "text_linear.lora_A.weight": mx.array([[10.0, 20.0]]),
+        "text_linear.lora_B.weight": mx.array([[1.0], [0.5]]),
+    }
+    assert merge_lora(params, by_hand, 2.0, config.lm)["text_linear.weight"].tolist() == [[21, 42], [13, 24]]
+
+    cases = [
+        ({"text_emb.out2.weight": new["text_emb.out2"]}, r"holds text_emb\.out2\.weight twice"),
+        ({"text_emb.out2.frozen_W.weight": new["text_emb.out2"][1:]}, r"holds text_emb\.out2\.weight \[127, \d+\]"),
+        ({"nothing.frozen_W.weight": new["text_emb.out2"]}, r"not part of this model: nothing"),
+    ]
+    for change, message in cases:
+        mx.save_safetensors(str(path), update | change)
+        with pytest.raises(CheckpointError, match=message):
+            load_lm(config, folder / "model.safetensors", lora=path)
 
 
 def test_lora_needs_a_dense_base(tmp_path: Path) -> None:

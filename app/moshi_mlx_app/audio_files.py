@@ -23,14 +23,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.audio import MAX_RATE, MIN_RATE
 from moshi_mlx.errors import AudioError
 
-__all__ = ["MAX_RATE", "MIN_RATE", "AnswerFile", "Recording", "partial_name"]
+__all__ = ["AnswerFile", "Recording", "partial_name"]
 
 Pcm = NDArray[np.float32]
 
-MIN_RATE, MAX_RATE = 8_000, 192_000
-"""Sample rates that are read, hertz."""
 _BLOCK_VALUES = 1 << 16  # samples times channels in one read
 _LARGEST_WAV = (1 << 32) - 4096  # a wav's sizes are 32 bits wide
 _STREAMED = 0x7FFF0000  # programs that write a wav into a pipe put this or more where the length belongs

@@ -26,8 +26,9 @@ def merge_lora(
         The model's tensors under its own names.
     update : mapping of str to mx.array
         ``lora.safetensors``: PyTorch's names with ``lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank] for
-        ``weight``, and whole embedding tables where those were trained too. Stacked updates of older versions are
-        cut like the weights they belong to.
+        ``weight``. Where the embeddings were trained too (``ft_embed``) it holds their whole tables, and for their
+        linear layers ``frozen_W.weight`` [out, in], which takes the place of ``weight`` before the product is added.
+        Stacked updates of older versions are cut like the weights they belong to.
     scaling : float
         Factor as saved in config.json (``lora_scaling``); not divided by the rank.
     config : LmConfig
@@ -45,9 +46,10 @@ def merge_lora(
     renamed = to_internal(update, "torch", config)
     pairs: dict[str, dict[str, mx.array]] = {}
     result = dict(params)
+    replaced: set[str] = set()
     for name, value in renamed.items():
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        target = f"{match[1]}.weight" if match else name
+        target = f"{match[1]}.weight" if match else name.replace(".frozen_W.weight", ".weight")
         module = target.removesuffix(".weight")
         if f"{module}.scales" in params:
             raise CheckpointError(
@@ -62,7 +64,10 @@ def merge_lora(
             raise CheckpointError(
                 f"the update holds {target} {list(value.shape)}, the model {list(params[target].shape)}"
             )
+        elif target in replaced:
+            raise CheckpointError(f"the update holds {target} twice: as it is, and as frozen_W")
         else:
+            replaced.add(target)
             result[target] = value.astype(params[target].dtype)
     incomplete = [target for target, parts in pairs.items() if len(parts) != 2]
     if incomplete:

@@ -27,7 +27,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import AudioError, MoshiError, StateError
+from ..audio import check_block
+from ..errors import MoshiError, StateError
 from ..generate import GenerationConfig
 from ..model import Moshi, SessionFrame, TextReader, make_generator
 from ..text import Word
@@ -243,17 +244,21 @@ class Conversation:
 
         Parameters
         ----------
-        pcm : array [samples], float32
-            At the model's sample rate.
+        pcm : array [samples]
+            At the model's sample rate: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`). NaN, which a driver
+            may give, is heard as silence.
 
         Returns
         -------
         int
             Samples taken; fewer than given only if the threads have stood still for seconds.
+
+        Raises
+        ------
+        AudioError
+            If the samples cannot be used.
         """
-        samples = np.asarray(pcm, np.float32)
-        if samples.ndim != 1:
-            raise AudioError(f"feed takes one channel [samples], not shape {list(samples.shape)}")
+        samples = check_block(pcm, finite=False)
         if self._paused or self._stopping:
             return len(samples)
         began = 0.0 if self._trace is None else self._clock()

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.audio import as_mono
 from moshi_mlx.checkpoint.files import read_json
 from moshi_mlx.checkpoint.quantization import Quantization
 from moshi_mlx.codec import make_codec
@@ -27,7 +28,6 @@ from moshi_mlx.generate import GenerationConfig, Generator
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.lm import Lm
 from moshi_mlx.mimi import MimiConfig
-from moshi_mlx.model import to_mono
 from moshi_mlx.sampling import GREEDY
 
 from .convert import dequantize, quantize
@@ -219,7 +219,7 @@ def read_recording(path: Path, rate: int) -> NDArray[np.float32]:
         pcm, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"{path} cannot be read: {error}") from error
-    return to_mono(pcm, found, rate)
+    return as_mono(pcm, found, rate)
 
 
 def codes_of(pcm: NDArray[np.float32], files: CheckpointFiles, config: LmConfig) -> Ints:

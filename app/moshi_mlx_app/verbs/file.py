@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx.audio import LONGEST_TAIL, TAIL
 from moshi_mlx.errors import MoshiError
 from moshi_mlx_app.audio_files import AnswerFile, Recording, partial_name
 from moshi_mlx_app.interrupt import no_interrupt
@@ -48,7 +49,6 @@ UNTRAINED = (
     "the model {name!r} has random weights: it has not been trained, so what it says is noise and nonsense. "
     "Name a trained one with --model"
 )
-TAIL = 4.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--tail",
-        type=bounded(float, 0, 3600),
+        type=bounded(float, 0, LONGEST_TAIL),
         default=TAIL,
         metavar="SECONDS",
         help="silence after the question, in which the answer can end (default: %(default)s)",
