@@ -49,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
     )
     group.add_argument(
         "--codec",
-        choices=("auto", "rust", "mlx"),
+        choices=("auto", "rust", "mlx", "numpy"),
         default="auto",
         help="what turns sound into codes and back: auto takes Rust where it fits (default: %(default)s)",
     )
