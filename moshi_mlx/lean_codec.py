@@ -234,6 +234,10 @@ class _Conv:
         if self._kernel == 1 and self._stride == 1:
             return x
         count = (time - self._context) // self._stride
+        if channels == 1:  # long vectors are copied faster than short ones
+            steps = (x.strides[0], self._dilation * x.itemsize, self._stride * x.itemsize)
+            taps: Floats = np.ndarray((batch, self._kernel, count), np.float32, x, 0, steps)
+            return taps.copy().swapaxes(1, 2)
         across = x.itemsize * channels
         strides = (x.strides[0], self._stride * across, self._dilation * across, x.itemsize)
         windows: Floats = np.ndarray((batch, count, self._kernel, channels), np.float32, x, 0, strides)
@@ -375,8 +379,8 @@ class _Attention:
         keys, values = state["keys"], state["values"]
         out = np.empty((batch, time, self._heads, 1, projected.shape[-1]), np.float32)
         for now in range(time):
-            keys[plan.rows, :, plan.slots[now]] = turned[:, now, 1]
-            values[plan.rows, :, plan.slots[now]] = projected[:, now, 2]
+            keys[plan.writes[now]] = turned[:, now, 1]
+            values[plan.writes[now]] = projected[:, now, 2]
             for here, there, count in plan.runs[now]:
                 scores = keys[there, :, :count] @ queries[here, now, :, :, None]
                 scores -= np.maximum.reduce(scores, axis=2, keepdims=True)
@@ -391,21 +395,25 @@ class _Plan:
 
     Attributes
     ----------
-    rows : array [rows]
     turn : array [rows, time, 1, 1, head_dim / 2], complex
         Rotation of each position's queries and keys.
-    slots : list of array [rows]
-        By time, where in the ring it is written.
+    writes : list of tuples
+        By time, the index of the rows' slots in a ring [batch, heads, context, head_dim].
     runs : list of lists of (slice, slice, int)
         By time: rows of the input, the same in the state, and how many slots they see. Rows that lie side by side and
         see equally many are read together.
     """
 
     def __init__(self, offset: NDArray[Any], rows: NDArray[Any], time: int, context: int, frequencies: NDArray[Any]):
-        self.rows = rows
         positions = offset[:, None].astype(np.int64) + np.arange(time)
         self.turn = np.exp(1j * (positions[..., None] * frequencies)).astype(np.complex64)[:, :, None, None]
-        self.slots = list((positions % context).T)
+        slots, whole = (positions % context).T, slice(None)
+        where = slice(int(rows[0]), int(rows[0]) + 1)  # of a single row, which is written faster
+        self.writes: list[Any] = (
+            [(where, whole, slot) for slot in slots[:, 0].tolist()]
+            if len(rows) == 1
+            else [(rows, whole, slot) for slot in slots]
+        )
         self.runs = [_runs(rows, counts) for counts in np.minimum(positions + 1, context).T.tolist()]
 
 
@@ -477,11 +485,13 @@ class _Quantizer:
         codes = []
         for matrix, _, books in self._groups:
             residual = _product(x, matrix).reshape(-1, matrix.shape[1])
+            scores = np.empty((len(residual), len(books[0][0])), np.float32)
             for entries, half_norms in books:
                 if len(residual) > _FEW:
-                    scores = residual @ entries.T
+                    np.matmul(residual, entries.T, out=scores)
                 else:
-                    scores = np.stack([entries @ vector for vector in residual])
+                    for vector, result in zip(residual, scores, strict=True):
+                        np.dot(entries, vector, out=result)
                 scores -= half_norms
                 nearest = scores.argmax(axis=1)
                 residual -= entries[nearest]
