@@ -153,10 +153,11 @@ class NumpyStepper(Stepper):
         if extra is not None:
             x = x + extra[:, 0]
         states = state["transformer"]
-        turn = None if self._turn is None else self._turn.at(int(states["0"]["offset"][0]))
+        turn = None if self._turn is None else self._turn.at(int(states["offset"][0]))
         with np.errstate(over="ignore"):  # exp in a SiLU: its limit is right
             for index, layer in enumerate(self._layers):
-                x = layer(x, states[str(index)], turn)
+                x = layer(x, {**states[str(index)], "offset": states["offset"]}, turn)
+        states["offset"] = states["offset"] + np.int32(1)
         return self._norm(x)
 
     def text_logits(self, hidden: Floats) -> Floats:
@@ -364,7 +365,6 @@ class _TemporalLayer:
         attended = self._attention(
             self._norm1(x) @ self._in, turn, state["keys"], state["values"], offset % context, min(offset + 1, context)
         )
-        state["offset"] = state["offset"] + np.int32(1)
         x = x + attended @ self._out
         if "cross_keys" in state:
             queries = self._norm_cross(x) @ self._cross_in * self._cross_scale

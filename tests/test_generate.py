@@ -478,7 +478,7 @@ def test_unwritten_slots_are_invisible(kv_bits: int | None) -> None:
     snapshot = generator.snapshot()
     expected = run_over(generator, frames)
     for layer in snapshot["lm"]["transformer"].values():
-        for name, leaf in layer.items():
+        for name, leaf in layer.items() if isinstance(layer, dict) else ():
             if leaf.ndim == 4:
                 full = 0xFFFFFFFF if leaf.dtype == mx.uint32 else mx.nan
                 leaf[:, :, 1:] = mx.full(leaf[:, :, 1:].shape, full, leaf.dtype)

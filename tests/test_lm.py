@@ -20,6 +20,7 @@ from moshi_mlx.streaming import State, copy_state, describe_state, load_state, s
 
 from .helpers import golden_lm
 from .helpers.golden_lm import HELIUM, MOSHI, relative_error, small_model
+from .helpers.rings import fill_rings
 
 TOLERANCE = 1e-4  # what is promised; 2e-6 was measured
 
@@ -261,17 +262,13 @@ def test_batch_equals_singles(kv_bits: int | None) -> None:
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_unwritten_slots_are_invisible(kv_bits: int | None) -> None:
-    """NaN in ring slots that hold nothing yet reaches an output."""
+    """What is in ring slots that hold nothing yet, NaN or a value that only a weight of zero hides, is heard."""
     lm = small_model()
     tokens = draw_tokens(lm, 2, 17)
     clean = stream(lm, tokens, [1] * 17, lm.init_state(2, kv_bits=kv_bits))
     for cut in ([1] * 17, [5, 12], [17]):
         state = lm.init_state(2, kv_bits=kv_bits)
-        for layer in state["transformer"].values():
-            for name, leaf in layer.items():
-                if leaf.ndim == 4:
-                    full = 0xFFFFFFFF if leaf.dtype == mx.uint32 else mx.nan
-                    layer[name] = mx.full(leaf.shape, full, leaf.dtype)
+        fill_rings(state["transformer"])
         assert relative_error(stream(lm, tokens, cut, state), clean) < TOLERANCE
 
 
@@ -297,7 +294,9 @@ def test_state_is_counted_and_fixed() -> None:
     """The size of a session is reported wrongly, or grows with time."""
     lm = small_model(kv_repeat=2, depformer_kv_repeat=1)
     state = lm.init_state(3)
-    assert state_bytes(state) == 2 * ((3 * 1 * 12 * 32) * 4 * 2 + 3 * 4)  # keys, values and offsets, two layers
+    assert (
+        state_bytes(state) == 2 * (3 * 1 * 12 * 32) * 4 * 2 + 3 * 4
+    )  # keys and values, float32, two layers; positions
     schema = describe_state(state)
     stream(lm, draw_tokens(lm, 3, 30), [1] * 15 + [15], state)
     assert describe_state(state) == schema
