@@ -107,7 +107,7 @@ class _Stream(ABC):
         self._codec.export_state(self.state)  # a codec that cannot save cannot restore
         state = self._fresh()
         update_state(state, snapshot)
-        if any((layer["offset"] < 0).any() for layer in state["transformer"].values()):
+        if (np.array(state["transformer"]["offset"]) < 0).any():
             raise StateError("the snapshot is damaged: it holds positions before the first")
         self.state, self._used = state, True
 

@@ -457,12 +457,12 @@ class _Transformer:
         self._layers = [_Layer(layer) for layer in transformer.layers]
 
     def step(self, x: Floats, state: State, rows: Rows) -> Floats:
-        offset, time = state["0"]["offset"][rows], x.shape[1]
+        time = x.shape[1]
         each = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        plan = _Plan(offset, each, time, self._context, self._frequencies)
+        plan = _Plan(state["offset"][rows], each, time, self._context, self._frequencies)
         for index, layer in enumerate(self._layers):
             x = layer.step(x, state[str(index)], plan)
-            state[str(index)]["offset"][rows] += time
+        state["offset"][rows] += time
         return x
 
 
