@@ -241,7 +241,7 @@ class Codec(ABC):
         Returns
         -------
         array [rows, num_codebooks, frames], int32
-            For each row what it would be alone, up to the rounding of sums.
+            For each row what it would be alone: in numpy bit for bit, in MLX up to the rounding of sums.
 
         Raises
         ------
@@ -275,7 +275,7 @@ class Codec(ABC):
         Returns
         -------
         array [rows, frames * frame_size], float32
-            For each row what it would be alone, up to the rounding of sums; nominally within -1 .. 1, not clipped.
+            As for :meth:`encode_step`; nominally within -1 .. 1, not clipped.
 
         Raises
         ------

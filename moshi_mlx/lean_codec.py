@@ -6,9 +6,9 @@ brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute wha
 The same figures in another order of summation: the tests hold both together.
 
 Weights are prepared once for each model and shared by all of its streams. What changes is in a state with the names and
-shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state: their products
-are computed together, so a row costs less as others join it, and the other rows are neither read nor written. Threads
-may advance disjoint rows of one state at the same time.
+shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state and neither
+reads nor writes the others: threads may advance disjoint rows at the same time. Together rows cost less than one after
+the other, and each computes bit for bit what it computes alone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Rows = slice | NDArray[np.intp]
 """Which streams of a state: a slice with both ends, or distinct positions."""
 
 _FEW = 3
-"""Up to this many vectors, a product a vector is faster than one for all: the matrix is read in order, not packed."""
+"""Up to this many vectors in a row, a product a vector is faster than one for all: the matrix is not packed."""
+_PANEL = 2**17
+"""Values of a matrix that stay in the cache."""
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
-_LONG = 16
-"""From so many positions on, a product a row is as fast as one for all rows."""
 _NEAR = 3
 """How many layers near the waveform take one row at a time."""
 _TILE = 16
@@ -126,15 +126,26 @@ def _matrix(linear: nn.Linear) -> Floats:
 
 
 def _product(x: Floats, matrix: Floats) -> Floats:
-    """``x`` [..., inputs], contiguous, times ``matrix`` [inputs, outputs]."""
-    vectors = x.reshape(-1, matrix.shape[0])
-    out = np.empty((len(vectors), matrix.shape[1]), np.float32)
-    if len(vectors) > _FEW:
-        np.matmul(vectors, matrix, out=out)
-    else:
-        for vector, result in zip(vectors, out, strict=True):
-            np.dot(vector, matrix, out=result)
-    return out.reshape(*x.shape[:-1], -1)
+    """``x`` [rows, time, inputs] times ``matrix`` [inputs, outputs]; a row's result does not depend on the others.
+
+    A library's product of all rows at once would round otherwise for another number of rows, and now and then choose
+    another code. So long rows are multiplied one by one; of short ones, each vector is, but by a panel of the matrix
+    that stays in the cache while all of them go by.
+    """
+    batch, time, inputs = x.shape
+    out = np.empty((batch, time, matrix.shape[1]), np.float32)
+    if time > _FEW:
+        np.matmul(x, matrix, out=out)
+        return out
+    vectors, results = x.reshape(-1, inputs), out.reshape(-1, matrix.shape[1])
+    height = max(1, _PANEL // matrix.shape[1])
+    for vector, result in zip(vectors, results, strict=True):
+        np.dot(vector[:height], matrix[:height], out=result)
+    for start in range(height, inputs, height):
+        panel, rest = matrix[start : start + height], vectors[:, start : start + height]
+        for vector, result in zip(rest, results, strict=True):
+            result += np.dot(vector, panel)
+    return out
 
 
 class _Bias:
@@ -287,7 +298,7 @@ class _ConvTranspose(_Upsample):
 
     def _contribute(self, x: Floats, total: Floats) -> None:
         wide = total.shape[2]
-        if x.shape[1] < _LONG:
+        if x.shape[1] <= _FEW:
             y = _product(x, self._matrix)
             total[:, 1:] = y[:, :, wide:]
             total[:, :-1] += y[:, :, :wide]
@@ -486,12 +497,12 @@ class _Quantizer:
         for matrix, _, books in self._groups:
             residual = _product(x, matrix).reshape(-1, matrix.shape[1])
             scores = np.empty((len(residual), len(books[0][0])), np.float32)
+            height = max(1, _PANEL // residual.shape[1])
             for entries, half_norms in books:
-                if len(residual) > _FEW:
-                    np.matmul(residual, entries.T, out=scores)
-                else:
-                    for vector, result in zip(residual, scores, strict=True):
-                        np.dot(entries, vector, out=result)
+                for start in range(0, len(entries), height):
+                    panel = entries[start : start + height]
+                    for vector, result in zip(residual, scores[:, start : start + height], strict=True):
+                        np.dot(panel, vector, out=result)
                 scores -= half_norms
                 nearest = scores.argmax(axis=1)
                 residual -= entries[nearest]
