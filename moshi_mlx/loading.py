@@ -12,7 +12,7 @@ import mlx.core as mx
 from .checkpoint.files import read_json, read_safetensors
 from .checkpoint.finite import check_finite
 from .checkpoint.repo import Progress
-from .codec import Codec, MimiCodec, RustMimi, make_codec
+from .codec import Codec, RustMimi, make_codec, mimi_codec
 from .config import LmConfig, ModelConfig
 from .errors import CheckpointError, CodecError, ConfigError
 from .hub import BUILTIN, CheckpointFiles, resolve
@@ -31,7 +31,7 @@ def load(
     source: str | os.PathLike[str] = "small",
     *,
     weights: str | None = None,
-    codec: Literal["auto", "rust", "mlx"] = "auto",
+    codec: Literal["auto", "rust", "mlx", "numpy"] = "auto",
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
@@ -45,8 +45,8 @@ def load(
         A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
     weights : str, optional
         Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
-    codec : {"auto", "rust", "mlx"}
-        ``auto`` takes the Rust codec for the published Mimi where its package is installed, MLX otherwise.
+    codec : {"auto", "rust", "mlx", "numpy"}
+        What computes the codec; see :func:`moshi_mlx.codec.make_codec`.
     lora : path, optional
         ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
     lora_scaling : float, optional
@@ -117,8 +117,8 @@ def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin:
     if not builtin:
         raise _lacking(files, "mimi", "the weights of its codec")
     if kind == "rust":
-        raise CodecError("the Rust codec knows the published Mimi only: use codec='mlx' for this model")
-    return MimiCodec(_random_mimi(sizes, codebooks)), False
+        raise CodecError("the Rust codec knows the published Mimi only: choose the codec mlx or numpy for this model")
+    return mimi_codec(_random_mimi(sizes, codebooks), kind), False
 
 
 def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moshi_mlx.checkpoint.files import read_json
 from moshi_mlx.checkpoint.quantization import Quantization
-from moshi_mlx.codec import MimiCodec
+from moshi_mlx.codec import MimiCodec, mimi_codec
 from moshi_mlx.errors import CheckpointError, ConfigError
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.mimi import MimiConfig
@@ -69,7 +69,7 @@ def load_codec(files: CheckpointFiles, num_codebooks: int) -> MimiCodec:
     if files.mimi is None:
         raise CheckpointError(f"{files.source} has no codec to measure")
     sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
-    return MimiCodec(load_mimi(files.mimi, sizes, num_codebooks))
+    return mimi_codec(load_mimi(files.mimi, sizes, num_codebooks))
 
 
 def measure_codec(codec: MimiCodec, pcm: NDArray[np.float32], kinds: Sequence[Quantization] = KINDS) -> list[CodecCost]:
@@ -104,8 +104,9 @@ def measure_codec(codec: MimiCodec, pcm: NDArray[np.float32], kinds: Sequence[Qu
             layer.weight = dequantize(parts, q).astype(exact[name].dtype)
         try:
             mx.eval(codec.mimi.parameters())
-            other = codec.encode(pcm)
-            noise = codec.decode(codes) - sound
+            quantized = mimi_codec(codec.mimi)
+            other = quantized.encode(pcm)
+            noise = quantized.decode(codes) - sound
         finally:
             for name, layer in layers.items():
                 layer.weight = exact[name]
