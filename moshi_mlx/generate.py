@@ -134,6 +134,8 @@ class Generator:
         self.seeds = tuple(int(seed) for seed in seeds)
         if not self.seeds:
             raise ConfigError("seeds must name at least one conversation")
+        for seed in self.seeds:
+            _words(seed)
         model = lm.config
         self._guided = self.config.cfg_coef != 1.0
         if self._guided and (conditions is None or null_conditions is None):
@@ -232,8 +234,8 @@ class Generator:
             "lm": self._stepper.export(self._state),
             "inputs": mx.array(self._inputs),
             "recent": mx.array(self._recent),
-            "position": self._position,
-            **{f"seed{row}": seed for row, seed in enumerate(self.seeds)},
+            "position": mx.array([self._position] * self.batch, mx.int32),
+            "seed": mx.array([_words(seed) for seed in self.seeds], mx.uint32),
         }
 
     def restore(self, snapshot: State) -> None:
@@ -246,14 +248,19 @@ class Generator:
         """
         mine = self.snapshot()
         update_state(mine, snapshot)
-        inputs = np.array(mine["inputs"])
-        if mine["position"] < 1 or (inputs < UNGENERATED).any() or (inputs > self._highest[:, None]).any():
+        inputs, position = np.array(mine["inputs"]), np.array(mine["position"])
+        if (
+            (position < 1).any()
+            or (position != position[0]).any()
+            or (inputs < UNGENERATED).any()
+            or (inputs > self._highest[:, None]).any()
+        ):
             raise StateError("the snapshot is damaged: it holds tokens that this model does not have")
         self._state = self._stepper.open(mine["lm"])
         self._inputs = inputs
         self._recent = np.array(mine["recent"])
-        self._position = mine["position"]
-        self.seeds = tuple(mine[f"seed{row}"] for row in range(self.batch))
+        self._position = int(position[0])
+        self.seeds = tuple(_seed(words) for words in np.array(mine["seed"]).tolist())
 
     def _run(self, text: Ints | None, own_codes: Ints | None) -> Step:
         model, position = self.lm.config, self._position
@@ -401,6 +408,18 @@ class Generator:
         if tokens.size and (tokens.min() < lowest or tokens.max() > highest):
             raise TokenError(f"{name} must be between {lowest} and {highest}, found {tokens.min()} to {tokens.max()}")
         return tokens.astype(np.int32)
+
+
+def _words(seed: int) -> list[int]:
+    """A seed as a state keeps it: 128 bits, two's complement, in words of 32."""
+    if not -(2**127) <= seed < 2**127:
+        raise ConfigError(f"a seed has at most 128 bits, found {seed}")
+    return [seed >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)]
+
+
+def _seed(words: Sequence[int]) -> int:
+    seed = sum(word << 32 * index for index, word in enumerate(words))
+    return seed - 2**128 if seed >= 2**127 else seed
 
 
 def _array(name: str, value: ArrayLike) -> NDArray[Any]:

@@ -24,7 +24,7 @@ from .layers.attention import Rope
 from .layers.transformer import TransformerLayer
 from .lm import DepthLayer, DepthTransformer, Lm, embed_ids
 from .sampling import Sampling, sample
-from .streaming import State, copy_state, state_arrays
+from .streaming import State, as_mlx, as_numpy, copy_state, state_arrays
 from .threads import one_blas_thread
 
 __all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
@@ -137,11 +137,10 @@ class NumpyStepper(Stepper):
         return len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
 
     def open(self, state: State) -> Any:
-        return _to_numpy(state)
+        return as_numpy(state)
 
     def export(self, state: Any) -> State:
-        exported: State = _to_mlx(state)
-        return exported
+        return as_mlx(state)
 
     def wait(self, state: Any, *arrays: mx.array) -> None:
         pass
@@ -154,7 +153,7 @@ class NumpyStepper(Stepper):
         if extra is not None:
             x = x + extra[:, 0]
         states = state["transformer"]
-        turn = None if self._turn is None else self._turn.at(states["0"]["offset"])
+        turn = None if self._turn is None else self._turn.at(int(states["0"]["offset"][0]))
         with np.errstate(over="ignore"):  # exp in a SiLU: its limit is right
             for index, layer in enumerate(self._layers):
                 x = layer(x, states[str(index)], turn)
@@ -186,18 +185,6 @@ class NumpyStepper(Stepper):
 def _weights(lm: Lm) -> list[Any]:
     named: Any = tree_flatten(lm.parameters())
     return [value for _, value in named]
-
-
-def _to_numpy(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _to_numpy(value) for key, value in state.items()}
-    return np.array(state) if isinstance(state, mx.array) else state
-
-
-def _to_mlx(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _to_mlx(value) for key, value in state.items()}
-    return mx.array(state) if isinstance(state, np.ndarray) else state
 
 
 def _seen(weight: mx.array) -> Floats:
@@ -373,11 +360,11 @@ class _TemporalLayer:
             self._cross_shape, self._cross_scale = (cross.num_heads, 1, cross.head_dim), np.float32(cross.scale)
 
     def __call__(self, x: Floats, state: dict[str, Any], turn: Callable[[Floats], Floats] | None) -> Floats:
-        offset, context = state["offset"], self._context
+        offset, context = int(state["offset"][0]), self._context
         attended = self._attention(
             self._norm1(x) @ self._in, turn, state["keys"], state["values"], offset % context, min(offset + 1, context)
         )
-        state["offset"] = offset + 1
+        state["offset"] = state["offset"] + np.int32(1)
         x = x + attended @ self._out
         if "cross_keys" in state:
             queries = self._norm_cross(x) @ self._cross_in * self._cross_scale

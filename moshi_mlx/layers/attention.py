@@ -103,7 +103,11 @@ class Attention(nn.Module):
             raise ConfigError("streaming needs a limited context: set `context` in the configuration")
         shape = (batch, self.kv_heads, self.context, self.head_dim)
         if kv_bits is None:
-            return {"keys": mx.zeros(shape, dtype), "values": mx.zeros(shape, dtype), "offset": 0}
+            return {
+                "keys": mx.zeros(shape, dtype),
+                "values": mx.zeros(shape, dtype),
+                "offset": np.zeros(batch, np.int32),
+            }
         if kv_bits != 8:
             raise ConfigError(f"kv_bits is None or 8, not {kv_bits}")
         group = _kv_group(self.head_dim)
@@ -112,7 +116,7 @@ class Attention(nn.Module):
             state[name] = mx.zeros((*shape[:3], self.head_dim // 4), mx.uint32)
             for part in ("scales", "biases"):
                 state[f"{name}_{part}"] = mx.zeros((*shape[:3], self.head_dim // group), dtype)
-        return {**state, "offset": 0}
+        return {**state, "offset": np.zeros(batch, np.int32)}
 
     def __call__(self, x: mx.array) -> mx.array:
         """Attend over a whole sequence ``x`` [batch, time, dim] that starts at position 0."""
@@ -127,7 +131,7 @@ class Attention(nn.Module):
 
     def step(self, x: mx.array, state: State) -> mx.array:
         """Attend from new positions ``x`` [batch, time, dim] to the ring and to themselves; advance ``state``."""
-        offset: int = state["offset"]
+        offset = int(state["offset"][0])
         time = x.shape[1]
         assert self.context is not None
         if state["keys"].shape[0] != x.shape[0]:
@@ -147,12 +151,12 @@ class Attention(nn.Module):
             out = mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=self.scale, mask=mask)
             _write(state, "keys", keys, offset, self.context)
             _write(state, "values", values, offset, self.context)
-        state["offset"] = offset + time
+        state["offset"] = state["offset"] + np.int32(time)
         return self._merge(out)
 
     def remember(self, keys: mx.array, values: mx.array, state: State) -> tuple[mx.array, mx.array]:
         """Put one position's keys and values [batch, kv_heads, 1, head_dim] into the ring; all that it now sees."""
-        offset: int = state["offset"]
+        offset = int(state["offset"][0])
         assert self.context is not None
         slot = offset % self.context
         ring_keys, ring_values = state["keys"], state["values"]
@@ -192,7 +196,7 @@ class Attention(nn.Module):
         New positions are quantized first, so that every cut gives one result.
         """
         assert self.context is not None
-        offset, time = state["offset"], queries.shape[2]
+        offset, time = int(state["offset"][0]), queries.shape[2]
         group = _kv_group(self.head_dim)
         filled = min(offset + 1, self.context) if time == 1 else min(offset, self.context)
         rings: list[list[mx.array]] = []
