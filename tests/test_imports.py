@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "printable": set(),
     "config": {"errors"},
     "delays": {"errors", "config"},
-    "text": {"errors"},
+    "text": {"errors", "streaming"},
     "threads": set(),
     "sampling": {"errors"},
     "streaming": {"errors"},
