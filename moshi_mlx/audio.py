@@ -132,6 +132,7 @@ def as_mono(pcm: ArrayLike, sample_rate: float, target_rate: float) -> Pcm:
     Returns
     -------
     array [samples], float32
+        At least one sample.
 
     Raises
     ------
@@ -161,6 +162,8 @@ def as_mono(pcm: ArrayLike, sample_rate: float, target_rate: float) -> Pcm:
         import soxr
 
         samples = soxr.resample(samples, sample_rate, target_rate, quality="VHQ").astype(np.float32)
+        if not len(samples):  # too short for one sample at the new rate
+            samples = np.zeros(1, np.float32)
     return np.ascontiguousarray(samples)
 
 

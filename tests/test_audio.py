@@ -143,3 +143,4 @@ def test_a_reply_leaves_time_for_an_answer(model: moshi_mlx.Moshi) -> None:
     reply = model.reply(tone(), 24000)
     assert len(reply.pcm) == len(reply.user_pcm) >= SIZE + TAIL * 24000
     assert model.reply(tone(), 24000, tail=0).frames == 1
+    assert model.reply(np.zeros(1), 192000, tail=0).frames == 1, "less than a sample at the model's rate"
