@@ -11,6 +11,7 @@ slots that a row has not written, or may no longer see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,16 @@ import numpy as np
 from ..errors import ConfigError, StateError
 from ..streaming import State
 
-__all__ = ["Attention", "CrossAttention", "Rope", "Window", "resize_rings", "window_mask"]
+__all__ = [
+    "Attention",
+    "CrossAttention",
+    "Rope",
+    "Window",
+    "resize_rings",
+    "resize_sources",
+    "trim_rings",
+    "window_mask",
+]
 
 
 class Rope:
@@ -346,21 +356,49 @@ def _kv_group(head_dim: int) -> int:
 
 
 def resize_rings(state: State, slots: int) -> None:
-    """Give the rings in ``state``, in place, another number of slots.
+    """Give the rings of a transformer's state, in place, another number of slots.
 
     Slots that are added hold zeros. Those taken away must hold nothing: no row has as many positions as ``slots``, or
     the rings keep all of their context. Leaves may be of either kind of array.
     """
-    for name, leaf in state.items():
-        if isinstance(leaf, dict):
-            resize_rings(leaf, slots)
-        elif name.startswith(("keys", "values")):
-            state[name] = fit_axis(leaf, slots)
+    _change(state, ("keys", "values"), lambda leaf: _fit(leaf, slots))
 
 
-def fit_axis(leaf: Any, slots: int) -> Any:
+def resize_sources(state: State, slots: int) -> None:
+    """The same for conditioning sequences, whose slots beyond each row's own are padding."""
+    _change(state, ("cross_keys", "cross_values"), lambda leaf: _fit(leaf, slots))
+
+
+def trim_rings(state: State, positions: np.ndarray) -> None:
+    """Set a transformer's state, in place, to ``positions`` [batch]; slots that hold nothing then are set to zero.
+
+    What is masked is multiplied by zero, which hides all but infinity and NaN.
+    """
+
+    def trim(leaf: Any) -> Any:
+        written = (np.arange(leaf.shape[2]) < positions[:, None])[:, None, :, None]
+        if isinstance(leaf, mx.array):
+            return mx.where(mx.array(written), leaf, mx.array(0, leaf.dtype))
+        return np.where(written, leaf, np.zeros((), leaf.dtype))
+
+    _change(state, ("keys", "values"), trim)
+    offset = positions.astype(np.int32)
+    state["offset"] = mx.array(offset) if isinstance(state["offset"], mx.array) else offset
+
+
+def _change(state: State, names: tuple[str, str], change: Callable[[Any], Any]) -> None:
+    """Replace the leaves of each layer whose names begin so."""
+    for layer in state.values():
+        for name in [name for name in layer if name.startswith(names)] if isinstance(layer, dict) else ():
+            layer[name] = change(layer[name])
+
+
+def _fit(leaf: Any, slots: int) -> Any:
     """``leaf`` [batch, heads, n, ...] with ``slots`` instead of n entries: cut, or filled with zeros."""
     more = slots - leaf.shape[2]
-    if more <= 0:
-        return leaf[:, :, :slots] if more else leaf
-    return (mx if isinstance(leaf, mx.array) else np).pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0)))
+    if not more:
+        return leaf
+    if isinstance(leaf, mx.array):  # a slice would keep all of the memory
+        index = mx.arange(slots)
+        return mx.take(leaf, index, axis=2) if more < 0 else mx.pad(leaf, [(0, 0), (0, 0), (0, more), (0, 0)])
+    return leaf[:, :, :slots].copy() if more < 0 else np.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0)))
