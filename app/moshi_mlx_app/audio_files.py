@@ -1,20 +1,22 @@
-"""Recordings in, answers out: sound files read and written piece by piece.
+"""Recordings in: sound files read piece by piece.
 
 :class:`Recording` reads whatever libsndfile reads (wav, flac, ogg, mp3, aiff, caf...), twice: once through before any
 work, so that damage, NaN and the true length are known before the model is loaded, and once more in frames, mono and
-resampled. :class:`AnswerFile` writes a stereo wav under a partial name and moves it into place at the end. Neither
-holds more than a fraction of a second of sound, however long the file is. This module knows no model and no terminal.
+resampled. What libsndfile does not know (m4a, webm, ...) ffmpeg decodes into a temporary file, where it is installed.
+No more than a fraction of a second of sound is in memory, however long the file is. This module knows no model and no
+terminal.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +27,17 @@ from numpy.typing import NDArray
 
 from moshi_mlx.audio import MAX_RATE, MIN_RATE
 from moshi_mlx.errors import AudioError
+from moshi_mlx_app.outputs import named
 
-__all__ = ["AnswerFile", "Recording", "partial_name"]
+__all__ = ["Recording"]
 
 Pcm = NDArray[np.float32]
 
 _BLOCK_VALUES = 1 << 16  # samples times channels in one read
-_LARGEST_WAV = (1 << 32) - 4096  # a wav's sizes are 32 bits wide
 _STREAMED = 0x7FFF0000  # programs that write a wav into a pipe put this or more where the length belongs
-_CONVERT = "convert it first, for example with 'ffmpeg -i {} question.wav'"
+_FFMPEG = ("-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", "file:/dev/stdin", "-map", "0:a:0")
+# An au file may be written into a pipe: it has no length in front.
+_INTO_AU = ("-c:a", "pcm_s16be", "-f", "au", "pipe:1")
 
 
 class Recording:
@@ -43,6 +47,8 @@ class Recording:
     ----------
     source : str or path
         A sound file, a pipe, or ``"-"`` for standard input. Pipes are copied to a temporary file first.
+    side : int, optional
+        The one of two channels that is played; by default the mean of all channels is.
 
     Attributes
     ----------
@@ -65,8 +71,9 @@ class Recording:
         It cannot be read at all.
     """
 
-    def __init__(self, source: str | os.PathLike[str]):
+    def __init__(self, source: str | os.PathLike[str], side: int | None = None):
         path = os.fspath(source)
+        self._side, self._damage = side, ""
         self.name = "standard input" if path == "-" else path
         self._path = path
         self._spool: IO[bytes] | None = None
@@ -79,6 +86,7 @@ class Recording:
         elif not stat.S_ISREG(mode):
             raise AudioError(f"{self.name} is a device or a socket, not a sound file")
         try:
+            self._decode()
             self._survey()
         except BaseException:
             self.close()
@@ -171,7 +179,11 @@ class Recording:
                 if not len(block):
                     return
                 left -= len(block)
-                yield block.mean(axis=1) * gain
+                yield self._mixed(block) * gain
+
+    def _mixed(self, block: NDArray[np.float32]) -> Pcm:
+        mixed: Pcm = block.mean(axis=1) if self._side is None or self.channels != 2 else block[:, self._side]
+        return mixed
 
     def _survey(self) -> None:
         """Read it through once: what is there, and is it usable?"""
@@ -195,7 +207,7 @@ class Recording:
                     break
                 if not len(block):
                     break
-                mono = block.mean(axis=1)
+                mono = self._mixed(block)
                 bad = np.flatnonzero(~np.isfinite(mono))
                 if bad.size:
                     raise AudioError(
@@ -221,6 +233,8 @@ class Recording:
         elif sizes and int(sizes[2]) < int(sizes[1]) < _STREAMED:
             share = int(sizes[2]) / int(sizes[1])
             yield f"{said}; the file promises {self.duration / max(share, 1e-9):.2f} s, but ends there"
+        if self._damage:
+            yield f"{self.name}: some of it could not be decoded ({self._damage})"
         if self.peak > 1:
             yield (
                 f"{self.name}: its loudest sample is {self.peak:.3g} times full scale; "
@@ -233,20 +247,56 @@ class Recording:
         """A fresh reader at the start. Opened by descriptor: the content decides the format, not the name."""
         import soundfile
 
-        if self._spool is not None:
-            descriptor = os.dup(self._spool.fileno())
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        else:
-            descriptor = os.open(self._path, os.O_RDONLY)
         try:
-            return soundfile.SoundFile(descriptor)  # which closes the descriptor, also where it fails
+            return soundfile.SoundFile(self._descriptor())  # which closes the descriptor, also where it fails
         except soundfile.SoundFileError as error:
+            raise _Unknown(f"{self.name} cannot be read ({_reason(error)})") from error
+
+    def _descriptor(self) -> int:
+        if self._spool is None:
+            return os.open(self._path, os.O_RDONLY)
+        descriptor = os.dup(self._spool.fileno())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return descriptor
+
+    def _decode(self) -> None:
+        """Leave what libsndfile does not know to ffmpeg, once."""
+        try:
+            self._open().close()
+            return
+        except _Unknown as error:
             if self._size() == 0:
                 raise AudioError(f"{self.name} is empty (0 bytes)") from None
+            why = _reason(error.__cause__ or error)
+        path = f"./{self._path}" if self._path.startswith("-") else self._path
+        show = "ffmpeg -i -" if self._spool is not None else f"ffmpeg -i {shlex.quote(path)}"
+        program = shutil.which("ffmpeg")
+        if program is None:
             raise AudioError(
-                f"{self.name} is not a sound file that can be read here ({_reason(error)}); "
-                + _CONVERT.format("IT" if self._spool is not None else self._path)
-            ) from None
+                f"{self.name} is not a sound file that can be read without ffmpeg ({why}); install ffmpeg and try "
+                f"again, or convert it elsewhere with: {show} {'-f wav -' if self._spool else 'question.wav'}"
+            )
+        source = self._descriptor()
+        decoded = tempfile.TemporaryFile(prefix="moshi-question-")
+        try:
+            with tempfile.TemporaryFile() as said:
+                # Seekable, as m4a needs it; and the name is no part of a command line.
+                done = subprocess.run([program, *_FFMPEG, *_INTO_AU], stdin=source, stdout=decoded, stderr=said)
+                said.seek(0)
+                line = said.read(4096).decode("utf-8", "replace").strip().partition("\n")[0]
+            why = re.sub(r"^\[[^]]*\] ?|^file:/dev/stdin: |\.$", "", line)
+            if done.returncode:
+                raise AudioError(
+                    f"{self.name} is not a sound file that ffmpeg can decode ({why or 'it does not say why'}); "
+                    f"see what it is with: {show}"
+                )
+        except BaseException:
+            decoded.close()
+            raise
+        finally:
+            os.close(source)
+        self.close()
+        self._spool, self._damage = decoded, why
 
     def _size(self) -> int:
         return os.fstat(self._spool.fileno()).st_size if self._spool is not None else os.stat(self._path).st_size
@@ -259,89 +309,24 @@ class Recording:
             raise AudioError("standard input is a terminal; pipe a sound file into it, or name one")
         spool = tempfile.TemporaryFile(prefix="moshi-question-")
         try:
-            if self._path == "-":
-                shutil.copyfileobj(sys.stdin.buffer, spool)
-            else:
-                with open(self._path, "rb") as pipe:
-                    shutil.copyfileobj(pipe, spool)
-            spool.flush()
+            with named(Path(tempfile.gettempdir())):
+                if self._path == "-":
+                    shutil.copyfileobj(sys.stdin.buffer, spool)
+                else:
+                    with open(self._path, "rb") as pipe:
+                        shutil.copyfileobj(pipe, spool)
+                spool.flush()
         except BaseException:
             spool.close()
             raise
         return spool
 
 
-def _reason(error: Exception) -> str:
+class _Unknown(AudioError):
+    """libsndfile does not know this format."""
+
+
+def _reason(error: BaseException) -> str:
     """libsndfile's own words without the descriptor's number and the full stop."""
     text = getattr(error, "error_string", None) or str(error)
     return re.sub(r"^(Error opening [^:]*: |Error : )", "", text).strip().rstrip(".")
-
-
-def partial_name(target: Path) -> Path:
-    """Where a file is written until it is complete: ``answer.wav`` -> ``answer.partial.wav``, beside it."""
-    return target.with_name(f"{target.stem}.partial{target.suffix}")
-
-
-class AnswerFile:
-    """A stereo wav, 16 bits, left Moshi, right the user; valid on disk after every frame.
-
-    It grows under :func:`partial_name`. :meth:`finish` moves it to its name, :meth:`keep` leaves it where it is.
-
-    Parameters
-    ----------
-    target : path
-    sample_rate : int
-    samples : int
-        How long it will be: refused now if no wav can hold it.
-
-    Raises
-    ------
-    AudioError
-        Too long for a wav.
-    OSError
-        The folder is missing or not writable.
-    """
-
-    def __init__(self, target: Path, sample_rate: int, samples: int):
-        if samples * 4 > _LARGEST_WAV:
-            raise AudioError(
-                f"the answer would last {samples / sample_rate / 3600:.1f} hours; a wav file ends at "
-                f"{_LARGEST_WAV / 4 / sample_rate / 3600:.1f}: split the question"
-            )
-        self.target, self.partial = target, partial_name(target)
-        self.samples = 0
-        self._file = open(self.partial, "wb")
-        self._wav = wave.open(self._file, "wb")
-        self._wav.setnchannels(2)
-        self._wav.setsampwidth(2)
-        self._wav.setframerate(sample_rate)
-
-    def write(self, moshi: Pcm, user: Pcm) -> None:
-        """Append both sides, [samples] float32 each and equally long; what is beyond -1 and 1 is clipped."""
-        both = np.stack([moshi, user], axis=1)
-        values = np.clip(np.rint(both * np.float32(32768)), -32768, 32767).astype("<i2")
-        self._wav.writeframes(values.tobytes())  # writes the header's lengths too
-        self._file.flush()
-        self.samples += len(both)
-
-    def finish(self) -> Path:
-        """Close it and move it into place."""
-        self._close()
-        os.replace(self.partial, self.target)
-        return self.target
-
-    def keep(self) -> Path | None:
-        """Close it as it is. Returns where it is, or None if there was nothing to keep, and it is gone."""
-        self._close()
-        if self.samples:
-            return self.partial
-        self.partial.unlink(missing_ok=True)
-        return None
-
-    def _close(self) -> None:
-        try:
-            self._wav.close()
-        except OSError:  # a full disk: the header is right since the last frame that did fit
-            pass
-        finally:
-            self._file.close()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moshi_mlx_app.interrupt import no_interrupt
+from moshi_mlx_app.outputs import Output
 from moshi_mlx_app.terminal import warn
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Trace
 
-__all__ = ["add_trace_option", "tracing"]
+__all__ = ["add_trace_option", "trace_output", "tracing"]
 
 
 def add_trace_option(parser: argparse._ActionsContainer) -> None:
@@ -27,27 +27,21 @@ def add_trace_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def trace_output(path: str) -> Output:
+    """The trace among the files that a command writes."""
+    target = Path(path)
+    return Output("the trace", "--trace", target, target.parent / f"{target.name}.partial")
+
+
 @contextlib.contextmanager
 def tracing(path: str | None) -> Iterator[Trace | None]:
-    """A trace that is written to ``path`` at the end, however that comes; None without a path.
-
-    Raises
-    ------
-    OSError
-        If there is no such folder, or nothing may be written there: at once, and not after the work.
-    """
+    """A trace that is written to ``path`` at the end, however that comes; None without a path."""
     if path is None:
         yield None
         return
     from moshi_mlx.realtime import Trace
 
     target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder; name a file for the trace")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: there is no such folder for the trace")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{target.parent}: the trace cannot be written there; choose another folder")
     trace = Trace()
     try:
         yield trace

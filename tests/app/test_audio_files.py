@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import wave
 from pathlib import Path
@@ -13,7 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from moshi_mlx_app.audio_files import AnswerFile, Recording, partial_name
+from moshi_mlx_app.audio_files import Recording
+from moshi_mlx_app.outputs import partial_name
+from moshi_mlx_app.wav import AnswerFile
 
 from moshi_mlx.errors import AudioError
 
@@ -167,12 +172,90 @@ NOT_SOUND = {
 
 
 @pytest.mark.parametrize("name", NOT_SOUND)
-def test_what_is_not_sound_is_refused_by_name(name: str, here: Path) -> None:
+@pytest.mark.parametrize("ffmpeg", [False, True])
+def test_what_is_not_sound_is_refused_by_name(
+    name: str, ffmpeg: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If this fails, a wrong file ends in a traceback, or in an answer to noise."""
+    if not ffmpeg:
+        monkeypatch.setenv("PATH", "/nowhere")
+    elif not shutil.which("ffmpeg"):
+        pytest.skip("ffmpeg is not installed")
     Path(name).write_bytes(NOT_SOUND[name])
     with pytest.raises(AudioError, match=f"^{name} is") as caught:
         Recording(name)
-    assert "0 bytes" in str(caught.value) or "ffmpeg -i" in str(caught.value)
+    assert "0 bytes" in str(caught.value) or f"ffmpeg -i {name}" in str(caught.value)
+
+
+def test_the_way_out_without_ffmpeg(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the command that a message offers does something else when it is copied into a shell."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name, quoted in {"my memo.m4a": "'my memo.m4a'", "-f.m4a": "./-f.m4a", "a;b.m4a": "'a;b.m4a'"}.items():
+        Path(name).write_bytes(NOT_SOUND["memo.m4a"])
+        with pytest.raises(AudioError) as caught:
+            Recording(name)
+        assert f"with: ffmpeg -i {quoted} question.wav" in str(caught.value) and "install ffmpeg" in str(caught.value)
+    stdin = SimpleNamespace(buffer=io.BytesIO(NOT_SOUND["memo.m4a"]), isatty=lambda: False)
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(AudioError, match="with: ffmpeg -i - -f wav -$"):
+        Recording("-")
+
+
+FFMPEG = """#!{python}
+import os, sys
+import soundfile
+assert sys.argv[sys.argv.index("-i") + 1] == "file:/dev/stdin" and "pipe:1" in sys.argv, sys.argv
+content = open("/dev/stdin", "rb").read()
+if not content.startswith(b"SECRET"):
+    sys.exit("file:/dev/stdin: Invalid data found when processing input")
+if b"DAMAGED" in content[:20]:
+    print("[aac @ 0x55] Input buffer exhausted\\nand more", file=sys.stderr)
+open("q.wav", "wb").write(content[content.index(b"RIFF"):])
+pcm, rate = soundfile.read("q.wav")
+soundfile.write("q.au", pcm, rate, "PCM_16", format="AU")
+sys.stdout.buffer.write(open("q.au", "rb").read())
+"""
+
+
+def test_ffmpeg_decodes_what_libsndfile_does_not_know(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, ffmpeg is there and not used, or its complaints about a damaged file are not passed on."""
+    os.mkdir("bin")
+    Path("bin/ffmpeg").write_text(FFMPEG.format(python=sys.executable))
+    os.chmod("bin/ffmpeg", 0o755)
+    monkeypatch.setenv("PATH", str(here / "bin"))
+    pcm = tone(1.0, 44100, 2)
+    wav = io.BytesIO()
+    soundfile.write(wav, pcm, 44100, format="WAV")
+    Path("memo.m4a").write_bytes(b"SECRET" + wav.getvalue())
+    with Recording("memo.m4a") as recording:
+        assert (recording.sample_rate, recording.channels, recording.samples) == (44100, 2, 44100)
+        assert recording.warnings == ()
+    want = soxr.resample(pcm.mean(axis=1), 44100, 24000, quality="VHQ")
+    assert np.abs(heard("memo.m4a")[: len(want)] - want).max() < 1e-3
+    stdin = SimpleNamespace(buffer=io.BytesIO(Path("memo.m4a").read_bytes()), isatty=lambda: False)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert np.array_equal(heard("-"), heard("memo.m4a"))
+    Path("memo.m4a").write_bytes(b"SECRET DAMAGED" + wav.getvalue())
+    with Recording("memo.m4a") as recording:
+        assert recording.warnings == ("memo.m4a: some of it could not be decoded (Input buffer exhausted)",)
+    Path("memo.m4a").write_bytes(b"nonsense")
+    with pytest.raises(AudioError, match=r"^memo.m4a is not a sound file that ffmpeg can decode \(Invalid data"):
+        Recording("memo.m4a")
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+@pytest.mark.parametrize("name", ["memo.m4a", "memo.webm", "memo.aac", "memo.wma"])
+def test_formats_of_ffmpeg(name: str, here: Path) -> None:
+    """If this fails, a memo from a telephone cannot be asked."""
+    pcm = tone(2.0, 44100)
+    soundfile.write("tone.wav", pcm, 44100)
+    done = subprocess.run(["ffmpeg", "-v", "error", "-i", "tone.wav", name], capture_output=True, timeout=60)
+    if done.returncode:
+        pytest.skip(f"this ffmpeg cannot write {name}")
+    with Recording(name) as recording:
+        assert recording.duration == pytest.approx(2.0, abs=0.1) and recording.warnings == ()
+    subprocess.run(["ffmpeg", "-v", "error", "-i", name, "-c:a", "pcm_s16le", "same.wav"], check=True, timeout=60)
+    assert np.array_equal(heard(name), heard("same.wav")) and np.abs(heard(name)).max() > 0.2
 
 
 def test_a_header_without_sound(here: Path) -> None:

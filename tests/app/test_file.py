@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,3 +382,163 @@ def test_a_reader_that_leaves_does_not_cost_the_answer(here: Path) -> None:
     assert process.wait(60) == 0, said
     assert "roken" not in said and "a.wav: 44.0 s" in said
     assert soundfile.info("a.wav").duration == 44.0
+
+
+def test_moshi_alone(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, nobody can have an answer without the question beside it."""
+    question = ask(0.5, rate=24000)
+    assert main(["file", "q.wav", "-o", "a.wav", "--mono", "--tail", "0"]) == 0
+    pcm, _ = soundfile.read("a.wav", dtype="float32")
+    assert pcm.shape == (12000,) and np.abs(pcm + 0.5 * question).max() < 1e-4
+    about = json.loads(Path("a.json").read_text())
+    assert about["channels"] == ["moshi"] and about["answer"] == {"file": "a.wav", "channels": ["moshi"]}
+    assert "a.wav: 0.5 s, Moshi alone; words in a.json" in capsys.readouterr().err
+
+
+def test_the_form_is_moshi_finetunes(here: Path, model: FakeModel) -> None:
+    """If this fails, an answer can no longer be trained on, or a program that reads `words` finds none."""
+    ask(2.5)
+    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "1.5", "--quiet", "--kv-bits", "8"]) == 0
+    about = json.loads(Path("a.json").read_text())
+    assert about["words"][0] == {"text": "Hello", "start": 0.0, "end": 0.4, "speaker": "moshi"}
+    assert about["alignments"][:2] == [["Hello", [0.0, 0.4], "SPEAKER_MAIN"], ["there.", [0.8, 1.2], "SPEAKER_MAIN"]]
+    assert len(about["alignments"]) == len(about["words"]) and about["channels"] == ["moshi", "user"]
+    assert about["generation"]["kv_bits"] == 8 and "text_conditions" not in about
+    documented = set(re.findall(r"^\| `(\w+)` ", (ROOT / "docs" / "recordings.md").read_text(), re.MULTILINE))
+    assert set(about) == documented
+
+
+def test_speech_to_text_writes_the_users_words(here: Path, model: FakeModel) -> None:
+    """If this fails, what the user said is trained on as if Moshi had said it."""
+    ask(0.5)
+    model.config = SimpleNamespace(stt_config={}, model_type="stt", lm_gen_config={})
+    assert main(["file", "q.wav", "-o", "a.wav", "--quiet"]) == 0
+    about = json.loads(Path("a.json").read_text())
+    assert {word["speaker"] for word in about["words"]} == {"user"}
+    assert {label for _, _, label in about["alignments"]} == {"SPEAKER_OTHER"}
+
+
+def test_a_recorded_conversation_is_asked_again(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, Moshi hears its own old answer mixed into the question, or the user's words are lost."""
+    moshi, user = np.full(24000, 0.5, np.float32), np.linspace(-0.5, 0.5, 24000, dtype=np.float32)
+    soundfile.write("talk.wav", np.stack([moshi, user], 1), 24000)
+    odd = [["x", [1.0], "SPEAKER_OTHER"], 3, ["\ud800", [0.5, 0.6], 7], ["z", ["nan", 1], ""], ["w", [-1, 1], ""]]
+    said = [["old", [0.1, 0.3], "SPEAKER_MAIN"], [" hello", [0.04, 0.3], "SPEAKER_OTHER"], *odd]
+    for known in (
+        {"alignments": said},  # as moshi-finetune has it
+        {"alignments": said, "channels": ["moshi", "user"], "answer": {"file": "somewhere/talk.wav"}},
+    ):
+        Path("talk.json").write_text(json.dumps(known))
+        assert main(["file", "talk.wav", "-o", "a.wav", "--tail", "0", "--quiet", "--force"]) == 0
+        assert "the user's side of it is the question" in capsys.readouterr().err
+        pcm, _ = soundfile.read("a.wav", dtype="float32")
+        assert np.abs(pcm[:, 1] - user).max() < 1e-4 and np.abs(pcm[:, 0] + 0.5 * user).max() < 1e-4
+        about = json.loads(Path("a.json").read_text(encoding="utf-8"))
+        assert about["question"]["channel"] == "user" and about["question"]["channels"] == 2
+        assert [(word["text"], word["speaker"]) for word in about["words"][:3]] == [
+            ("Hello", "moshi"), ("hello", "user"), ("?", "user"),
+        ]  # fmt: skip
+        assert "old" not in about["text"]
+    assert main(["file", "talk.wav", "-o", "b.wav", "--transcript", "talk.json", "--force"]) == 1
+    assert "the transcript would be written over the question's words" in capsys.readouterr().err
+    assert main(["file", "a.wav", "-o", "b.wav", "--tail", "0", "--quiet"]) == 0
+    assert json.loads(Path("b.json").read_text())["alignments"] == about["alignments"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nonsense", "[]", '{"alignments": 3}', '{"alignments": [], "channels": ["moshi"]}', "[" * 100_000,
+        '{"alignments": [], "channels": ["moshi", "user"], "answer": {"file": "another.wav"}}',
+    ],
+)  # fmt: skip
+def test_json_beside_a_question_that_does_not_belong_to_it(words: str, here: Path, model: FakeModel) -> None:
+    """If this fails, one side of somebody's stereo recording is not heard, or odd JSON ends the program."""
+    soundfile.write("q.wav", np.stack([np.full(2400, 0.5), np.full(2400, 0.25)], 1), 24000)
+    Path("q.json").write_text(words)
+    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
+    pcm, _ = soundfile.read("a.wav", dtype="float32")
+    assert np.all(pcm[:, 1] == 0.375) and "channel" not in json.loads(Path("a.json").read_text())["question"]
+
+
+def test_the_answer_on_standard_output(here: Path, model: FakeModel, capfdbinary: Any) -> None:
+    """If this fails, `file q.wav -o - | ffplay -` plays text, or the length in front is wrong."""
+    ask(0.5)
+    model.says = [" Hello"]
+    assert main(["file", "q.wav", "-o", "-", "--tail", "0.3"]) == 0
+    said = capfdbinary.readouterr()
+    pcm, rate = soundfile.read(io.BytesIO(said.out), dtype="float32")
+    assert rate == 24000 and pcm.shape == (19200, 2) and len(said.out) == 44 + 4 * 19200
+    assert b"0.1 s  Hello" in said.err and b"standard output: 0.8 s" in said.err
+    assert names(here) == {"q.wav"}
+
+    assert main(["file", "q.wav", "-o", "-", "--mono", "--json", "--transcript", "t.json"]) == 0
+    said = capfdbinary.readouterr()
+    assert soundfile.info(io.BytesIO(said.out)).channels == 1
+    assert json.loads(said.err) == json.loads(Path("t.json").read_text())
+    assert json.loads(said.err)["answer"] == {"file": "standard output", "channels": ["moshi"]}
+    assert names(here) == {"q.wav", "t.json"}
+
+
+def test_no_sound_on_a_terminal(
+    here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a forgotten pipe floods somebody's terminal."""
+    ask(0.1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["file", "q.wav", "-o", "-"]) == 2
+    assert "standard output is a terminal" in capsys.readouterr().err and not model.loaded
+
+
+def test_a_listener_that_leaves(here: Path) -> None:
+    """If this fails, `file q.wav -o - | head -c 10000` computes on for nobody, or ends in a traceback."""
+    from tests.app.test_outputs import begun
+
+    ask(400.0)
+    process = begun("file", "q.wav", "-o", "-", "--transcript", "t.json", pause=0.001)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10_000)
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(30) == 0 and "nobody reads it any more" in said.splitlines()[-1]
+    assert "roken" not in said and "Traceback" not in said
+    about = json.loads(Path("t.partial.json").read_text())
+    assert not about["complete"] and 0 < about["duration"] < 400
+    assert names(here) == {"q.wav", "t.partial.json"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_standard_output_is_full(here: Path) -> None:
+    """If this fails, `file q.wav -o - > /full/disk/a.wav` ends in a traceback, or as if all were well."""
+    from tests.app.test_outputs import ENVIRONMENT, PROGRAM
+
+    ask(1.0)
+    with open("/dev/full", "wb") as full:
+        arguments = [sys.executable, "-c", PROGRAM, "0", "0", "file", "q.wav", "-o", "-", "--quiet"]
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 1 and done.stderr.decode() == "error: standard output: No space left on device\n"
+
+
+def test_a_seed_that_changes_nothing(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, somebody tries seed after seed on a model that draws nothing."""
+    ask(0.1)
+    command = ["file", "q.wav", "-o", "a.wav", "--quiet", "--force"]
+    assert main([*command, "--seed", "3", "--greedy"]) == 0
+    assert "--seed 3 changes nothing" in capsys.readouterr().err
+    for options in (["--seed", "3"], ["--greedy"], ["--seed", "3", "--greedy", "--audio-temperature", "0.5"]):
+        assert main([*command, *options]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_the_readmes_commands_run_one_after_the_other(here: Path, model: FakeModel) -> None:
+    """If this fails, somebody who follows the README is refused, because an earlier step has made the file."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ntalk:")[2].splitlines()[1].split()
+    assert recipe[:3] == ["$(BIN)/moshi-mlx-local", "file", "$(QUESTIONS)"]
+    lines = re.findall(r"^    \S*moshi-mlx-local (file .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) > 1
+    ask(0.2, name="question.wav")
+    for command in (["file", "question.wav", *recipe[3:]], *map(str.split, lines)):
+        assert main([*command, "--quiet"]) == 0, command

@@ -45,7 +45,9 @@ def numbers(path: Path) -> tuple[list[int], list[int]]:
 
 def words(path: Path) -> list[Any]:
     found = json.loads(path.with_suffix(".json").read_text())
-    assert list(found) == ["alignments"]
+    if "duration" in found:  # it has come to its end
+        said = [[word["text"], [word["start"], word["end"]], "SPEAKER_MAIN"] for word in found["words"]]
+        assert said == found["alignments"] and found["text"] == " ".join(word for word, _, _ in said)
     return list(found["alignments"])
 
 
@@ -153,13 +155,16 @@ def test_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     said = " ".join(recorder.notices())
     assert "recording has ended" in said and "could not be recorded" in said
     assert numbers(recorder.files[0])[0] == [1, 2, 3, 4]
+    assert listed(tmp_path) == {recorder.files[0].name: 4 * 0.08}
+    assert json.loads(recorder.files[0].with_suffix(".json").read_text())["complete"] is False
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     """If this fails, a typing mistake is noticed only after the talk."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        Recorder(tmp_path / "file" / "folder", RATE, SIZE).start()
+    for folder in (tmp_path / "file" / "folder", tmp_path / "file"):
+        with pytest.raises(OSError, match=r"file is a file; name a folder"):
+            Recorder(folder, RATE, SIZE).start()
 
 
 PROGRAM = """
@@ -195,3 +200,136 @@ def test_killed(tmp_path: Path) -> None:
         assert left == list(range(1, len(left) + 1)) and len(left) >= last - 12
         found = [int(word[1:]) for word, _, _ in words(wav)]
         assert found == list(range(0, 5 * len(found), 5)) and found[-1] >= len(left) - 10
+
+
+def recorded(folder: Path, kill_at: int) -> None:
+    """A recording whose program is killed after so many frames."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "app")])}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == kill_at:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+
+
+def listed(folder: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (folder / "recordings.jsonl").read_text().splitlines()]
+    assert len({line["path"] for line in lines}) == len(lines)
+    return {line["path"]: line["duration"] for line in lines}
+
+
+def test_the_next_recording_lists_what_a_killed_one_left(tmp_path: Path) -> None:
+    """If this fails, a talk that was killed is never listed for training, or its JSON stays without its end."""
+    recorded(tmp_path, 23)
+    (killed,) = tmp_path.glob("*.wav")
+    assert not (tmp_path / "recordings.jsonl").exists()
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    assert until(lambda: (tmp_path / "recordings.jsonl").exists())
+    seconds = len(numbers(killed)[0]) * 0.08
+    assert listed(tmp_path) == {killed.name: pytest.approx(seconds)}
+    about = json.loads(killed.with_suffix(".json").read_text())
+    assert about["complete"] is False and about["duration"] == pytest.approx(seconds, abs=1e-3)
+    assert about["text"].startswith("w0 w5") and words(killed)
+    assert killed.name in recorder.notices()[0]
+    frames(recorder, 3)
+    recorder.stop()
+    assert listed(tmp_path) == {killed.name: pytest.approx(seconds), recorder.files[0].name: 3 * 0.08}
+    assert not list(tmp_path.glob(".*")) and recorder.notices() == []
+
+
+def test_the_end_of_a_recording_lists_what_was_killed_meanwhile(tmp_path: Path) -> None:
+    """If this fails, a crash beside a long talk is listed only when somebody talks again."""
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 2)
+    assert until(lambda: recorder.seconds > 0.1)
+    recorded(tmp_path, 5)
+    recorder.stop()
+    assert set(listed(tmp_path)) == {path.name for path in tmp_path.glob("*.wav")} and len(listed(tmp_path)) == 2
+
+
+def test_what_is_still_recorded_is_left_alone(tmp_path: Path) -> None:
+    """If this fails, two talks into one folder list each other's files before they end, or twice."""
+    one, two = Recorder(tmp_path, RATE, SIZE), Recorder(tmp_path, RATE, SIZE)
+    one.start()
+    frames(one, 7)
+    assert until(lambda: one.seconds > 0.5)
+    two.start()
+    frames(two, 4)
+    two.stop()
+    assert listed(tmp_path) == {two.files[0].name: 4 * 0.08}
+    frames(one, 3, start=7)
+    one.stop()
+    assert listed(tmp_path) == {two.files[0].name: 4 * 0.08, one.files[0].name: 10 * 0.08}
+    assert numbers(one.files[0])[0] == list(range(1, 11)) and one.files != two.files
+    assert json.loads(one.files[0].with_suffix(".json").read_text())["complete"] is True
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_many_programs_record_into_one_folder(tmp_path: Path) -> None:
+    """If this fails, talks that end in one moment lose lines of recordings.jsonl, or take one file's name."""
+    recorders = [Recorder(tmp_path, RATE, SIZE) for _ in range(8)]
+    for recorder in recorders:
+        recorder.start()
+    for recorder in recorders:
+        for start in range(0, 60, 20):  # a gap each time: three files
+            frames(recorder, 3, start=start)
+    for recorder in recorders:
+        recorder.stop()
+    files = [path for recorder in recorders for path in recorder.files]
+    assert len(set(files)) == 24 and listed(tmp_path) == {path.name: pytest.approx(0.24) for path in files}
+
+
+def test_words_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
+    """If this fails, a kill in the middle of a word makes the whole JSON unreadable for good."""
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 12)
+    assert until(lambda: recorder.seconds > 0.9)
+    (wav,) = tmp_path.glob("*.wav")
+    text = wav.with_suffix(".json").read_text()
+    copy = tmp_path / "killed"
+    copy.mkdir()
+    (copy / wav.name).write_bytes(wav.read_bytes())
+    (copy / wav.with_suffix(".json").name).write_text(text[: text.index('"w10"') + 3])
+    (copy / f".{wav.name}.lock").touch()
+    recorder.stop()
+    other = Recorder(copy, RATE, SIZE)
+    other.start()
+    other.stop()
+    assert listed(copy) == {wav.name: pytest.approx(0.96)}
+    assert [word for word, _, _ in words(copy / wav.name)] == ["w0", "w5"]
+
+
+def test_only_recordings_are_recovered(tmp_path: Path) -> None:
+    """If this fails, what a person took out of the list comes back, or a stranger's file is listed for training."""
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 3)
+    recorder.stop()
+    (tmp_path / "recordings.jsonl").write_text("")
+    soundfile.write(tmp_path / "music.wav", np.zeros((100, 2)), RATE)
+    soundfile.write(tmp_path / "2026-01-01_00-00-00.wav", np.zeros((100, 1)), RATE)
+    for name in ("music", "2026-01-01_00-00-00", "2026-01-02_00-00-00"):
+        (tmp_path / f"{name}.json").write_text("[]")
+        (tmp_path / f".{name}.wav.lock").touch()
+    again = Recorder(tmp_path, RATE, SIZE)
+    again.start()
+    again.stop()
+    assert (tmp_path / "recordings.jsonl").read_text() == "" and again.notices() == []
+    assert (tmp_path / "music.json").read_text() == (tmp_path / "2026-01-01_00-00-00.json").read_text() == "[]"
+
+
+def test_a_list_whose_last_line_was_not_ended(tmp_path: Path) -> None:
+    """If this fails, the next recording is written into somebody's last line, and training fails at both."""
+    (tmp_path / "recordings.jsonl").write_text('{"path": "mine.wav", "duration": 1.0}')
+    recorder = Recorder(tmp_path, RATE, SIZE)
+    recorder.start()
+    frames(recorder, 2)
+    recorder.stop()
+    assert list(listed(tmp_path)) == ["mine.wav", recorder.files[0].name]

@@ -208,3 +208,36 @@ def test_the_panel_fits_and_tells() -> None:
     assert len(_panel(State(), keys=True, width=79)) == 3
     assert "muted" in _panel(State(user=0.5, muted=True), keys=False, width=79)[0]
     assert decibels(0.0) == -99 and decibels(1.0) == 0
+
+
+def test_a_recordings_json_has_the_form_of_file(card: FakeCard, parrot: Parrot, tmp_path: Path) -> None:
+    """If this fails, a program that reads what `file` writes cannot read what `talk` records."""
+    assert main(["talk", "--no-aec", "--seconds", "1", "--quiet", "--seed", "5", "--record", str(tmp_path)]) == 0
+    (wav,) = tmp_path.glob("*.wav")
+    about = json.loads(wav.with_suffix(".json").read_text())
+    keys = re.findall(r"^\| `(\w+)` ", (ROOT / "docs" / "recordings.md").read_text(), re.MULTILINE)
+    assert set(about) == set(keys) and about["complete"] is True
+    assert about["answer"] == {"file": wav.name, "channels": ["moshi", "user"]} and about["question"] is None
+    assert about["seed"] == 5 and about["model"] == "parrot" and about["generation"]["text"]["temperature"] == 0.7
+    assert about["duration"] == pytest.approx(soundfile.info(wav).duration, abs=1e-3)
+
+
+def test_two_talks_record_into_one_folder_and_a_third_is_killed(tmp_path: Path) -> None:
+    """If this fails, talks at the same time lose each other's recordings, or a killed one is never listed."""
+    command = [*PROGRAM, "--no-aec", "--quiet", "--record", str(tmp_path)]
+    with begun(command) as killed:
+        assert until(lambda: sum(wav.stat().st_size for wav in tmp_path.glob("*.wav")) > 10_000, 60)
+        with begun([*command, "--seconds", "1"]) as one, begun([*command, "--seconds", "1"]) as two:
+            assert until(lambda: len(list(tmp_path.glob("*.wav"))) == 3, 60)
+            killed.kill()
+            for talk in (one, two):
+                _, errors = talk.communicate(timeout=60)
+                assert talk.returncode == 0, errors
+        killed.communicate()
+    lines = [json.loads(line) for line in (tmp_path / "recordings.jsonl").read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(wav.name for wav in tmp_path.glob("*.wav"))
+    for line in lines:
+        wav = tmp_path / line["path"]
+        assert soundfile.info(wav).duration == pytest.approx(line["duration"])
+        assert json.loads(wav.with_suffix(".json").read_text())["duration"] == pytest.approx(line["duration"])
+    assert not list(tmp_path.glob(".*"))

@@ -59,8 +59,8 @@ def test_a_recording_answered(model: FakeModel, here: Path) -> None:
             raise KeyboardInterrupt
 
     model.on_frame = interrupt
-    assert main(["file", "question.wav", "-o", "other.wav", "--quiet", "--trace", "other.json"]) == 130
-    events = json.loads((here / "other.json").read_text())["traceEvents"]
+    assert main(["file", "question.wav", "-o", "other.wav", "--quiet", "--trace", "stopped.json"]) == 130
+    events = json.loads((here / "stopped.json").read_text())["traceEvents"]
     assert len([event for event in events if event["name"] == "frame"]) == 8
 
 

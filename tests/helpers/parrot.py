@@ -40,7 +40,7 @@ class Parrot:
         Frame at which the model raises; -1 for never.
     """
 
-    name, trained = "parrot", True
+    name, description, trained = "parrot", "parrot (says what it hears)", True
     sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
     tokenizer = None
 

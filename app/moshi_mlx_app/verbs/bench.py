@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
+from moshi_mlx_app.outputs import Output, partial_name, replace_text, reserved
 from moshi_mlx_app.terminal import Loading, say, warn
 from moshi_mlx_app.version import program
 
@@ -37,21 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument("--picture", metavar="FILE.svg", help="draw the times of every frame, for a browser")
+    parser.add_argument("--force", action="store_true", help="replace a picture that exists")
     add_model_options(parser)
     add_generation_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; print a table and one line of JSON. Returns the exit status."""
+    outputs = []
+    if args.picture is not None:
+        path = Path(args.picture)
+        if path.suffix.lower() != ".svg":
+            args.parser.error(f"--picture {path}: the picture is SVG; give it a name that ends in .svg")
+        outputs.append(Output("the picture", "--picture", path, partial_name(path)))
+    with reserved(args.parser, outputs, others={}, force=args.force):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from moshi_mlx.model import generation_defaults
     from moshi_mlx_app.fetching import load_model
     from moshi_mlx_app.known import purpose
     from moshi_mlx_app.measure import machine, memory_used, paced, unpaced
 
-    if args.picture is not None and Path(args.picture).suffix.lower() != ".svg":
-        args.parser.error(f"--picture {args.picture}: the picture is SVG; give it a name that ends in .svg")
-    if args.picture is not None and not Path(args.picture).parent.is_dir():
-        raise FileNotFoundError(f"{Path(args.picture).parent}: there is no such folder for the picture")
     model = load_model(args)
     purpose(model)  # text models have nothing to measure here
     fast_series: dict[str, list[float]] = {}
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
         title = f"{program()}: {model.description}"
         picture = draw(title, about, fast_series, slow_series, 1e3 / model.frame_rate)
-        Path(args.picture).write_text(picture, encoding="utf-8")
+        replace_text(Path(args.picture), picture)
         warn(args.picture, "picture")
     if not args.json:
         say(f"{program()}: {model.description}", about)

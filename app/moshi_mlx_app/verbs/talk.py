@@ -21,9 +21,10 @@ from moshi_mlx_app.options import (
     bounded,
     generation_from,
 )
+from moshi_mlx_app.outputs import check_folder, reserved
 from moshi_mlx_app.terminal import say, warn
-from moshi_mlx_app.tracing import add_trace_option, tracing
-from moshi_mlx_app.verbs.file import UNTRAINED
+from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
+from moshi_mlx_app.verbs.file import UNTRAINED, check_seed
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Conversation, Event, Trace
@@ -107,13 +108,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
     group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors still appear")
     add_trace_option(group)
+    group.add_argument("--force", action="store_true", help="replace a trace that exists")
     add_generation_options(parser)
     add_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until someone quits. Returns the exit status: 0, or 130 after Ctrl-C."""
-    with tracing(args.trace) as trace:
+    from moshi_mlx_app.record import LIST
+
+    folder = Path(args.record or "recordings")
+    if args.record is not None:
+        check_folder(folder, "--record")
+    outputs = [] if args.trace is None else [trace_output(args.trace)]
+    others = {"the folder of recordings": folder, "the list of recordings": folder / LIST}
+    with reserved(args.parser, outputs, others=others, force=args.force), tracing(args.trace) as trace:
         return _run(args, trace)
 
 
@@ -126,6 +135,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx_app.known import BUILTIN, purpose
     from moshi_mlx_app.portaudio import devices, find_device
     from moshi_mlx_app.record import Recorder
+    from moshi_mlx_app.transcript import Transcript
     from moshi_mlx_app.tui import Keys, Panel, own_errors
 
     found = devices()  # what is missing should not come out after a download
@@ -138,7 +148,14 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         warn(UNTRAINED.format(name=model.name), "notice")
     elif args.model == BUILTIN and not args.quiet:
         warn(BUILT_IN, "notice")
-    recorder = Recorder(Path(args.record or "recordings"), model.sample_rate, model.frame_size)
+    generation = generation_from(args, generation_defaults(model.config))
+    check_seed(args.seed, model, generation)
+    recorder = Recorder(
+        Path(args.record or "recordings"),
+        model.sample_rate,
+        model.frame_size,
+        Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits),
+    )
     if args.record is not None:
         recorder.start()
     impatient = False
@@ -147,7 +164,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
             conversation = Conversation(
                 model,
                 seed=args.seed,
-                generation=generation_from(args, generation_defaults(model.config)),
+                generation=generation,
                 kv_bits=args.kv_bits,
                 backlog=args.backlog,
                 tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
@@ -279,7 +296,7 @@ class _Talk:
         try:
             self.recorder.start()
         except OSError as error:
-            self.panel.notice(f"{error.filename}: {error.strerror}", "recording")
+            self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
 
     def _state(self) -> Any:
         from moshi_mlx_app.tui import State

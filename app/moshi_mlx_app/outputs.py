@@ -1,0 +1,219 @@
+"""The files that a command writes: checked before any work, and held while it runs.
+
+:func:`reserved` is for files that a person named. A :class:`Claim` holds one name, whoever chose it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Claim", "Output", "check_folder", "named", "partial_name", "replace_text", "reserved"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that a command will write.
+
+    Attributes
+    ----------
+    what : str
+        What it holds, with an article.
+    option : str
+        How it was named on the command line.
+    path : Path
+    partial : Path
+        What it is called until it is complete.
+    """
+
+    what: str
+    option: str
+    path: Path
+    partial: Path
+
+
+def partial_name(target: Path) -> Path:
+    """Where a file is written until it is complete: ``answer.wav`` -> ``answer.partial.wav``, beside it."""
+    return target.parent / f"{target.stem}.partial{target.suffix}"  # which takes "." and "/", too
+
+
+@contextlib.contextmanager
+def reserved(
+    parser: argparse.ArgumentParser, outputs: Sequence[Output], *, others: Mapping[str, str | int | Path], force: bool
+) -> Iterator[None]:
+    """Nobody else's: files that may be written, and that no other run writes until the end of the ``with``.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+        Ends the program where two outputs are one file.
+    outputs : sequence of Output
+    others : mapping
+        What the command reads, or writes by other ways, under what it is called: paths, or open descriptors.
+    force : bool
+        Files that exist may be replaced.
+
+    Raises
+    ------
+    OSError
+        Its message names the file and the way out.
+    """
+    for output in outputs:
+        folder = output.path.parent
+        if not folder.is_dir():
+            way = shlex.quote(str(folder))
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder for {output.what}; make it with 'mkdir -p {way}'"
+            )
+        if output.path.is_dir():
+            raise IsADirectoryError(f"{output.path} is a folder; name a file for {output.what}")
+        if output.path.exists() and not output.path.is_file():
+            raise FileExistsError(f"{output.path} is a device or a pipe; name a file for {output.what}")
+    for place, output in enumerate(outputs):
+        for name in (output.path, output.partial):
+            for earlier in outputs[:place]:
+                if _same(name, earlier.path) or _same(name, earlier.partial):
+                    parser.error(f"{output.option} {output.path}: that is where {earlier.what} goes")
+            for what, other in others.items():
+                if _same(name, other):
+                    raise FileExistsError(f"{name}: {output.what} would be written over {what}; choose another name")
+        if not os.access(output.path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"{output.path.parent}: {output.what} cannot be written there; choose a folder that you may write to"
+            )
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
+            try:
+                claim = Claim(output.path)
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"{output.path}: another run is writing it; wait for its end, or choose another name "
+                    f"for {output.what}"
+                ) from None
+            stack.callback(claim.release)
+        for output in outputs:  # only now: a run that held the name may just have written it
+            if os.path.lexists(output.path) and not force:
+                raise FileExistsError(
+                    f"{output.path} exists; replace it with --force, or choose another name for {output.what}"
+                )
+        yield
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """A folder that files can be written into, or that can be made.
+
+    Raises
+    ------
+    OSError
+        Its message names what is in the way.
+    """
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {there} is a file; name a folder, which is made if it is missing")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {folder}: nothing can be written into {there}; choose another folder")
+
+
+class Claim:
+    """The right to write one file, which one run has at a time.
+
+    It is a lock on ``.NAME.lock`` beside the file. The system lets go of it when its holder ends, however that comes:
+    a lock file that a killed run left behind blocks nobody.
+
+    Attributes
+    ----------
+    sure : bool
+        False where the file system knows no locks: then nobody is kept out.
+
+    Raises
+    ------
+    BlockingIOError
+        Another run has it.
+    OSError
+        There is no place for the lock file.
+    """
+
+    def __init__(self, path: Path):
+        self._lock = path.with_name(f".{path.name}.lock")
+        while True:
+            self._file = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                self.sure = _locked(self._file)
+                # Who had it may have removed the file between these lines.
+                if os.path.samestat(os.fstat(self._file), os.stat(self._lock)):
+                    return
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(self._file)
+                raise
+            os.close(self._file)
+
+    def release(self, *, keep: bool = False) -> None:
+        """Let go of it; with ``keep`` the lock file stays, as a sign that something was not finished."""
+        if not keep:
+            with contextlib.suppress(OSError):
+                self._lock.unlink()
+        os.close(self._file)
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _same(one: Path, other: str | int | Path) -> bool:
+    """Whether two names are one file, or would be if it existed."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    if isinstance(other, int) or os.path.exists(one) or os.path.exists(other):
+        return False  # a file system that takes both names for one would have found both
+    return _folded(one) == _folded(Path(other))
+
+
+def _folded(path: Path) -> str:
+    """Many file systems, macOS's among them, take names for equal that differ in case or in Unicode's form alone."""
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """The system's errors from writing an open file name no file; from here they leave with ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears whole or not at all, over what was there. One writer at a time: see Claim.
+
+    Raises
+    ------
+    OSError
+        With the name of the file; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with named(path):
+            temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
