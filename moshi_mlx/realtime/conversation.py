@@ -21,9 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -36,6 +36,7 @@ from .meters import Meters
 from .player import Player
 from .ring import Bell, Ring
 from .trace import Trace
+from .workers import Work, run
 
 __all__ = ["Conversation", "ConversationError", "Event"]
 
@@ -152,7 +153,7 @@ class Conversation:
         }
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._news = Bell()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Work] = []
         self._ready = threading.Semaphore(0)
         self._stopping = False
         self._answering = self._speaking = False  # whether the model, the decoder have not come to their end
@@ -187,20 +188,13 @@ class Conversation:
         if not self.model.lm.config.own_q:
             stages.pop()
         self._answering = self._speaking = True
-        self._threads = [
-            threading.Thread(target=self._guard, args=(name, stage), name=f"moshi {name}", daemon=True)
-            for name, stage in stages
-        ]
-        started: list[threading.Thread] = []
         try:
-            for thread in self._threads:
-                thread.start()
-                started.append(thread)
+            for name, stage in stages:
+                self._threads.append(run(f"moshi {name}", partial(self._guard, name, stage)))
             for _ in self._threads:
                 self._ready.acquire()
             self.check()
         except BaseException:  # Ctrl-C, too: nobody else would end the threads
-            self._threads = started
             self.stop()
             raise
         return self
@@ -208,7 +202,8 @@ class Conversation:
     def stop(self) -> bool:
         """End the conversation. Returns within a second, whatever the threads do.
 
-        Frames that the model has answered still become sound, and go to the tap.
+        Frames that the model has answered still become sound, and go to the tap. The threads are kept for the next
+        conversation (see :mod:`.workers`).
 
         Returns
         -------
@@ -219,10 +214,10 @@ class Conversation:
         for bell in self._bells.values():
             bell.ring()
         until = time.monotonic() + _STOP_WITHIN
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        for work in self._threads:
+            if work.thread is not threading.current_thread():
+                work.join(max(0.0, until - time.monotonic()))
+        return not any(work.alive for work in self._threads)
 
     @property
     def running(self) -> bool:
@@ -346,10 +341,6 @@ class Conversation:
             for bell in self._bells.values():
                 bell.ring()
         finally:
-            # MLX makes streams for each thread, with threads of their own: left alone, they may abort the process as it
-            # ends ("terminate called without an active exception").
-            if hasattr(mx, "clear_streams"):
-                mx.clear_streams()
             if name == "model":
                 self._answering = False
                 self._bells["codes_out"].ring()

@@ -16,6 +16,7 @@ from moshi_mlx.generate import Step
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.realtime import conversation as module
 from moshi_mlx.realtime.conversation import ConversationError
+from moshi_mlx.realtime.workers import end_idle
 
 FRAME, RATE, BOOKS = 1_920, 24_000, 8
 
@@ -263,6 +264,7 @@ def test_no_thread_to_be_had(parts: SimpleNamespace, monkeypatch: pytest.MonkeyP
             raise RuntimeError("can't start new thread")
         start(self)
 
+    end_idle()  # threads of earlier conversations would do
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="new thread"):
         Conversation(parts.model).start()

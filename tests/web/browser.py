@@ -23,7 +23,7 @@ import soundfile as sf
 from moshi_mlx.realtime import conversation
 from tests.helpers import parrot as birds
 
-from .serving import RATE, SOON, Served, serving
+from .serving import FRAME, RATE, SOON, Served, serving
 
 __all__ = ["ELSEWHERE", "Page", "Site", "chromium", "launched", "parrots", "quiet_wav", "site", "unavailable", "visit"]
 
@@ -72,6 +72,12 @@ class Site:
         with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._over.set)
 
+    def held_up(self) -> threading.Event:
+        """Let the server stand still, as if its process were suspended, until the event is set."""
+        go_on = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: go_on.wait(SOON))
+        return go_on
+
     @contextlib.contextmanager
     def occupied(self) -> Iterator[None]:
         """Somebody else talks meanwhile."""
@@ -81,7 +87,10 @@ class Site:
             async with self.served.client() as client:
                 await client.begun()
                 begun.set()
-                await over.wait()
+                while not over.is_set():  # a place needs sound
+                    await client.socket.send_bytes(b"\x10" + bytes(2 * FRAME))
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(over.wait(), FRAME / RATE)
 
         task = asyncio.run_coroutine_threadsafe(talk(), self._loop)
         try:

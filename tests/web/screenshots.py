@@ -78,19 +78,28 @@ def plain(camera: Camera, browser: Any) -> None:
         ("waiting", {"places": 1}, "waiting", {}),
         ("token", {"token": "secret"}, "failed", {}),
         ("insecure", {"host": ELSEWHERE}, "failed", {}),
+        ("link", {"token": "secret", "link": "https://192.168.178.23:8998/?token=" + 32 * "a"}, "ready", {}),
+        ("recorded", {"record": Path("unused")}, "asking", {"script": HANGS}),
+        ("still", {}, "talking", {}),
     ]
     for state, server, reached, visitor in cases:
         if not camera.wants(state):
             continue
         with parrots(), site(**server) as here, contextlib.ExitStack() as others:
-            at_once = state in ("token", "insecure")
+            at_once = state in ("token", "insecure", "link")
             if "places" in server:
                 others.enter_context(here.occupied())
             url = here.url.replace("127.0.0.1", server.get("host", "127.0.0.1"))
+            url += "/?token=secret" if "link" in server else ""
             with arrived(camera, url, reached if at_once else "ready", browser, **visitor) as page:
                 if not at_once:
                     page.page.click("#main")
                     page.state(reached)
+                if state == "still":
+                    page.page.wait_for_timeout(2000)
+                    go_on = here.held_up()
+                    others.callback(go_on.set)
+                    page.until("document.querySelector('#delay').textContent === '–'")
                 camera.take(page, state)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from moshi_mlx_app.web.engine import Engine
 from moshi_mlx_app.web.guard import Guard
 from moshi_mlx_app.web.line import Line
 from moshi_mlx_app.web.server import STATIC, Server, listening
@@ -166,15 +167,20 @@ async def serving(
     tls: ssl.SSLContext | None = None,
     trust: ssl.SSLContext | None = None,
     on_talk: Callable[[str], None] = lambda text: None,
+    on_fault: Callable[[str], None] = lambda text: None,
+    link: str = "",
+    **engine: Any,
 ) -> AsyncIterator[Served]:
     server = Server(
-        model or birds.Parrot(),
+        Engine(model or birds.Parrot(), **engine),
         Guard(host, token),
         Line(places, longest),
         GenerationConfig(),
         limits=limits or Limits(),
         static=static,
+        link=link,
         on_talk=on_talk,
+        on_fault=on_fault,
     )
     connector = aiohttp.TCPConnector(ssl=trust) if trust else None
     async with (

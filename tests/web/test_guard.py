@@ -40,7 +40,16 @@ def test_names_of_this_machine_are_fine(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.example", "evil.example:8998", "localhost.evil.example", "", "192.168.1.9", "[", "a b"]
+    "name",
+    ["evil.example", "evil.example:8998", "localhost.evil.example", "", "192.168.1.9", "[", "a b", "[::1", "::1"]
+    + [
+        "a;script-src *@localhost",
+        "evil@localhost",
+        "localhost:8998;",
+        "localhost:99999999",
+        "localhost/",
+        "[localhost]",
+    ],
 )
 def test_foreign_names_are_turned_away(name):
     """If it fails, a site whose name is pointed at this machine (DNS rebinding) can talk through the server."""
@@ -156,8 +165,11 @@ def test_every_answer_is_strict(tmp_path: Path):
                     assert headers["X-Content-Type-Options"] == "nosniff"
                     assert headers["Referrer-Policy"] == "no-referrer"
                     assert "Access-Control-Allow-Origin" not in headers
-            async with served.session.get(served.url, headers={"Host": "evil.example; script-src *"}) as answer:
-                assert answer.status in (400, 403) and "evil" not in answer.headers["Content-Security-Policy"]
+                    assert headers["Server"] == "moshi-mlx-local"  # and no versions
+            for host in ("evil.example; script-src *", "a;script-src *@localhost", "evil;@127.0.0.1"):
+                async with served.session.get(served.url, headers={"Host": host}) as answer:
+                    policy = answer.headers["Content-Security-Policy"]
+                    assert answer.status in (400, 403) and "evil" not in policy and "*" not in policy
 
     asyncio.run(run())
 
@@ -165,7 +177,7 @@ def test_every_answer_is_strict(tmp_path: Path):
 def test_idle_connections_make_room(monkeypatch):
     """If it fails, connections that say nothing keep everyone else out."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.server._CONNECTIONS", 5)
+    monkeypatch.setattr("moshi_mlx_app.web.door._CONNECTIONS", 5)
 
     async def run() -> None:
         async with serving() as served, served.client() as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import replace
 
@@ -159,7 +160,7 @@ def test_line_alone():
         gone = set()
 
         def join(name: str):
-            return line.join(lambda: name in gone, lambda: dismissed.append(name))
+            return line.join(name, lambda: name in gone, lambda: dismissed.append(name))
 
         tickets = [join(name) for name in "abcde"]
         assert [ticket.place for ticket in tickets] == [0, 0, 1, 2, 3]
@@ -176,5 +177,116 @@ def test_line_alone():
         assert tickets[4].place == 0 and line.waiting == 0 and line.free == 0
         line.leave(tickets[1])  # twice does no harm
         assert line.free == 0
+
+    asyncio.run(run())
+
+
+def test_one_address_has_one_share():
+    """If it fails, one client takes the whole line, or every place that becomes free."""
+
+    async def run() -> None:
+        line = Line(2, longest=8)
+        gone: set[str] = set()
+        dismissed: list[str] = []
+
+        def join(who: str, name: str):
+            return line.join(who, lambda: name in gone, lambda: dismissed.append(name))
+
+        many = [join("many", f"many {index}") for index in range(6)]
+        assert [ticket.place for ticket in many] == [0, 0, 1, 2, 3, 4]
+        with pytest.raises(Full, match="4 of your address"):
+            join("many", "many 6")
+        one = [join("one", f"one {index}") for index in range(2)]
+        other = join("other", "other")
+        # A first turn for everybody, before anybody's second; else who came first.
+        assert (one[0].place, other.place) == (1, 2) and (many[2].place, one[1].place) == (4, 3)
+        line.leave(many[0])
+        assert one[0].place == 0 and other.place == 1 and many[2].place == 2 and one[1].place == 3
+        line.leave(many[1])
+        assert many[2].place == 0 and other.place == 1
+        join("many", "many 6")
+        gone.add("many 3")  # shows no sign of a person: everybody else goes first, and it is the one to go
+        line.settle()
+        assert many[3].place == line.waiting
+        new = join("many", "many 7")
+        assert dismissed == ["many 3"] and new.place > 0
+        line.leave(many[3])
+        while line.waiting < 8:
+            join(f"more {line.waiting}", "more")
+        with pytest.raises(Full, match="all 2 places"):
+            join("last", "last")
+        gone.add("one 1")
+        join("last", "last")
+        assert dismissed[1:] == ["one 1"] and line.waiting == 8
+
+    asyncio.run(run())
+
+
+def test_sockets_that_only_answer_pings_make_room(monkeypatch):
+    """If it fails, one client holds every place and the whole line with connections that do nothing."""
+    install(monkeypatch)
+    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    limits = replace(Limits(), sound=1.0, person=1.0, quiet=10.0)
+
+    async def run() -> None:
+        async with serving(limits=limits, longest=8) as served, contextlib.AsyncExitStack() as opened:
+            idle = [await opened.enter_async_context(served.client(EVENTS)) for _ in range(12)]
+            for client in idle[:2]:
+                await client.begun()
+            # The line has half of its room for one address; whoever comes too much is told at once.
+            ends = [await client.end() for client in idle[6:]]
+            assert all(code == 1013 and "4 of your address" in error for error, code in ends)
+            await asyncio.sleep(1.2)
+            async with served.client(EVENTS) as person:
+                began = asyncio.get_running_loop().time()
+                await person.begun()
+                assert asyncio.get_running_loop().time() - began < 5
+                assert (await person.say(tone(1)) == tone(1)).all()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "sign", [b'\x11{"type":"present"}', b"\x10" + bytes(960)], ids=["the page", "Kyutai's clients"]
+)
+def test_who_waits_and_shows_it_keeps_the_place(monkeypatch, sign):
+    """If it fails, a person who waits for long is passed by others, or thrown out of the line."""
+    install(monkeypatch)
+    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    limits = replace(Limits(), person=0.5, quiet=10.0)
+
+    async def run() -> None:
+        async with serving(places=1, longest=2, limits=limits) as served, served.client(EVENTS) as first:
+            await first.begun()
+            async with served.client(EVENTS) as waiting, served.client(EVENTS) as third:
+                assert await place(waiting) == 1
+                for _ in range(20):
+                    await first.socket.send_bytes(b"\x10" + bytes(960))
+                    await waiting.socket.send_bytes(sign)
+                    await asyncio.sleep(0.05)
+                error, code = await third.end()
+                assert code == 1013 and "1 of your address" in error
+                await first.socket.close()
+                await waiting.begun()
+
+    asyncio.run(run())
+
+
+def test_a_place_needs_sound(monkeypatch):
+    """If it fails, who began to talk and sends no sound keeps the place from those who wait; or loses it to nobody."""
+    install(monkeypatch)
+    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    limits = replace(Limits(), sound=0.6, quiet=10.0)
+
+    async def run() -> None:
+        async with serving(places=1, limits=limits) as served, served.client() as client:
+            await client.begun()
+            await served.until_free(1)
+            assert (await client.say(tone(1)) == tone(1)).all()  # nobody else wanted it
+            await served.until_free(0)
+            async with served.client() as other:
+                await other.begun()
+                error, code = await client.end()
+                assert "another was waiting" in error and code == 1008
 
     asyncio.run(run())

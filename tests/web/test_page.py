@@ -14,6 +14,7 @@ import moshi_mlx_app
 import numpy as np
 import pytest
 import soundfile as sf
+from moshi_mlx_app.transcript import Transcript, read_json
 from moshi_mlx_app.web.talk import Talk
 
 import moshi_mlx
@@ -58,6 +59,7 @@ class Talked:
     wav: bytes = b""
     text: str = ""
     json: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -97,9 +99,10 @@ def talked(browser, tmp_path_factory) -> Talked:
             result.in_time = (result.figures["late"], result.figures["dropped"]) == ("0", "0.0 s")
             result.words = " ".join(page.page.locator("#log span").all_text_contents())
             result.announced = " ".join(page.page.locator("#announcer p").all_text_contents())
-            result.wav = page.saved("#save-sound", folder).read_bytes()
-            result.text = page.saved("#save-text", folder).read_text("utf-8")
-            result.json = json.loads(page.saved("#save-json", folder).read_text("utf-8"))
+            sound, text, words = (page.saved(f"#save-{what}", folder) for what in ("sound", "text", "json"))
+            result.wav, result.text = sound.read_bytes(), text.read_text("utf-8")
+            result.json = json.loads(words.read_text("utf-8"))
+            result.names = {"sound": sound.name, "json": words.name}
             result.complaints, result.requests = page.complaints, page.requests
     return result
 
@@ -214,6 +217,24 @@ def test_saved_words_carry_their_times(talked):
     played, _ = talked.sides
     after = played[round(words[0]["start"] * RATE) :][: (2 if talked.in_time else 60) * RATE]
     assert np.abs(after.astype(np.int32)).max() > 1000
+
+
+def test_the_json_is_the_form_that_everything_here_writes(talked, tmp_path):
+    """If it fails, what the page saves cannot be asked again with the verb `file`, or lacks what others' files have."""
+    model = moshi_mlx.load("small")
+    about = Transcript.of(model, 0, generation_defaults(model.config)).as_dict()
+    assert set(talked.json) == set(about)
+    assert set(talked.json["generation"]) == set(about["generation"])
+    assert talked.json["complete"] is True and talked.json["channels"] == ["moshi", "user"]
+    assert all(
+        word["speaker"] == "moshi" and set(word) == {"text", "start", "end", "speaker"} for word in talked.json["words"]
+    )
+    name = talked.json["answer"]["file"]
+    assert name == talked.names["sound"] and talked.names["json"] == name.replace(".wav", ".json")
+    (tmp_path / name).write_bytes(talked.wav)
+    path = (tmp_path / name).with_suffix(".json")
+    path.write_text(json.dumps(talked.json))
+    assert read_json(path) == talked.json
 
 
 def test_figures_are_shown(talked):

@@ -277,3 +277,69 @@ def test_words_and_recording(bench):
     assert rate == RATE and both.shape == (2000 * 384, 2)
     np.testing.assert_array_equal(both[::384, 0], np.arange(2000))
     np.testing.assert_array_equal(both[383::384, 1], -np.arange(2000))
+
+
+def test_a_link_for_another_device(browser):
+    """If it fails, the page of a server that others can reach leads them nowhere, or to a link without its key."""
+    link = "https://192.168.1.5:8998/?token=secret"
+    with site(token="secret", link=link) as here, visit(browser, f"{here.url}/?token=secret") as page:
+        page.state("ready")
+        assert page.text("#elsewhere-link") == link and "phone" in page.text("#elsewhere")
+        size = page.until("document.querySelector('#elsewhere-code').naturalWidth")
+        assert size > 100 and page.complaints == []
+        page.page.click("#main")
+        page.state("talking")
+        assert not page.page.is_visible("#elsewhere")
+    with site() as here, visit(browser, here.url) as page:
+        page.state("ready")
+        assert not page.page.is_visible("#elsewhere")
+    with site(host=ELSEWHERE, token="secret") as here:
+        url = here.url.replace("127.0.0.1", ELSEWHERE)
+        with visit(browser, f"{url}/?token=secret") as page:  # without TLS: no microphone there
+            said = failed(page, press=False)
+            assert f"http://localhost:{here.url.rsplit(':', 1)[1]}/?token=secret" in said
+
+
+def test_it_says_that_the_server_records(browser, tmp_path):
+    """If it fails, people are recorded without their knowing."""
+    with site(record=tmp_path) as here, visit(browser, here.url) as page:
+        page.state("ready")
+        assert "keeps a recording" in page.text("#notice")
+        page.page.click("#main")
+        page.state("talking")
+        assert "keeps a recording" in page.text("#log")
+
+
+COUNTED = """
+const send = WebSocket.prototype.send;
+Object.defineProperty(window, "sent", { value: { bytes: 0 } });
+WebSocket.prototype.send = function (message) {
+  window.sent.bytes += message.byteLength;
+  return send.call(this, message);
+};
+"""
+
+
+def test_a_server_that_stands_still(browser):
+    """If it fails, a server that is suspended for some seconds is a page that shows a growing delay, sends on, and is
+    thrown out when the server goes on."""
+    with site() as here, visit(browser, here.url, script=COUNTED) as page:
+        page.state("ready")
+        page.page.click("#main")
+        page.state("talking")
+        page.until("document.querySelector('#elapsed').textContent >= '0:02'")
+        go_on = here.held_up()
+        try:
+            page.until("document.querySelector('#notice').textContent.includes('Nothing comes')")
+            assert page.text("#delay") == "–"
+            page.page.wait_for_timeout(500)
+            sent = page.page.evaluate("window.sent.bytes")
+            page.page.wait_for_timeout(4000)
+            assert page.page.evaluate("window.sent.bytes") == sent  # nothing that would only be heard too late
+        finally:
+            go_on.set()
+        page.until("document.querySelector('#notice').textContent.includes('catching up')")
+        page.until("parseInt(document.querySelector('#delay').textContent) < 1500", 20)
+        page.page.wait_for_timeout(2000)
+        assert page.state("talking") == "talking" and page.complaints == []
+        assert "does not keep up" not in page.text("#notice")

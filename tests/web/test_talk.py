@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app.web.talk import Talk
+from moshi_mlx_app.web.talk import Limits, Talk
 from moshi_mlx_app.web.wire import Pcm
 
 from moshi_mlx.realtime import conversation
@@ -257,7 +260,7 @@ def test_an_engine_that_fails_ends_its_own_conversation(monkeypatch):
     async def run() -> None:
         async with serving(good) as served, served.client() as client:
             await client.begun()
-            served.server.model = broken
+            served.server.engine.model = broken
             async with served.client() as other:
                 await other.begun()
                 for _ in range(4):
@@ -286,3 +289,92 @@ def test_the_end_of_the_server_is_told(monkeypatch):
                 await asyncio.wait_for(stopping, SOON)
 
     asyncio.run(run())
+
+
+def test_a_server_that_stood_still_blames_nobody(monkeypatch):
+    """If it fails, a machine that was held up for some seconds ends every conversation ("sound came faster than time
+    passes", "the client does not read"), or answers what was said long ago."""
+    install(monkeypatch)
+    limits = replace(Limits(), ahead=1.0, gone=1.0, bytes=48_000.0, messages=15.0)
+
+    async def run() -> None:
+        async with serving(limits=limits) as served, served.client("audio=pcm&events=1") as client:
+            await client.begun()
+            await client.say(tone(0))
+            for _ in range(2):
+                await asyncio.sleep(0.3)
+                time.sleep(3.0)  # server and all
+                for index in range(36):  # what was said meanwhile
+                    await client.socket.send_bytes(b"\x10" + tone(index).tobytes())
+                # The last of it is answered soon; most was left out, and counted.
+                got = 0
+                while (await client.heard() != tone(35)).any():
+                    got += 1
+                assert got < 12
+            stats = json.loads(await client.until(0x11, "stats"))
+            assert stats["dropped_samples"] > 1.5 * RATE
+            with contextlib.suppress(ConnectionError):
+                for _ in range(40):  # the allowance is for once
+                    await client.socket.send_bytes(b"\x10" + tone(1).tobytes())
+            error, code = await client.end()
+            assert "faster than time" in error and code == 1008
+
+    asyncio.run(run())
+
+
+def test_conversations_are_recorded(monkeypatch, tmp_path):
+    """If it fails, --record keeps nothing, mixes two people up, or does so without their knowing."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(record=tmp_path / "talks") as served:
+            assert (await served.info())["recorded"] is True
+            async with served.client() as one, served.client() as other:
+                assert (await one.begun())["recorded"] is True
+                await other.begun()
+                for index in range(5):
+                    await one.say(tone(index))
+                    await other.say(tone(index + 10))
+            await served.until_free(2)
+        async with serving() as served, served.client() as client:
+            assert (await client.begun())["recorded"] is False and (await served.info())["recorded"] is False
+
+    asyncio.run(run())
+    told = [json.loads(line) for line in (tmp_path / "talks" / "recordings.jsonl").read_text().splitlines()]
+    wavs = sorted((tmp_path / "talks").glob("*.wav"))
+    assert len(wavs) == 2 and sorted(each["path"] for each in told) == [wav.name for wav in wavs]
+    first = {}
+    for wav in wavs:
+        both, rate = soundfile.read(wav, dtype="int16")
+        assert rate == RATE and len(both) == 5 * FRAME and wav.with_suffix(".json").exists()
+        np.testing.assert_array_equal(both[:, 0], both[:, 1])  # the parrot says what it hears
+        first[int(both[100, 0])] = wav
+    assert set(first) == {int(tone(0)[100]), int(tone(10)[100])}
+
+
+def test_a_recording_that_cannot_begin(monkeypatch, tmp_path):
+    """If it fails, a folder that went away ends in a fault for the visitor, or its path is told to strangers."""
+    install(monkeypatch)
+    (tmp_path / "talks").write_text("a file")
+    told: list[str] = []
+
+    async def run() -> None:
+        async with serving(record=tmp_path / "talks", on_fault=told.append) as served, served.client() as client:
+            assert await client.end() == ("this conversation cannot be recorded", 1011)
+            await served.until_free(2)
+
+    asyncio.run(run())
+    assert len(told) == 1 and str(tmp_path / "talks") in told[0]
+
+
+def test_kv_bits_reach_the_generator(monkeypatch):
+    """If it fails, --kv-bits does nothing in the browser."""
+    made: list[dict[str, Any]] = []
+    install(monkeypatch, made)
+
+    async def run() -> None:
+        async with serving(kv_bits=8) as served, served.client() as client:
+            await client.begun()
+
+    asyncio.run(run())
+    assert made[0]["kv_bits"] == 8

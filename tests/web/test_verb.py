@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import io
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from cryptography import x509
 from moshi_mlx_app import fetching
 from moshi_mlx_app.cli import main
 from moshi_mlx_app.web import certificates
+from moshi_mlx_app.web.links import links, qr_svg, qr_text
 
 from moshi_mlx.errors import ConfigError
 from tests.helpers.parrot import Parrot
@@ -30,16 +32,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @contextlib.contextmanager
-def program(*arguments: str, state: Path) -> Iterator[subprocess.Popen[str]]:
+def program(*arguments: str, state: Path, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """The program with the parrot; its state and caches in a folder of the test's. It does not outlive the ``with``."""
     environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state), "XDG_CACHE_HOME": str(state)}
+    environment.update(PYTHONUTF8="1", TERM="xterm", COLUMNS="100")
     environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, ROOT / "app", ROOT / "quantize"))
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.parrot", "web", "--port", "0", "--no-browser", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
     try:
@@ -92,6 +95,9 @@ def test_elsewhere_there_is_a_token_and_with_tls_a_certificate(tmp_path):
 
     with program("--places", "1", "--host", "0.0.0.0", "--tls", state=tmp_path) as process:
         link = printed(process, r"https://[^/]+:\d+/\?token=[\w-]{32}")
+        if "//localhost:" not in link:  # a machine with a network
+            here = printed(process, r"https://localhost:\d+/\?token=[\w-]{32}")
+            assert here.partition("?")[2] == link.partition("?")[2]
         made = next(tmp_path.rglob("certificate.pem"))
         assert made.stat().st_mode & 0o777 == 0o600
         trusted = ssl.create_default_context(cafile=str(made))
@@ -112,6 +118,9 @@ def test_elsewhere_there_is_a_token_and_with_tls_a_certificate(tmp_path):
         (["--places", "0"], "--places"),
         (["--port", "70000"], "--port"),
         (["--places", "1", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--places", "1", "--host", "192.0.2.1"], "--host takes a name or an address of this machine"),
+        (["--record", __file__], "name a folder"),
+        (["--kv-bits", "7"], "--kv-bits"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments, said):
@@ -133,7 +142,41 @@ def test_a_port_in_use_is_named(monkeypatch, capsys):
             assert await asyncio.to_thread(main, arguments) == 1
             return port
 
-    assert f"cannot listen on 127.0.0.1 port {asyncio.run(run())}: " in capsys.readouterr().err
+    port = asyncio.run(run())
+    told = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port}: " in told and told.rstrip().endswith("--port N takes another")
+
+
+def test_links_with_their_keys_and_a_code():
+    """If it fails, the printed link leads this computer or a phone to a page without its key."""
+    assert links("http", "localhost", 8998, "") == ["http://localhost:8998/"]
+    assert links("https", "192.168.1.5", 1, "key") == ["https://192.168.1.5:1/?token=key"]
+    assert links("https", "::1", 1, "") == ["https://[::1]:1/"]
+    far, *near = links("https", "0.0.0.0", 8998, "key")
+    assert far.endswith(":8998/?token=key") and near in ([], ["https://localhost:8998/?token=key"])
+    assert qr_svg(far).startswith(b"<svg") and b"#fff" in qr_svg(far)
+
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+    drawn = qr_text("https://192.168.178.123:8998/?token=" + 32 * "a", Terminal()).splitlines()
+    assert len(drawn) <= 22 and len({len(line) for line in drawn}) == 1 and len(drawn[0]) < 72
+    Terminal.encoding = "ascii"
+    assert qr_text(far, Terminal()) == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_a_code_for_the_phone_on_a_terminal(tmp_path):
+    """If it fails, a link of 70 letters has to be typed into a phone."""
+    near, far = os.openpty()
+    with program("--places", "1", "--host", "0.0.0.0", state=tmp_path, stderr=far) as process:
+        os.close(far)
+        printed(process, r"http://[^/]+:\d+/\?token=[\w-]{32}")
+        told = b""
+        while b"Ctrl-C" not in told:
+            told += os.read(near, 65536)
+    os.close(near)
+    assert "▀" in told.decode() and told.count(b"\x1b[38;5;231;48;5;16m") > 15 and b"--tls" in told
 
 
 def test_own_certificate(tmp_path, monkeypatch):

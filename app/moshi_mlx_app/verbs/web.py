@@ -11,11 +11,19 @@ import signal
 import sys
 import threading
 import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moshi_mlx.printable import printable
-from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
-from moshi_mlx_app.terminal import Loading, say, warn
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.outputs import check_folder
+from moshi_mlx_app.terminal import Loading, is_terminal, say, warn
 from moshi_mlx_app.verbs.file import UNTRAINED
 
 if TYPE_CHECKING:
@@ -28,7 +36,8 @@ EXAMPLES = """\
 examples:
   moshi-mlx-local web                                opens the page
   moshi-mlx-local web --no-browser --port 9000       only serves it
-  moshi-mlx-local web --host 0.0.0.0 --tls           for a phone: prints a link with a token
+  moshi-mlx-local web --host 0.0.0.0 --tls           for a phone: prints a link with a token, and its QR code
+  moshi-mlx-local web --record talks                 keeps every conversation: talks/*.wav, *.json
 
 The browser gives a page the microphone on this machine, or over TLS. With --tls
 a certificate is made once and kept; the browser asks whether to trust it.
@@ -57,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls", action="store_true", help="encrypt, with a certificate made here")
     group.add_argument("--cert", metavar="FILE", help="encrypt with this certificate (PEM, with its chain)")
     group.add_argument("--key", metavar="FILE", help="and this key")
+    group.add_argument("--record", metavar="DIR", help="record every conversation into this folder; the page says so")
     group.add_argument("--quiet", action="store_true", help="do not say who comes and goes")
     add_generation_options(parser)
+    add_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
     from moshi_mlx.model import generation_defaults
     from moshi_mlx_app.fetching import load_model
     from moshi_mlx_app.web import certificates
+    from moshi_mlx_app.web.engine import Engine
     from moshi_mlx_app.web.guard import Guard
     from moshi_mlx_app.web.line import Line
-    from moshi_mlx_app.web.names import ANYWHERE, is_loopback, reachable
+    from moshi_mlx_app.web.links import links, qr_text
+    from moshi_mlx_app.web.names import is_loopback
     from moshi_mlx_app.web.server import Server, serve
     from moshi_mlx_app.web.wire import opus_missing
 
@@ -81,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
         tls = certificates.given(args.cert, args.key)
     elif args.tls:
         tls, fingerprint = certificates.own(args.host)
+    record = None if args.record is None else Path(args.record)
+    if record is not None:
+        check_folder(record, "--record")
     model = load_model(args, shown=not args.quiet)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
@@ -95,23 +111,30 @@ def run(args: argparse.Namespace) -> int:
     if fingerprint:
         warn(f"the browser will ask whether to trust a certificate made here; its SHA-256 is {fingerprint}", "notice")
     server = Server(
-        model,
+        Engine(model, args.kv_bits, record),
         Guard(args.host, token),
         Line(places),
         generation_from(args, generation_defaults(model.config)),
         seed=args.seed,
         on_talk=_silent if args.quiet else _tell,
+        on_fault=lambda text: warn(text, "fault"),
     )
 
     def ready(port: int) -> None:
-        scheme, rest = "http" if tls is None else "https", f":{port}/" + (f"?token={token}" if token else "")
-        say(f"{scheme}://{reachable(args.host)}{rest}")
+        found = links("http" if tls is None else "https", args.host, port, token)
+        for link in found:
+            say(link)
+        if token:
+            server.link = found[0]
         if not args.quiet:
+            if len(found) > 1:
+                _tell("the first link is for other devices in this network, the second for this computer")
+            if token and is_terminal(sys.stderr):
+                print(qr_text(found[0], sys.stderr), file=sys.stderr, end="", flush=True)
             _tell(f"{places} can talk at once; Ctrl-C ends it")
         if not args.no_browser and _has_screen():
-            here = "localhost" if args.host in ANYWHERE else reachable(args.host)
             # In a thread: some browsers come back only when they are closed.
-            threading.Thread(target=webbrowser.open, args=(f"{scheme}://{here}{rest}",), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(found[-1],), daemon=True).start()
 
     stopped = asyncio.run(serve(server, args.host, int(args.port), tls=tls, ready=ready))
     return 130 if stopped == signal.SIGINT else 0

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import os
 import ssl
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,22 @@ def given(certificate: str, key: str | None) -> ssl.SSLContext:
     Raises
     ------
     ConfigError
-        If they are damaged or do not belong together.
+        If they are damaged or do not belong together, or the key has a password.
     OSError
         If they cannot be read.
     """
     for path in (certificate, key):
         if path is not None:
             open(path, "rb").close()  # ssl's own complaint names no file
+
+    def locked() -> str:
+        raise ConfigError(
+            f"the key in {key or certificate} has a password: give one without, as openssl pkey writes it"
+        )
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, locked)  # without the last, ssl asks on the terminal
     except ssl.SSLError as error:
         raise ConfigError(
             f"{certificate}{f' and {key}' if key else ''} cannot be used: {error.reason or error}. Both are PEM files, "
@@ -73,35 +80,36 @@ def own(host: str, folder: Path | None = None) -> tuple[ssl.SSLContext, str]:
     folder = _state_folder() if folder is None else folder
     path = folder / "certificate.pem"
     names = own_names(host)
-    certificate = _read(path)
-    if certificate is None or not _good(certificate, names):
+    kept = _kept(path, names)
+    if kept is None:
         _make(path, names)
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        kept = given(str(path), None), x509.load_pem_x509_certificate(path.read_bytes())
+    context, certificate = kept
     fingerprint = ":".join(f"{byte:02X}" for byte in certificate.fingerprint(hashes.SHA256()))
-    return given(str(path), None), fingerprint
+    return context, fingerprint
 
 
-def _read(path: Path) -> Any:
+def _kept(path: Path, names: list[str]) -> tuple[ssl.SSLContext, Any] | None:
+    """What is there, if nobody else could read the key, both belong together, and it is valid, for these names."""
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_mode & 0o077 or about.st_uid != os.geteuid():
+            return None
         content = path.read_bytes()
-        load_pem_private_key(content, None)
-        return x509.load_pem_x509_certificate(content)
-    except (OSError, ValueError):
+        key, certificate = load_pem_private_key(content, None), x509.load_pem_x509_certificate(content)
+        there = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        now = datetime.datetime.now(datetime.timezone.utc)
+        good = (
+            key.public_key() == certificate.public_key()
+            and certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc - _RENEW_BEFORE
+            and set(names) <= {str(entry.value) for entry in there}
+        )
+        return (given(str(path), None), certificate) if good else None
+    except Exception:  # cryptography and ssl have many for what is damaged: another is made then
         return None
-
-
-def _good(certificate: Any, names: list[str]) -> bool:
-    """Whether it lasts and has all these names."""
-    from cryptography import x509
-
-    until = certificate.not_valid_after_utc
-    if until - datetime.datetime.now(datetime.timezone.utc) < _RENEW_BEFORE:
-        return False
-    there = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return set(names) <= {str(entry.value) for entry in there}
 
 
 def _make(path: Path, names: list[str]) -> None:
@@ -133,11 +141,16 @@ def _make(path: Path, names: list[str]) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + certificate.public_bytes(serialization.Encoding.PEM)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: move it away, the certificate of this server is kept under that name")
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _name(name: str) -> Any:

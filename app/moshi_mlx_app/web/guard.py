@@ -12,9 +12,10 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import math
+import re
 import time
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -25,6 +26,9 @@ from .names import is_loopback, own_names
 __all__ = ["Bucket", "Guard"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# A name or IPv4 address, or an IPv6 address in brackets; and a port. Nothing else may reach the policy below.
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9._-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 
 _HEADERS = {
     # Scripts, styles, worklets and the socket come from here alone, and nothing is written into the page as code. The
@@ -78,11 +82,12 @@ class Guard:
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """For ``on_response_prepare``: every response has them, errors as well."""
-        host = request.headers.get("Host", "")
-        known = not self._host_complaint(host)
-        socket_source = f" ws://{host} wss://{host}" if known else ""
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value.replace("{socket}", socket_source))
+        response.headers.update(self.headers(request.headers.get("Host", "")))
+
+    def headers(self, host: str) -> dict[str, str]:
+        """The headers of a response to who asked for ``host``."""
+        socket_source = "" if self._host_complaint(host) else f" ws://{host} wss://{host}"
+        return {name: value.replace("{socket}", socket_source) for name, value in _HEADERS.items()}
 
     def complaint(self, request: web.Request) -> str:
         """Why this request is turned away; empty if it is not."""
@@ -102,10 +107,8 @@ class Guard:
         return ""
 
     def _host_complaint(self, host: str) -> str:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            name = ""
+        found = _HOST.fullmatch(host)
+        name = (found[1] or found[2]).lower() if found else ""
         complaint = f"this server does not go by the name {host[:100]!r}"
         try:
             address = ipaddress.ip_address(name)
@@ -148,9 +151,15 @@ class Bucket:
     def take(self, amount: float) -> bool:
         """Pour ``amount`` in; False if it would flow over."""
         now = self._clock()
-        self._level = max(0.0, self._level - (now - self._then) * self._rate)
+        left = (now - self._then) * self._rate
+        self._level = math.copysign(max(abs(self._level) - left, 0.0), self._level)
         self._then = now
         if self._level + amount > self._size:
             return False
         self._level += amount
         return True
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody took anything out for so long: as much more may come at once, soon."""
+        self.take(0.0)
+        self._level -= seconds * self._rate

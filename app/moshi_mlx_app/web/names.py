@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-__all__ = ["ANYWHERE", "is_loopback", "own_names", "reachable"]
+__all__ = ["ANYWHERE", "household", "is_loopback", "own_names", "reachable"]
 
 ANYWHERE = ("", "0.0.0.0", "::")
 """Listening there is listening on every address that the machine has."""
@@ -36,6 +36,17 @@ def own_names(host: str) -> list[str]:
         names += [here, here.partition(".")[0], f"{here.partition('.')[0]}.local"]
     names.append(_address() if host in ANYWHERE else host.lower())
     return [name for name in dict.fromkeys(names) if name.isascii() and 0 < len(name) <= 253]
+
+
+def household(address: str) -> str:
+    """What counts as one client: an IPv4 address, or the network of 64 bits that an IPv6 client has for itself."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def _address() -> str:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import gc
+import logging
 import mimetypes
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from moshi_mlx.errors import ConfigError
 from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.model import Moshi
 from moshi_mlx_app.version import program
 
+from .door import Door, Handler
+from .engine import Engine
+from .faults import Faults, named
 from .guard import Guard
 from .line import Line
+from .links import qr_svg
 from .settings import BadQuery, Settings, read_settings
 from .talk import End, Limits, Talk
 from .wire import opus_missing
 
 __all__ = ["STATIC", "Server", "listening", "serve"]
 
-_CONNECTIONS = 200
 STATIC = Path(__file__).resolve().parent / "static"
 _TYPES = {
     ".js": "text/javascript",
@@ -45,7 +48,7 @@ class Server:
 
     Attributes
     ----------
-    model : Moshi
+    engine : Engine
     guard : Guard
     line : Line
     generation : GenerationConfig
@@ -55,47 +58,38 @@ class Server:
     limits : Limits
     static : Path
         The page's folder.
-    on_talk : callable, optional
-        Told a sentence when a conversation begins or ends.
+    link : str
+        Where another device of the network finds the page, key and all; empty if it cannot.
+    on_talk, on_fault : callable, optional
+        Told a sentence when a conversation begins or ends, and when something goes wrong in the server.
     """
 
-    model: Moshi
+    engine: Engine
     guard: Guard
     line: Line
     generation: GenerationConfig
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
     static: Path = STATIC
+    link: str = ""
     on_talk: Callable[[str], None] = lambda text: None
+    on_fault: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.talks: set[Talk] = set()
+        self.faults = Faults(self.on_fault)
 
     def app(self) -> web.Application:
         """The application that answers requests."""
         app = web.Application(middlewares=[self.guard.middleware], client_max_size=1024)
         app.on_response_prepare.append(self.guard.add_headers)
+        app.on_response_prepare.append(_answered)
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/api/info", self._info)
+        app.router.add_get("/api/link.svg", self._link)
         app.router.add_get("/{name:.*}", self._file)
         app.on_shutdown.append(self._stop)
         return app
-
-    def door(self, runner: web.AppRunner) -> Callable[[], asyncio.Protocol]:
-        """Makes what answers on a new connection. Beyond :data:`_CONNECTIONS` of them the oldest that is no talk has to
-        go: nobody can take all by opening many and saying nothing."""
-        server = runner.server
-        assert server is not None
-
-        def open_one() -> asyncio.Protocol:
-            if len(server.connections) >= _CONNECTIONS:
-                talking = {talk.protocol for talk in self.talks}
-                idle = next((each for each in server.connections if each not in talking), None)
-                if idle is not None:
-                    idle.force_close()
-            return server()
-
-        return open_one
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         # No compression: a message unpacks to no more than it weighs. Pongs are read by the talk.
@@ -110,32 +104,41 @@ class Server:
         except BadQuery as error:
             settings = error
         await socket.prepare(request)
-        talk = Talk(socket, request, self.model, self.line, settings, self.limits)
+        talk = Talk(socket, request, self.engine, self.line, settings, self.limits, self.faults.say)
         self.talks.add(talk)
         try:
             self.on_talk(f"{request.remote} came")
             end = await talk.run()
-            self.on_talk(f"{request.remote} ended: {end.reason}")
+            kept = "".join(f"; recorded: {path}" for path in talk.recorded)
+            self.on_talk(f"{request.remote} ended: {end.reason}{kept}")
         finally:
             self.talks.discard(talk)
         return socket
 
     async def _info(self, request: web.Request) -> web.Response:
-        defaults = read_settings({}, self.generation, self.seed)
+        defaults, model = read_settings({}, self.generation, self.seed), self.engine.model
         return web.json_response(
             {
-                "model": self.model.name,
-                "trained": self.model.trained,
+                "model": model.name,
+                "trained": model.trained,
                 "version": program(),
-                "sample_rate": self.model.sample_rate,
-                "frame_samples": self.model.frame_size,
+                "sample_rate": model.sample_rate,
+                "frame_samples": model.frame_size,
                 "opus": not opus_missing(),
                 "places": self.line.places,
                 "free": max(self.line.free, 0),
                 "waiting": self.line.waiting,
+                "recorded": self.engine.record is not None,
+                "link": self.link,
                 "sampling": defaults.sampling(),
             }
         )
+
+    async def _link(self, request: web.Request) -> web.Response:
+        """The link as a QR code; like it, only for who has the key already."""
+        if not self.link:
+            return web.Response(status=404, text="others cannot reach this server\n")
+        return web.Response(body=qr_svg(self.link), content_type="image/svg+xml")
 
     async def _file(self, request: web.Request) -> web.Response:
         # Looked up among the names of what is there, never joined to a path: there is no way out of the folder.
@@ -157,6 +160,11 @@ class Server:
             await asyncio.sleep(0.05)
 
 
+async def _answered(request: web.Request, response: web.StreamResponse) -> None:
+    if isinstance(request.protocol, Handler):
+        request.protocol.answered = True
+
+
 def _servable(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and not path.name.startswith(".")
 
@@ -170,29 +178,30 @@ async def listening(server: Server, host: str, port: int, tls: ssl.SSLContext | 
     ConfigError
         If it cannot listen there.
     """
-    runner = web.AppRunner(
-        server.app(), access_log=None, shutdown_timeout=1.0, keepalive_timeout=15.0, handle_signals=False
-    )
+    runner = web.AppRunner(server.app(), shutdown_timeout=1.0, handle_signals=False)
     await runner.setup()
-    door = None
+    web_server, faults = runner.server, server.faults
+    assert web_server is not None
+    loop, loggers = asyncio.get_running_loop(), [logging.getLogger(name) for name in ("aiohttp", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(faults)
+    loop.set_exception_handler(lambda _, context: _loop_fault(faults, context))
+    door = Door(lambda: Handler(web_server, server.guard, faults), tls, faults)
     try:
-        loop = asyncio.get_running_loop()
-        make = server.door(runner)
-        try:
-            try:
-                door = await loop.create_server(make, host or None, port, ssl=tls, backlog=128)
-            except OSError as error:
-                # Containers often know localhost as ::1 as well, and have no IPv6.
-                if host != "localhost" or error.errno != errno.EADDRNOTAVAIL:
-                    raise
-                door = await loop.create_server(make, "127.0.0.1", port, ssl=tls, backlog=128)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-        yield door.sockets[0].getsockname()[1]
+        yield await door.open(host, port)
     finally:
-        if door is not None:
-            door.close()
+        await door.shut()
         await runner.cleanup()
+        await door.clear()
+        loop.set_exception_handler(None)
+        for logger in loggers:
+            logger.removeHandler(faults)
+
+
+def _loop_fault(faults: Faults, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    if not isinstance(error, ConnectionError):  # clients break off as they like
+        faults.say(f"{context['message']}{'' if error is None else f': {named(error)}'}")
 
 
 async def serve(
@@ -222,5 +231,8 @@ async def serve(
     async with listening(server, host, port, tls) as port:
         for number in numbers:
             loop.add_signal_handler(number, stop, number)
+        # What is there stays: looking through all of it again and again would hold every conversation up.
+        gc.collect()
+        gc.freeze()
         ready(port)
         return await stopped

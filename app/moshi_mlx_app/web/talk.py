@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,22 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from numpy.typing import NDArray
 
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.model import Moshi, SessionFrame
+from moshi_mlx.model import SessionFrame
 from moshi_mlx.realtime import Conversation
 from moshi_mlx_app.version import program
 
+from .door import Handler
+from .engine import Engine, Running
 from .guard import Bucket
 from .line import Full, Line
+from .names import household
 from .settings import BadQuery, Settings
 from .wire import Control, Kind, Opus, Pcm, ProtocolError, Sound, message, opus_missing, read_json
 
 __all__ = ["End", "Limits", "Talk"]
 
 _TICK = 0.2  # seconds
+_STOOD_STILL = 1.0  # seconds without a tick: then this program was held up
 _LAST_WORDS = 0.5  # seconds for the reason and the closing, each
 
 
@@ -52,8 +57,12 @@ class Limits:
         Seconds of sound that may wait for a slow reader.
     quiet : float
         Seconds without a sign of life after which the place can be given to another, if one waits.
+    sound : float
+        Seconds without sound, for one who talks: the same.
+    person : float
+        Seconds without any message, for one who waits, after which others go first.
     gone : float
-        The same, after which it ends anyway; also for a reader that is so far behind.
+        Seconds without a sign of life after which it ends anyway; also for a reader that is so far behind.
     """
 
     message: int = 1 << 17
@@ -62,6 +71,8 @@ class Limits:
     ahead: float = 6.0
     unsent: float = 3.0
     quiet: float = 0.8
+    sound: float = 5.0
+    person: float = 10.0
     gone: float = 6.0
 
 
@@ -81,39 +92,47 @@ class Talk:
     ----------
     socket : aiohttp.web.WebSocketResponse
         Prepared, for ``request``.
-    model : Moshi
+    engine : Engine
     line : Line
     settings : Settings or BadQuery
     limits : Limits
+    on_notice : callable
+        Told what the owner of the server should know.
     """
 
     def __init__(
         self,
         socket: web.WebSocketResponse,
         request: web.Request,
-        model: Moshi,
+        engine: Engine,
         line: Line,
         settings: Settings | BadQuery,
         limits: Limits,
+        on_notice: Callable[[str], object],
     ):
         self._socket, self._transport, self._limits = socket, request.transport, limits
-        self.protocol = request.protocol
-        self._model, self._line, self._settings = model, line, settings
+        self._handler, self._who = request.protocol, household(request.remote or "")
+        self._engine, self._model, self._line, self._settings = engine, engine.model, line, settings
+        self._on_notice = on_notice
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[End] = self._loop.create_future()
         self._conversation: Conversation | None = None
+        self._running: Running | None = None
+        self.recorded: list[Path] = []
         self._sound: Sound = Pcm()
         self._out: deque[bytes | int] = deque()  # messages, and numbers of the WebSocket's own pings
         self._out_news = asyncio.Event()
         self._unsent = 0
-        self._frame_seconds = model.frame_size / model.sample_rate
+        self._frame_seconds = self._model.frame_size / self._model.sample_rate
         self._messages = Bucket(limits.messages, 4 * limits.messages)
         self._bytes = Bucket(limits.bytes, 4 * limits.bytes)
         self._seconds = Bucket(1.02, limits.ahead)
-        self._quiet_ticks = 0
+        # Ticks since there was a sign of life, a message, sound. Counted, not measured: if this program stood still,
+        # that was not the client's silence.
+        self._quiet = self._wordless = self._soundless = 0
         self._pings: deque[tuple[int, float]] = deque()  # those that are not answered yet, and when they were sent
         self._pinged = 0
-        self._began = self._sent = time.monotonic()
+        self._began = self._sent = self._ticked = time.monotonic()
 
     # -------------------------------------------------------------------------------------------- from outside
 
@@ -167,10 +186,11 @@ class Talk:
         if self._over.done() or isinstance(settings, BadQuery):
             return
         try:
-            ticket = self._line.join(self._is_quiet, self._dismiss)
+            ticket = self._line.join(self._who, self._is_gone, self._dismiss)
         except Full as error:
             self.end(End(WSCloseCode.TRY_AGAIN_LATER, f"busy: {error}"))
             return
+        self._keep_open(True)
         try:
             while ticket.place:
                 if settings.events:
@@ -181,23 +201,36 @@ class Talk:
             await self._with_engine(settings)
         except MoshiError as error:
             self.end(End(WSCloseCode.INTERNAL_ERROR, str(error)))
+        except OSError as error:  # the path is the owner's affair
+            self._on_notice(f"nothing can be recorded in {error.filename}: {error.strerror}")
+            self.end(End(WSCloseCode.INTERNAL_ERROR, "this conversation cannot be recorded"))
         finally:
             self._line.leave(ticket)
+            self._keep_open(False)
+
+    def _keep_open(self, on: bool) -> None:
+        """Whether the connection may not be closed to make room for others."""
+        if isinstance(self._handler, Handler):
+            self._handler.talking = on
 
     async def _with_engine(self, settings: Settings) -> None:
         """Begin to talk; returns only when this task is cancelled and everything has been given back."""
-        conversation = Conversation(self._model, seed=settings.seed, generation=settings.generation, tap=self._tap)
-        starting = asyncio.ensure_future(asyncio.to_thread(conversation.start))
+        starting = asyncio.ensure_future(asyncio.to_thread(self._engine.begin, settings, self._tap))
         try:
-            await asyncio.shield(starting)
-            self._begin(conversation, settings)
+            self._running = await asyncio.shield(starting)
+            self._begin(self._running.conversation, settings)
             await asyncio.Future()
         finally:
             self._conversation = None
             await asyncio.wait([starting])  # what is half started cannot be stopped
-            await asyncio.to_thread(conversation.stop)
+            if not starting.cancelled() and starting.exception() is None:
+                running = starting.result()
+                await asyncio.to_thread(running.stop)
+                self._notices()
+                self.recorded = [] if running.recorder is None else running.recorder.files
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
+        transcript = self._engine.transcript(settings)
         self._post(message(Kind.HANDSHAKE))
         self._post(
             message(
@@ -208,17 +241,21 @@ class Talk:
                     "frame_samples": self._model.frame_size,
                     "audio": self._sound.name,
                     "sampling": settings.sampling(),
+                    "recorded": self._engine.record is not None,
+                    "transcript": {**transcript.head(), "speaker": transcript.speaker},
                     "version": program(),
                 },
             )
         )
         self._began = time.monotonic()
+        self._soundless = 0
         self._conversation = conversation
 
     async def _receive(self) -> None:
         while True:
             received = await self._socket.receive()
-            self._quiet_ticks = 0
+            self._quiet = 0
+            self._make_good(time.monotonic())
             if received.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 self.end(End(WSCloseCode.OK, "the client left", fault=False))
                 return
@@ -243,8 +280,11 @@ class Talk:
         if not data:
             raise ProtocolError("an empty message")
         kind, content = data[0], data[1:]
+        if kind != Kind.PING:
+            self._wordless = 0
         if kind == self._sound.kind:
             samples = self._sound.decode(content)
+            self._soundless = 0 if len(samples) else self._soundless
             if not self._seconds.take(len(samples) / self._model.sample_rate):
                 raise ProtocolError("sound came faster than time passes")
             if self._conversation is not None and len(samples):
@@ -282,9 +322,9 @@ class Talk:
 
     def _event(self, event: dict[str, Any]) -> None:
         what = event.get("type")
-        if what not in ("mute", "unmute", "pause", "resume", "reset"):
+        if what not in ("mute", "unmute", "pause", "resume", "reset", "present"):
             raise ProtocolError(f"unknown event: {str(what)[:40]!r}")
-        if self._conversation is None:
+        if self._conversation is None or what == "present":
             return
         if what in ("mute", "unmute"):
             self._conversation.mute(what == "mute")
@@ -309,10 +349,11 @@ class Talk:
         """Signs of life, figures, and what happened in the conversation."""
         while True:
             await asyncio.sleep(_TICK)
-            # Counted, not measured: if this program stood still, that was not the client's silence.
-            self._quiet_ticks += 1
+            self._quiet, self._wordless, self._soundless = self._quiet + 1, self._wordless + 1, self._soundless + 1
             now = time.monotonic()
-            if self._quiet_ticks * _TICK >= self._limits.gone:
+            self._make_good(now)
+            self._ticked = now
+            if self._quiet * _TICK >= self._limits.gone:
                 self.end(End(WSCloseCode.POLICY_VIOLATION, "nothing was heard of the client any more"))
             if self._pings and now - self._pings[0][1] >= self._limits.gone:
                 self.end(End(WSCloseCode.POLICY_VIOLATION, "the client does not read what it is sent"))
@@ -332,6 +373,23 @@ class Talk:
             if conversation.error is not None:
                 self.end(End(WSCloseCode.INTERNAL_ERROR, str(conversation.error)))
             self._stats(conversation)
+            self._notices()
+
+    def _make_good(self, now: float) -> None:
+        """If this program stood still (suspended, or held up), what came meanwhile came in time, and no answer is late.
+
+        To be called before anything is judged by the clock."""
+        stood = now - self._ticked - _TICK
+        if stood < _STOOD_STILL:
+            return
+        self._ticked = now
+        for bucket in (self._messages, self._bytes, self._seconds):
+            bucket.forgive(stood)
+        self._pings = deque((number, then + stood) for number, then in self._pings)
+
+    def _notices(self) -> None:
+        for notice in [] if self._running is None else self._running.notices():
+            self._on_notice(notice)
 
     def _ponged(self, data: bytes | bytearray) -> None:
         """A ping came back; a client may leave out those before it."""
@@ -406,11 +464,14 @@ class Talk:
             if self._transport is not None:
                 self._transport.abort()
 
-    def _is_quiet(self) -> bool:
-        return self._over.done() or self._quiet_ticks * _TICK >= self._limits.quiet
+    def _is_gone(self) -> bool:
+        """Whether the place may be given to another."""
+        limits, waits = self._limits, self._conversation is None
+        silent = self._wordless * _TICK >= limits.person if waits else self._soundless * _TICK >= limits.sound
+        return self._over.done() or silent or self._quiet * _TICK >= limits.quiet
 
     def _dismiss(self) -> None:
-        self.end(End(WSCloseCode.POLICY_VIOLATION, "nothing was heard of the client, and another was waiting"))
+        self.end(End(WSCloseCode.POLICY_VIOLATION, "nothing was heard of you, and another was waiting"))
 
 
 def _decibels(level: float) -> float:

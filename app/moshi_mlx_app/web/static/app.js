@@ -10,7 +10,7 @@ import { Shape } from "./shape.js";
 import { Sound, SoundError, missing } from "./sound.js";
 import * as states from "./states.js";
 import { Traces } from "./traces.js";
-import { Wire, askInfo } from "./wire.js";
+import { Wire, address, askInfo } from "./wire.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -27,6 +27,9 @@ const page = {
   block: null, // the last figures of the audio thread
   stats: null,
   behind: [], // seconds that were dropped, at the last figures
+  still: false, // whether the server stands still
+  resumed: -Infinity, // when it last went on, ms
+  name: "", // of the files to save
 };
 
 const log = new Log(byId("log"), byId("announcer"));
@@ -57,6 +60,7 @@ function show(state, content = {}) {
   byId("headline").textContent = content.headline ?? "";
   byId("detail").textContent = content.detail ?? "";
   byId("detail").hidden = !content.detail;
+  byId("elsewhere").hidden = state !== "ready" || !page.info?.link;
   list(byId("ideas"), content.ideas ?? []);
   list(byId("steps"), content.steps ?? []);
   byId("main-name").textContent = content.main ?? "End";
@@ -101,10 +105,19 @@ async function load() {
   page.info = info;
   byId("model").textContent = info.model;
   panel.know(info);
+  if (info.link) showLink(info.link);
   const reason = missing();
   if (reason) return fail(reason);
   show("ready", states.ready(info));
   return undefined;
+}
+
+// Where the server can be reached from elsewhere, this computer's page shows the way.
+function showLink(link) {
+  byId("elsewhere-code").src = address("/api/link.svg");
+  byId("elsewhere-how").textContent = states.elsewhere(link);
+  byId("elsewhere-link").textContent = link;
+  byId("elsewhere-link").href = link;
 }
 
 // ------------------------------------------------------------------------------------------------------ conversation
@@ -112,7 +125,7 @@ async function load() {
 async function start() {
   finish();
   forget();
-  show("asking", states.asking);
+  show("asking", states.asking(page.info));
   const { sample_rate: rate, frame_samples: frame } = page.info;
   const sound = new Sound(rate, frame, { block, lost: microphoneLost, interrupted });
   page.sound = sound;
@@ -152,7 +165,8 @@ function begin(metadata) {
   page.metadata = metadata;
   page.recording = panel.values.keep ? new Recording(metadata.sample_rate) : null;
   byId("model").textContent = metadata.model;
-  log.hint("Say hello.");
+  page.name = `moshi-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}`;
+  log.hint(metadata.recorded ? `Say hello. ${states.RECORDED}` : "Say hello.");
   traces.reset();
   page.sound.send({ kind: "start" });
   show("talking");
@@ -190,7 +204,7 @@ function end() {
 }
 
 function forget() {
-  Object.assign(page, { recording: null, metadata: null, block: null, stats: null, received: 0, behind: [] });
+  Object.assign(page, { recording: null, metadata: null, block: null, stats: null, received: 0, behind: [], still: false });
   log.clear();
   for (const [id, text] of [["delay", "–"], ["late", "0"], ["dropped", "0 s"], ["elapsed", "0:00"]]) {
     byId(id).textContent = text;
@@ -220,6 +234,7 @@ function block(message) {
   }
   const { user, moshi, userLevel, moshiLevel, talking } = message;
   shape.hear(userLevel, moshiLevel);
+  page.wire?.present();
   if (!talking || page.state !== "talking") return;
   page.wire?.sendSound(user);
   page.recording?.add(moshi, user);
@@ -234,6 +249,16 @@ setInterval(() => {
   if (page.state !== "talking" || !now) return;
   const rate = page.metadata.sample_rate;
   byId("elapsed").textContent = clock(now.captured / rate);
+  if (wire.still) {
+    if (!page.still) notice(states.STANDS_STILL, { bad: true });
+    page.still = true;
+    byId("delay").textContent = "–";
+    return;
+  }
+  if (page.still) {
+    Object.assign(page, { still: false, resumed: performance.now() });
+    notice(states.CATCHING_UP, { seconds: 5 });
+  }
   const lost = (stats?.dropped_samples ?? 0) + wire.unsent;
   if (now.begun) {
     // What is played now answers what was heard this long ago; the hardware's own delay on top.
@@ -242,6 +267,7 @@ setInterval(() => {
   }
   figure("late", (stats?.late_frames ?? 0) + now.underruns, String);
   figure("dropped", (lost + now.dropped) / rate, (seconds) => `${seconds.toFixed(1)} s`);
+  if (performance.now() - page.resumed < 5000) page.behind = []; // what was lost before is no news
   complain(lost / rate);
   if (page.recording?.full) notice("The recording is as long as it can be: what follows is not kept.");
 }, 250);
@@ -252,7 +278,7 @@ function complain(lost) {
   if (page.behind.length > 40) page.behind.shift();
   if (lost - page.behind[0] < 2) return;
   page.behind = [];
-  notice("The computer that runs Moshi does not keep up, so Moshi misses some of what you say.", { bad: true, seconds: 9 });
+  notice(states.BEHIND, { bad: true, seconds: 9 });
 }
 
 function figure(id, value, write) {
@@ -355,12 +381,12 @@ addEventListener("keydown", (press) => {
   }
 });
 
-const name = () => `moshi-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}`;
-byId("save-sound").addEventListener("click", () => save(page.recording.wav(), `${name()}.wav`));
-byId("save-text").addEventListener("click", () => save(new Blob([log.words.text()]), `${name()}.txt`));
+byId("save-sound").addEventListener("click", () => save(page.recording.wav(), `${page.name}.wav`));
+byId("save-text").addEventListener("click", () => save(new Blob([log.words.text()]), `${page.name}.txt`));
 byId("save-json").addEventListener("click", () => {
   const seconds = page.block.captured / page.metadata.sample_rate;
-  save(new Blob([log.words.json(page.metadata, seconds)], { type: "application/json" }), `${name()}.json`);
+  const json = log.words.json(page.metadata.transcript, `${page.name}.wav`, seconds, page.state === "ended");
+  save(new Blob([json], { type: "application/json" }), `${page.name}.json`);
 });
 
 addEventListener("pagehide", () => finish());

@@ -114,20 +114,19 @@ export class Words {
     return lines.map((line) => line.text).join("\n") + "\n";
   }
 
-  // "words" as `moshi-mlx-local file` writes them; "alignments" as moshi-finetune reads them beside the wav.
-  json(metadata, duration) {
-    const words = this.timed();
+  // The JSON beside the wav `file`, in the form that every recording of this program has (docs/recordings.md). Its
+  // beginning comes from the server.
+  json({ speaker, ...transcript }, file, duration, complete) {
+    const words = this.timed().map((word) => ({ ...word, speaker }));
+    const label = { moshi: "SPEAKER_MAIN", user: "SPEAKER_OTHER" }[speaker];
     const value = {
-      version: 1,
-      program: metadata.version,
-      model: metadata.model,
-      sample_rate: metadata.sample_rate,
+      ...transcript,
+      complete,
+      answer: { ...transcript.answer, file },
       duration: round(duration),
-      channels: ["moshi", "user"],
-      generation: metadata.sampling,
       text: this.words.map((word) => word.text).join(" "),
       words,
-      alignments: words.map((word) => [word.text, [word.start, word.end], "SPEAKER_MAIN"]),
+      alignments: words.map((word) => [word.text, [word.start, word.end], label]),
     };
     return `${JSON.stringify(value, null, 1)}\n`;
   }

@@ -3,6 +3,17 @@
 // Questions that the built-in model was taught; others get what they get.
 const IDEAS = ["What is your name?", "What is the capital of France?", "Tell me a joke.", "What is three plus four?"];
 
+export const RECORDED = "This server keeps a recording of every conversation.";
+export const STANDS_STILL = "Nothing comes from the computer that runs Moshi. What you say meanwhile is left out.";
+export const CATCHING_UP = "Moshi is catching up.";
+export const BEHIND = "The computer that runs Moshi does not keep up, so Moshi misses some of what you say.";
+
+// Beside the QR code of a link for other devices.
+export function elsewhere(link) {
+  const encrypted = link.startsWith("https:");
+  return encrypted ? "On a phone: scan this, or open" : "Other devices have no microphone for this link before you start Moshi with --tls:";
+}
+
 const ORDER = ["next", "second in line", "third in line", "fourth in line", "fifth in line"];
 
 export function ready(info) {
@@ -15,15 +26,21 @@ export function ready(info) {
       : "It listens while it speaks, so interrupt it whenever you like.",
     ideas: small ? IDEAS : [],
     main: "Start talking",
-    notice: info.trained === false ? "This model has random weights: it makes noise and means nothing." : "",
+    notice: [
+      info.trained === false ? "This model has random weights: it makes noise and means nothing." : "",
+      info.recorded ? RECORDED : "",
+    ].join(" ").trim(),
   };
 }
 
-export const asking = {
-  headline: "May Moshi hear you?",
-  detail: "Your browser asks for the microphone. What it hears goes to this page's own server and nowhere else.",
-  main: "Cancel",
-};
+export function asking(info) {
+  return {
+    headline: "May Moshi hear you?",
+    detail: "Your browser asks for the microphone. What it hears goes to this page's own server and nowhere else.",
+    main: "Cancel",
+    notice: info.recorded ? RECORDED : "",
+  };
+}
 
 export const connecting = { headline: "One moment", detail: "Moshi is getting ready.", main: "Cancel" };
 
@@ -50,7 +67,7 @@ const ERRORS = {
     headline: "The microphone needs another address",
     detail: "Browsers lend it only to pages on this computer itself, or over https.",
     steps: [
-      `On the computer where Moshi runs, open \`http://localhost${PORT()}\`.`,
+      `On the computer where Moshi runs, open \`http://localhost${PORT()}/${location.search}\`.`,
       "For any other device, start it with `moshi-mlx-local web --host 0.0.0.0 --tls` and open the link that it prints.",
     ],
   }),

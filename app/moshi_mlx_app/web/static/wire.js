@@ -10,6 +10,8 @@ const PCM = 0x10;
 const EVENT = 0x11;
 
 const BACKLOG = 96_000; // bytes that may wait to be sent: two seconds; more is dropped, or the delay would grow
+const STILL = 1_000; // ms without any, after which the server stands still: what is sent now would be heard too late
+const PRESENT = 2_000; // ms between two signs that somebody waits
 const PATIENCE = 15_000; // ms without any message (the server sends four a second) until the server counts as gone
 
 // The page's own link carries the token, if there is one; it is passed on.
@@ -17,7 +19,7 @@ export function token() {
   return new URLSearchParams(location.search).get("token");
 }
 
-function address(path, query) {
+export function address(path, query = {}) {
   const own = token();
   const all = new URLSearchParams({ ...query, ...(own ? { token: own } : {}) });
   const text = all.toString();
@@ -27,7 +29,7 @@ function address(path, query) {
 // What is served here: {info}, or {error: "token" | "gone", detail}.
 export async function askInfo() {
   try {
-    const response = await fetch(address("/api/info", {}), { cache: "no-store" });
+    const response = await fetch(address("/api/info"), { cache: "no-store" });
     if (response.status === 403) return { error: "token", detail: (await response.text()).trim() };
     if (!response.ok) return { error: "gone", detail: `The server answered ${response.status}.` };
     return { info: await response.json() };
@@ -45,6 +47,7 @@ export class Wire {
     this.reason = "";
     this.unsent = 0; // samples that were dropped here
     this.done = false;
+    this.told = 0; // when, that somebody waits
     const url = address("/api/chat", { audio: "pcm", events: "1", ...sampling });
     url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
     this.socket = new WebSocket(url);
@@ -63,6 +66,11 @@ export class Wire {
 
   lively() {
     this.last = performance.now();
+  }
+
+  // The server says something several times a second, unless it stands still.
+  get still() {
+    return this.opened && performance.now() - this.last > STILL;
   }
 
   take(message) {
@@ -84,7 +92,7 @@ export class Wire {
   // Int16Array, once the conversation has begun.
   sendSound(samples) {
     if (!this.begun || this.socket.readyState !== WebSocket.OPEN) return;
-    if (this.socket.bufferedAmount > BACKLOG) {
+    if (this.still || this.socket.bufferedAmount > BACKLOG) {
       this.unsent += samples.length;
       return;
     }
@@ -93,6 +101,14 @@ export class Wire {
     // Every machine that runs a browser with AudioWorklet is little-endian, as the protocol is.
     message.set(new Uint8Array(samples.buffer, samples.byteOffset, samples.byteLength), 1);
     this.socket.send(message);
+  }
+
+  // In line a place is kept for somebody who is there.
+  present() {
+    const now = performance.now();
+    if (this.begun || now - this.told < PRESENT) return;
+    this.told = now;
+    this.sendEvent({ type: "present" });
   }
 
   sendEvent(event) {
