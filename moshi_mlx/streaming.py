@@ -47,6 +47,7 @@ __all__ = [
     "describe_state",
     "load_state",
     "put_rows",
+    "read_state",
     "save_state",
     "state_arrays",
     "state_bytes",
@@ -288,6 +289,27 @@ def load_state(path: str | os.PathLike[str], like: State | None = None) -> State
     StateError
         If the file is missing, damaged or not a state, or belongs to another model or batch size.
     """
+    state, _ = read_state(path)
+    if like is None:
+        return state
+    expected, found = ({name for name, _ in _leaves(tree)} for tree in (like, state))
+    for name in sorted(expected - found):
+        raise StateError(f"{path} does not fit this model: {name!r} is missing")
+    for name in sorted(found - expected):
+        raise StateError(f"{path} does not fit this model: {name!r} is not part of its state")
+    fresh = copy_state(like)
+    update_state(fresh, state)
+    return fresh
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
+    """A state written by :func:`save_state`, of MLX arrays, and its metadata.
+
+    Raises
+    ------
+    StateError
+        If the file is missing, damaged or not a state.
+    """
     source = Path(path)
     if not source.is_file():
         raise StateError(f"{source}: no such state file")
@@ -312,16 +334,7 @@ def load_state(path: str | os.PathLike[str], like: State | None = None) -> State
             if not isinstance(node, dict):
                 raise StateError(f"{source} is damaged: {name!r} is a part of an array")
         node[leaf] = arrays[name]
-    if like is None:
-        return state
-    expected = {name for name, _ in _leaves(like)}
-    for name in sorted(expected - arrays.keys()):
-        raise StateError(f"{source} does not fit this model: {name!r} is missing")
-    for name in sorted(arrays.keys() - expected):
-        raise StateError(f"{source} does not fit this model: {name!r} is not part of its state")
-    fresh = copy_state(like)
-    update_state(fresh, state)
-    return fresh
+    return state, {str(key): str(value) for key, value in header.items()}
 
 
 def _digest(arrays: dict[str, mx.array]) -> str:

@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet
-config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- engine <- model <- realtime, loading
 text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -46,8 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     "lean_codec": {"streaming", "layers", "mimi", "threads"},
     "codec": {"errors", "streaming", "mimi", "mimi_weights", "lean_codec"},
     "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
-    "generate": {"errors", "config", "streaming", "delays", "sampling", "lm", "lean"},
-    "model": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "generate": {"errors", "config", "streaming", "layers", "sampling", "lm", "lean"},
+    "engine": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "model": {"errors", "audio", "config", "text", "lm", "codec", "generate", "engine"},
     "loading": {
         "errors",
         "config",
@@ -61,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "codec",
         "model",
     },
-    "realtime": {"errors", "audio", "config", "streaming", "sampling", "text", "codec", "generate", "model"},
+    "realtime": {"errors", "audio", "streaming", "text", "generate", "engine", "model"},
 }
 HEAVY = {"huggingface_hub", "mlx_lm", "rustymimi", "sentencepiece", "sounddevice", "soundfile", "torch", "transformers"}
 
