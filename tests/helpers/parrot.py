@@ -41,15 +41,17 @@ class Parrot:
 
     Attributes
     ----------
-    begun : list of dict
-        What each conversation began with.
-    reader : type, optional
-        Made for each conversation: what its steps say.
+    begun : list of dict, optional
+        Gets what each conversation began with.
+    reader : callable, optional
+        Makes for each conversation what its steps say.
     """
 
     name, description, trained = "parrot", "parrot (says what it hears)", True
     sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
     tokenizer = None
+    begun: list[dict[str, Any]] | None = None
+    reader: Any = None
 
     def __init__(self, seconds: float = 0.0, fails_at: int = -1):
         self.seconds, self.fails_at = seconds, fails_at
@@ -60,15 +62,14 @@ class Parrot:
         self.heard = 0
         self._numbers = itertools.count()
 
-        self.begun: list[dict[str, Any]] = []
-        self.reader: Any = None
         self.engine = FakeEngine(lambda: _Ear(self), lambda: _Mouth(self), self._mind, BOOKS, lambda: self._reader())
 
     def load(self, *_: Any, **__: Any) -> Parrot:
         return self
 
     def _mind(self, **settings: Any) -> _Mind:
-        self.begun.append(settings)
+        if self.begun is not None:
+            self.begun.append(settings)
         return _Mind(self)
 
     def _reader(self) -> Any:
