@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from moshi_mlx_app.echo import WebRtcEcho
+from moshi_mlx_app.audio.echo import WebRtcEcho
 
 from tests.helpers.room import Room, dense, reduction, run
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(prog="python -m benchmarks.echo", description="Echo cancellation in rooms.").parse_args(
         argv
     )
-    path = Path(__file__).resolve().parents[1] / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+    path = Path(__file__).resolve().parents[1] / "moshi_mlx" / "assets" / "questions.wav"
     speech = dense(soundfile.read(path, dtype="float32")[0])
     half = 5 * RATE
     rows = []

@@ -24,7 +24,7 @@ from moshi_mlx.streaming import state_bytes
 
 from .workers import machine
 
-QUESTIONS = Path(__file__).resolve().parents[1] / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = Path(__file__).resolve().parents[1] / "moshi_mlx" / "assets" / "questions.wav"
 
 
 def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:

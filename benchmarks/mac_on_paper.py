@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from moshi_mlx_quantize.recipes import RECIPES, Plan, make_plan, modules_of
+from moshi_mlx_quantize.plan.recipes import RECIPES, Plan, make_plan, modules_of
 
 from benchmarks.workers import graph
 from moshi_mlx.config import LmConfig, ModelConfig

@@ -18,7 +18,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
-from moshi_mlx_app.measure import memory_used, paced, question
+from moshi_mlx_app.models.measure import memory_used, paced, question
 
 import moshi_mlx
 from benchmarks.workers import machine

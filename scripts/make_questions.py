@@ -1,8 +1,9 @@
 """Synthesize the recording of spoken questions that the program ships: ``questions.wav`` and ``questions.json``.
 
 Eight questions that the small model is taught, in eight voices of flite and espeak-ng, none of them the model's own.
-After each one comes silence, long enough for the answer. The texts come from ``moshi_mlx.training.dialogues``, which is
-also where the expected answers in ``questions.json`` are looked up. Needs the commands ``flite`` and ``espeak-ng``.
+After each one comes silence, long enough for the answer. The texts come from ``moshi_mlx_training.speech.dialogues``,
+which is also where the expected answers in ``questions.json`` are looked up. Needs the commands ``flite`` and
+``espeak-ng``.
 
     python scripts/make_questions.py
 """
@@ -22,7 +23,7 @@ import soxr
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "app" / "moshi_mlx_app" / "assets"
+ASSETS = ROOT / "moshi_mlx" / "assets"
 SAMPLE_RATE = 24000
 LEVEL_DB = -23.0  # root mean square of each question, dB below full scale: the level of the training speech
 LEAD_SECONDS = 1.0
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder for the two files")
     folder: Path = parser.parse_args(argv).output
     sys.path.insert(0, str(ROOT))
-    from moshi_mlx.training.dialogues import exchanges
+    from moshi_mlx_training.speech.dialogues import exchanges
 
     answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
     pieces, entries = [np.zeros(round(LEAD_SECONDS * SAMPLE_RATE), np.float32)], []

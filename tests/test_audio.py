@@ -137,7 +137,7 @@ def test_what_passes() -> None:
 
 def test_a_reply_leaves_time_for_an_answer(model: moshi_mlx.Moshi) -> None:
     """If this fails, the shortest program that asks a question hears nothing: the answer comes after it."""
-    from moshi_mlx_app.verbs import file
+    from moshi_mlx_app.commands import file
 
     assert file.TAIL is TAIL and TAIL >= 2
     reply = model.reply(tone(), 24000)

@@ -36,7 +36,7 @@ def test_the_example_converses(tmp_path: Path) -> None:
     }
     assert not imported & {"sounddevice", "moshi_mlx_app"}, "it is to run without devices and without the program"
     question = tmp_path / "question.wav"
-    pcm, rate = soundfile.read(ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav", dtype="float32")
+    pcm, rate = soundfile.read(ROOT / "moshi_mlx" / "assets" / "questions.wav", dtype="float32")
     soundfile.write(question, pcm[: 2 * rate], rate)
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "embedding.py", question, tmp_path / "answer.wav", "--tail", "1"],

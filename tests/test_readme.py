@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = ROOT / "moshi_mlx" / "assets" / "questions.wav"
 
 # Commands, by how they begin or what is in them.
 NOT_RUN = {
@@ -37,12 +37,12 @@ NOT_RUN = {
     r"^python examples/embedding\.py ": "tests/test_embedding.py runs it, with less silence",
     r" --target-bpw ": "a minute: tests/quantize/test_report.py runs it on a smaller model",
     r" --distill ": "minutes: tests/quantize/test_distill.py runs it on a smaller model",
-    r"-m moshi_mlx\.training\.": "hours",
+    r"-m moshi_mlx_training\.": "hours",
 }
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}
 # Indented blocks that are pictures, by their first words, and what a command prints.
-PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "{'source'")
+PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "talk.wav  ", "{'source'")
 
 
 class Block(NamedTuple):
@@ -77,7 +77,7 @@ def commands() -> list[Block]:
     """The lines of all other blocks, without comments."""
     lines = []
     for block in BLOCKS:
-        if block.language == "python" or block.text.startswith(PICTURES[:2]):
+        if block.language == "python" or block.text.startswith(PICTURES[:3]):
             continue
         for offset, line in enumerate(block.text.splitlines()):
             command = re.split(r"\s{2,}(?!-)|\s+#", line.removeprefix("$ ").strip())[0]

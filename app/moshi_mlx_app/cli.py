@@ -24,7 +24,7 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 __all__ = ["VERBS", "main"]
 
 VERBS = ("talk", "file", "web", "devices", "check", "bench", "completion")
-"""Modules in :mod:`moshi_mlx_app.verbs`, in the order of the help."""
+"""Modules in :mod:`moshi_mlx_app.commands`, in the order of the help."""
 
 DESCRIPTION = """\
 Moshi, the spoken dialogue model that listens and speaks at the same time, on
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with an argument in a sentence that obeys nothing that stands in the argument."""
 
     def error(self, message: str) -> NoReturn:
-        from moshi_mlx_app.terminal import warn
+        from moshi_mlx_app.screen.terminal import warn
 
         self.print_usage(sys.stderr)
         warn(message, f"{self.prog}: error")
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", prog=DISTRIBUTION, required=True)
     for name in VERBS:
-        module = importlib.import_module(f"moshi_mlx_app.verbs.{name}")
+        module = importlib.import_module(f"moshi_mlx_app.commands.{name}")
         verb = verbs.add_parser(
             name,
             help=module.HELP,
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped: nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        from moshi_mlx_app.terminal import silence_output
+        from moshi_mlx_app.screen.terminal import silence_output
 
         silence_output()
         return 0
@@ -199,7 +199,7 @@ def _report(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong, the system's errors as ``file: reason``; with ``debug`` where, too."""
     from moshi_mlx.errors import MoshiError
     from moshi_mlx.printable import printable
-    from moshi_mlx_app.terminal import warn
+    from moshi_mlx_app.screen.terminal import warn
 
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moshi_mlx_app.interrupt import no_interrupt
-from moshi_mlx_app.outputs import Output
-from moshi_mlx_app.terminal import warn
+from moshi_mlx_app.recording.interrupt import no_interrupt
+from moshi_mlx_app.recording.outputs import Output
+from moshi_mlx_app.screen.terminal import warn
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Trace

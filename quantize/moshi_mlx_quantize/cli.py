@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -23,23 +23,33 @@ DTYPES = ("float16", "bfloat16", "float32")
 DESCRIPTION = """\
 Write a smaller copy of a Moshi checkpoint, and say what it cost.
 
-SOURCE is a folder, a file of weights, or organisation/name[@revision] on the hub,
-in PyTorch's, candle's (also GGUF) or MLX's layout, quantized or not. DEST is a
-folder that must not exist yet. Memory holds one tensor at a time.
+SOURCE is `small` (the built-in model), a folder, a file of weights, or
+organisation/name[@revision] on the hub, in PyTorch's, candle's (also GGUF) or
+MLX's layout, quantized or not. DEST is a folder that must not exist yet. Memory
+holds one tensor at a time.
 """
 EPILOG = """\
 examples:
+  moshi-mlx-quantize small small-q4 --recipe q4 --report small-cost
   moshi-mlx-quantize kyutai/moshiko-mlx-bf16 moshiko-q4 --recipe q4
   moshi-mlx-quantize moshiko moshiko-mixed --q-bits 4 --rule 'depformer=8' --rule 'text head=keep'
-  moshi-mlx-quantize moshiko moshiko-4.5 --target-bpw 4.5 --calibration speech.wav --report cost
+  moshi-mlx-quantize moshiko moshiko-4.5 --target-bpw 4.5 --calibration speech.wav --report cost-4.5
   moshi-mlx-quantize moshiko --compare q4,q8,mixed_4_6,protect-8 --report cost
   moshi-mlx-quantize moshiko-q8 moshiko-bf16 --dequantize
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Usage and message; names in it may come from a shell's ``*``."""
+        from moshi_mlx.printable import printable
+
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moshi-mlx-quantize",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -47,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="the checkpoint to read")
+    add("source", nargs="?", metavar="SOURCE", help="the checkpoint to read; `small` is the built-in model")
     add("dest", nargs="?", metavar="DEST", help="the folder to write")
     add("--hf-path", "--model", dest="hf_path", metavar="SOURCE", help="SOURCE, as mlx_lm.convert calls it")
     add("--mlx-path", metavar="DEST", help="DEST, as mlx_lm.convert calls it")
@@ -70,10 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     out = parser.add_argument_group("result")
     add = out.add_argument
-    add("--force", action="store_true", help="replace DEST; the old one stays until the new one is whole")
+    add(
+        "--force",
+        action="store_true",
+        help="replace DEST, once the new one is whole, if it is nothing but a checkpoint; and an earlier report",
+    )
     add("--reference-files", action="store_true",
         help="name codec and tokenizer of a hub repository in config.json instead of copying them")  # fmt: skip
-
     add("--upload-repo", metavar="ORG/NAME", help="then upload the folder, its model card included, to the hub")
 
     cost = parser.add_argument_group("cost", "measured with the whole dense model in memory")
@@ -82,14 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", metavar="RECIPES", default="",
         help="more recipes for the report, commas between: names or BITS:GROUP; DEST may be left out")  # fmt: skip
     add("--calibration", metavar="AUDIO",
-        help="recording to measure on, as the user's voice (default: what the model itself samples)")  # fmt: skip
-    add("--codec", action="store_true",
-        help="also measure what quantizing the codec's transformers would cost, on the recording")  # fmt: skip
+        help="recording to measure on, as the user's voice (default: the eight recorded questions)")  # fmt: skip
     add("--frames", type=int, default=125, metavar="N", help="frames of 80 ms to measure on (default 125)")
     add("--target-bpw", type=float, metavar="X",
         help="the measured recipe: so many bits per weight, spent where the outputs are most sensitive")  # fmt: skip
     add("--target-size", type=float, metavar="MB", help="the same, for a file of so many megabytes")
-
     add("--distill", type=int, default=0, metavar="STEPS",
         help="train scales and biases to predict what the source predicts (160 is a start)")  # fmt: skip
 
@@ -147,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            from moshi_mlx.printable import printable
+
+            print(*map(printable, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
         return _report(error)
     finally:
         if previous is not None:
@@ -160,9 +172,10 @@ def _terminated(*_: object) -> None:
 
 def _run(arguments: list[str]) -> int:
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    # Options may stand between SOURCE and DEST, which parse_args alone refuses; after -- it is the one that works.
+    args = parser.parse_args(arguments) if "--" in arguments else parser.parse_intermixed_args(arguments)
     if args.list_recipes:
-        from .recipes import RECIPES
+        from .plan.recipes import RECIPES
 
         for recipe in RECIPES.values():
             print(f"{recipe.name:14} {recipe.text}")
@@ -180,7 +193,7 @@ def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """A script for the shell; it starts no Python."""
     import shtab
 
-    from .recipes import RECIPES
+    from .plan.recipes import RECIPES
 
     for action in parser._actions:
         if action.dest == "recipe":
@@ -219,8 +232,9 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("a target must be above 0")
     if targets and (args.recipe or numbers or args.rule or args.dequantize):
         parser.error("a target goes with no recipe, bits or rules: the measurement chooses them")
-    if args.codec and (args.calibration is None or not (args.compare or args.report or targets)):
-        parser.error("--codec needs --calibration AUDIO, and --report, --compare or a target")
+    args.measures = bool(args.report is not None or args.compare or targets or args.distill)
+    if args.calibration is not None and not args.measures:
+        parser.error("--calibration goes with --report, --compare, a target or --distill: nothing else is measured")
     if args.distill < 0 or (args.distill and (args.dest is None or args.dequantize)):
         parser.error("--distill takes a number of steps, needs DEST, and does not go with --dequantize")
     if args.frames < 1:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.files import read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.files import expand_shards, read_json, read_shapes, read_tensors
 from moshi_mlx.checkpoint.gguf import iterate_gguf, read_gguf_header
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import Quantization
@@ -25,8 +25,8 @@ from moshi_mlx.errors import CheckpointError
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.weights import fit_lm, flat_parameters, load_config
 
-from .recipes import Module, modules_of
-from .writer import Entry, StreamingWriter
+from .plan.recipes import Module, modules_of
+from .write.writer import Entry, StreamingWriter
 
 __all__ = ["Source", "open_source", "scratch_bytes"]
 
@@ -52,6 +52,8 @@ class Source:
         Type of what is not quantized.
     merged : bool
         Whether a LoRA was merged.
+    size : int
+        Bytes of the files that were read.
     """
 
     config: ModelConfig
@@ -61,6 +63,7 @@ class Source:
     quantized: Mapping[str, Quantization]
     dtype: mx.Dtype
     merged: bool
+    size: int = 0
 
 
 def scratch_bytes(files: CheckpointFiles) -> int:
@@ -126,7 +129,9 @@ def open_source(
     def aliases(module: str) -> list[str]:
         return [name.removesuffix(".weight") for name in stored_names(f"{module}.weight", "mlx", config.lm)]
 
-    return Source(config, data, tensors, modules_of(model, aliases), quantized, target, update is not None)
+    read = [file for path in files.weights for file in expand_shards(path)]
+    size = sum(Path(path).stat().st_size for path in [*read, *([] if update_path is None else [update_path])])
+    return Source(config, data, tensors, modules_of(model, aliases), quantized, target, update is not None, size)
 
 
 def _float_type(tensors: Mapping[str, mx.array]) -> mx.Dtype:
@@ -158,6 +163,8 @@ def _unpack(path: Path, scratch: Path) -> Path:
         else:
             entries[tensor.name] = Entry(tensor.shape, types[tensor.kind])
     target = scratch / "unpacked.safetensors"
+    if target.exists():  # when it was measured
+        return target
     with StreamingWriter(target, entries) as writer:
         for name, array in iterate_gguf(path):
             writer.write(name, array)

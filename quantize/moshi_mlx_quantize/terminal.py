@@ -30,8 +30,8 @@ def warn(text: str, label: str = "warning") -> None:
 
 
 def say(text: str) -> None:
-    """A line on standard output."""
-    print(text, flush=True)
+    """Lines on standard output."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,7 +60,7 @@ class Bar:
         self._bar: Progress | None = None
         if shown and is_terminal(sys.stderr):
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeRemainingColumn(),
@@ -83,6 +83,7 @@ class Bar:
 
     def stage(self, doing: str, total: float | None = None) -> None:
         """Begin something that has ``total`` steps, or no known number of them."""
+        doing = printable(doing)
         if self._bar is not None:
             self._bar.remove_task(self._task)  # a task that had a total cannot lose it
             self._task = self._bar.add_task(doing, total=total)

@@ -83,8 +83,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's: no network, an empty cache folder, and no second spent on measuring the machine."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("moshi_mlx_app.choice.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
-    monkeypatch.setattr("moshi_mlx_app.measure.speeds", lambda: {4: 1e9, 8: 1e9, 16: 1e9})
+    monkeypatch.setattr("moshi_mlx_app.models.select.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr("moshi_mlx_app.models.measure.speeds", lambda: {4: 1e9, 8: 1e9, 16: 1e9})
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from moshi_mlx_app import measure
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.known import CATALOG
-from moshi_mlx_app.measure import speeds
-from moshi_mlx_app.picture import draw
-from moshi_mlx_app.verbs import check
+from moshi_mlx_app.commands import check
+from moshi_mlx_app.models import measure
+from moshi_mlx_app.models.catalog import CATALOG
+from moshi_mlx_app.models.measure import speeds
+from moshi_mlx_app.screen.picture import draw
 
 from tests.app.test_talk import card  # noqa: F401
 from tests.helpers.checkpoints import small_config, write_checkpoint
@@ -46,7 +46,7 @@ def test_check(
 def test_models_for_other_purposes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, a model that only writes down what it hears is offered for a conversation."""
     monkeypatch.setattr(measure, "speeds", lambda: dict.fromkeys((4, 8, 16), 1e13))
-    monkeypatch.setattr("moshi_mlx_app.choice.room", lambda machine: 10**12)
+    monkeypatch.setattr("moshi_mlx_app.models.select.room", lambda machine: 10**12)
     assert main(["check", "--no-sound", "--frames", "4"]) in (0, 1)
     lines = capsys.readouterr().out.splitlines()
     for published in CATALOG:

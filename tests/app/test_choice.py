@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moshi_mlx_app import choice, measure
-from moshi_mlx_app.choice import Measured, Selection, select
-from moshi_mlx_app.known import BUILTIN, CATALOG, PublishedModel, room, verdict
+from moshi_mlx_app.models import measure
+from moshi_mlx_app.models import select as choice
+from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, room, verdict
+from moshi_mlx_app.models.select import Measured, Selection, select
 
 from moshi_mlx.errors import DownloadError
 from moshi_mlx.hub import Survey

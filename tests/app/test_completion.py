@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from moshi_mlx_app import cli
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.verbs.completion import SHELLS
+from moshi_mlx_app.commands.completion import SHELLS
 
 PROGRAM, QUANTIZE = "moshi-mlx-local", "moshi-mlx-quantize"
 

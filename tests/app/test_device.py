@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moshi_mlx_app import device as module
-from moshi_mlx_app import portaudio, watching
+from moshi_mlx_app.audio import default_device as watching
+from moshi_mlx_app.audio import device as module
+from moshi_mlx_app.audio import portaudio
+from moshi_mlx_app.audio.device import SoundCard
+from moshi_mlx_app.audio.portaudio import Device, DeviceError, devices, find_device
+from moshi_mlx_app.audio.resampling import Resampler
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.device import SoundCard
-from moshi_mlx_app.portaudio import Device, DeviceError, devices, find_device
-from moshi_mlx_app.resampling import Resampler
 
 RATE = 24_000
 

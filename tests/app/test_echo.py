@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app.adaptive import AdaptiveFilter, Drift, Interpolator
+from moshi_mlx_app.audio.adaptive import AdaptiveFilter, Drift, Interpolator
+from moshi_mlx_app.audio.echo import EchoError, WebRtcEcho
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.echo import EchoError, WebRtcEcho
 
 from tests.app.test_talk import QUESTIONS, card, parrot  # noqa: F401
 from tests.helpers.room import Room, dense, reduction, run

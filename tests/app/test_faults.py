@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app import record
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.record import Recorder
+from moshi_mlx_app.recording import recorder as record
+from moshi_mlx_app.recording.recorder import Recorder
 
 from tests.app.test_record import RATE, SIZE, frames, numbers
 from tests.app.test_talk import PROGRAM, card, interrupted, parrot  # noqa: F401

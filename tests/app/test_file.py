@@ -331,7 +331,7 @@ def test_speech_to_text_hears_its_silence(here: Path, model: FakeModel) -> None:
 def test_the_demo_asks_the_shipped_recording(here: Path, model: FakeModel) -> None:
     """If this fails, somebody without a recording cannot try the program."""
     assert main(["file", "--demo", "-o", "a.wav", "--tail", "0", "--quiet"]) == 0
-    questions = json.loads((ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.json").read_text())
+    questions = json.loads((ROOT / "moshi_mlx" / "assets" / "questions.json").read_text())
     about = json.loads(Path("a.json").read_text())
     assert about["duration"] == pytest.approx(questions["duration"], abs=0.001)
     pcm, rate = soundfile.read("a.wav")
@@ -343,10 +343,10 @@ def test_the_demo_asks_the_shipped_recording(here: Path, model: FakeModel) -> No
 
 def test_the_shipped_questions_are_the_models_own() -> None:
     """If this fails, the demo asks what the small model was never taught."""
-    from moshi_mlx.training.dialogues import exchanges
+    from moshi_mlx_training.speech.dialogues import exchanges
 
     answers = {question: exchange.answer for exchange in exchanges() for question in exchange.questions}
-    assets = ROOT / "app" / "moshi_mlx_app" / "assets"
+    assets = ROOT / "moshi_mlx" / "assets"
     questions = json.loads((assets / "questions.json").read_text())
     assert len(questions["questions"]) >= 5
     for question in questions["questions"]:
@@ -527,7 +527,7 @@ def test_a_seed_that_changes_nothing(here: Path, model: FakeModel, capsys: pytes
     ask(0.1)
     command = ["file", "q.wav", "-o", "a.wav", "--quiet", "--force"]
     assert main([*command, "--seed", "3", "--greedy"]) == 0
-    assert "--seed 3 changes nothing" in capsys.readouterr().err
+    assert "seed: 3 changes nothing" in capsys.readouterr().err
     for options in (["--seed", "3"], ["--greedy"], ["--seed", "3", "--greedy", "--audio-temperature", "0.5"]):
         assert main([*command, *options]) == 0
         assert capsys.readouterr().err == ""

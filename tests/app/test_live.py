@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app.watching import Defaults
+from moshi_mlx_app.audio.default_device import Defaults
 
 from tests.app.test_talk import ENVIRONMENT, QUESTIONS, ROOT
 from tests.helpers.virtual_audio import RATE, VirtualAudio, unavailable

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.outputs import Claim
+from moshi_mlx_app.recording.outputs import Claim
 
 from tests.app.conftest import FakeModel
 from tests.app.test_device import until

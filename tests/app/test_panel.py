@@ -6,11 +6,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from moshi_mlx_app import tui
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.terminal import AnswerProgress, warn
-from moshi_mlx_app.tui import Panel, State, _panel
-from moshi_mlx_app.verbs.talk import FIGURES
+from moshi_mlx_app.commands.talk import FIGURES
+from moshi_mlx_app.screen import panel as tui
+from moshi_mlx_app.screen.panel import Panel, State, _panel
+from moshi_mlx_app.screen.terminal import AnswerProgress, warn
 
 from tests.helpers.screen import Screen, Terminal
 

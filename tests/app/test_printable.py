@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 import soundfile
-from moshi_mlx_app import device, picture
+from moshi_mlx_app.audio import device
 from moshi_mlx_app.cli import VERBS, main
-from moshi_mlx_app.verbs import check
+from moshi_mlx_app.commands import check
+from moshi_mlx_app.screen import picture
 
 from moshi_mlx.printable import printable
 from tests.app.test_device import until
@@ -134,7 +135,7 @@ def test_file(run: Run, checkpoint: str, here: Path) -> None:
     pcm, rate = soundfile.read(QUESTIONS, frames=24_000)
     question, answer = here / f"q{EVIL}.wav", f"{EVIL}.wav"
     soundfile.write(question, pcm, rate)
-    arguments = ["file", str(question), "-o", answer, "--model", checkpoint, "--trace", f"{EVIL}.json"]
+    arguments = ["file", str(question), "-o", answer, "--model", checkpoint, "--trace", f"trace{EVIL}.json"]
     status, said = run(*arguments)
     assert status == 0 and SEEN in said, said
     status, said = run(*arguments)
@@ -173,7 +174,7 @@ def test_nothing_else_prints() -> None:
     """If this fails, text reaches a terminal without having been made printable."""
     app = Path(device.__file__).parent
     for path in app.rglob("*.py"):
-        if path.name in ("terminal.py", "watching.py"):  # what prints for all; a process that writes to a pipe
+        if path.name in ("terminal.py", "default_device.py"):  # what prints for all; a process that writes to a pipe
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app import record as module
-from moshi_mlx_app.record import Recorder
+from moshi_mlx_app.recording import recorder as module
+from moshi_mlx_app.recording.recorder import Recorder
 
 from moshi_mlx.model import SessionFrame
 from moshi_mlx.text import Word

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app import device, portaudio
+from moshi_mlx_app.audio import device, portaudio
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.tui import State, _panel, decibels
+from moshi_mlx_app.screen.panel import State, _panel, decibels
 
 import moshi_mlx
 from tests.app.test_device import FakeCard, until
@@ -28,7 +28,7 @@ from tests.helpers.parrot import Parrot, install, pump
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
-QUESTIONS = ROOT / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+QUESTIONS = ROOT / "moshi_mlx" / "assets" / "questions.wav"
 PROGRAM = [sys.executable, "-m", "tests.helpers.parrot", "--fake-card"]
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from moshi_mlx_app.terminal import Lines
+from moshi_mlx_app.screen.terminal import Lines
 
 from moshi_mlx.printable import printable
 

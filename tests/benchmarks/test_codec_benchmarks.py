@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from moshi_mlx_app.known import CATALOG
-from moshi_mlx_quantize.recipes import RECIPES, make_plan, modules_of
+from moshi_mlx_app.models.catalog import CATALOG
+from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan, modules_of
 
 from benchmarks import codec_batch, mac_on_paper, mimi, small
 from moshi_mlx.config import ModelConfig

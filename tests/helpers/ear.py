@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import soxr
+from moshi_mlx_training.speech.dialogues import answers
+from moshi_mlx_training.speech.recogniser import RATE, Recogniser
+from moshi_mlx_training.speech.recogniser import normal as same
 from numpy.typing import NDArray
-
-from moshi_mlx.training.dialogues import answers
-from moshi_mlx.training.recognise import RATE, Recogniser
-from moshi_mlx.training.recognise import normal as same
 
 __all__ = ["Ear", "phrases", "same", "unavailable", "without_gaps"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-
-from moshi_mlx.training import dialogues
-from moshi_mlx.training import lm_data as data
+from moshi_mlx_training.lm import data
+from moshi_mlx_training.speech import dialogues
 
 BOOKS, CARD = 8, 512
 QUIET = 7  # the code of silence in every book

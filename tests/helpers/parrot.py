@@ -154,7 +154,7 @@ def main() -> int:
     from moshi_mlx_app.cli import main as program
 
     if arguments[:1] == ["--fake-card"]:
-        from moshi_mlx_app import portaudio
+        from moshi_mlx_app.audio import portaudio
 
         from tests.app.test_device import FakeCard
 

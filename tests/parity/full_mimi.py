@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 SAMPLE_RATE = 24000
-RECORDING = Path(__file__).parents[2] / "app" / "moshi_mlx_app" / "assets" / "questions.wav"
+RECORDING = Path(__file__).parents[2] / "moshi_mlx" / "assets" / "questions.wav"
 TEXT = """The north wind and the sun were disputing which was the stronger, when a traveler came along wrapped in a
 warm cloak. They agreed that the one who first succeeded in making the traveler take his cloak off should be considered
 stronger than the other. Then the north wind blew as hard as he could, but the more he blew the more closely did the

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from moshi_mlx_quantize.writer import Entry, StreamingWriter
+from moshi_mlx_quantize.write.writer import Entry, StreamingWriter
 
 from moshi_mlx.checkpoint.layouts import to_torch_layout
 from moshi_mlx.config import ModelConfig

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from moshi_mlx_quantize.convert import planned_entries, quantization_block, weights_name
-from moshi_mlx_quantize.recipes import RECIPES, Module, Rule, make_plan, modules_of, part_of, uniform
+from moshi_mlx_quantize.plan.recipes import RECIPES, Module, Rule, make_plan, modules_of, part_of, uniform
 from moshi_mlx_quantize.run import find_recipe
 from moshi_mlx_quantize.source import Source
+from moshi_mlx_quantize.write.convert import planned_entries, quantization_block, weights_name
 
 from moshi_mlx.checkpoint.quantization import MODES, Quantization
 from moshi_mlx.config import ModelConfig

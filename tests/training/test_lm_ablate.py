@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from moshi_mlx_training.lm import ablate as lm_ablate
+from moshi_mlx_training.lm.dialogue import Pieces, Window, compose
+from moshi_mlx_training.speech import dialogues
 
 from moshi_mlx.config import ModelConfig
+from moshi_mlx.hub import BUILTIN
 from moshi_mlx.lm import Lm
 from moshi_mlx.text import PAD, TextTokenizer
-from moshi_mlx.training import dialogues, lm_ablate, lm_data
-from moshi_mlx.training.lm_dialogue import Pieces, Window, compose
 from tests.helpers.lm_data import write_data
 
-SMALL = Path(lm_data.__file__).parents[1] / "builtin" / "small"
+SMALL = BUILTIN / "small"
 SHIFT = lm_ablate.SHIFT
 
 

@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-
-from moshi_mlx.training import dialogues, lm_data
-from moshi_mlx.training.lm_data import AFTER, BEFORE, FRAME, answer_clip, question_clip, split_flat, through_room
-from moshi_mlx.training.speech import HELD_OUT, TRAINING, SpeechUnavailable, say
+from moshi_mlx_training.lm import data as lm_data
+from moshi_mlx_training.lm.data import AFTER, BEFORE, FRAME, answer_clip, question_clip, split_flat, through_room
+from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING, SpeechUnavailable, say
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,13 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.delays import delay_tokens
-from moshi_mlx.text import EPAD, PAD, TextTokenizer
-from moshi_mlx.training import dialogues, lm_data, lm_tokenizer
-from moshi_mlx.training.lm_batch import delayed, spoil, training_batch
-from moshi_mlx.training.lm_dialogue import (
+from moshi_mlx_training.lm import data as lm_data
+from moshi_mlx_training.lm import tokenizer as lm_tokenizer
+from moshi_mlx_training.lm.batch import delayed, spoil, training_batch
+from moshi_mlx_training.lm.dialogue import (
     GAP,
     LEAD,
     NONE,
@@ -27,10 +24,16 @@ from moshi_mlx.training.lm_dialogue import (
     compose,
     stretched,
 )
-from moshi_mlx.training.speech import HELD_OUT, TRAINING
+from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING
+
+from moshi_mlx.config import LmConfig, ModelConfig
+from moshi_mlx.delays import delay_tokens
+from moshi_mlx.hub import BUILTIN
+from moshi_mlx.text import EPAD, PAD, TextTokenizer
 from tests.helpers.lm_data import QUIET, write_data
 
-SMALL = Path(lm_data.__file__).parents[1] / "builtin" / "small"
+SMALL = BUILTIN / "small"
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +232,7 @@ def test_sets_from_another_codec_are_not_mixed_in(tmp_path: Path, tokenizer: Tex
 
 def test_missing_data_names_the_command(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """If this fails, a missing step shows as a traceback from the depths."""
-    with pytest.raises(FileNotFoundError, match=r"lm_data encode"):
+    with pytest.raises(FileNotFoundError, match=r"lm.data encode"):
         Pieces(tmp_path, tokenizer)
 
 

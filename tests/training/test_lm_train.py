@@ -9,23 +9,25 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from moshi_mlx_training.lm import evaluate as lm_evaluate
+from moshi_mlx_training.lm import train as lm_train
+from moshi_mlx_training.lm.batch import delayed, training_batch
+from moshi_mlx_training.lm.dialogue import Pieces, compose
+from moshi_mlx_training.lm.export import published_tensors
+from moshi_mlx_training.lm.model import FIGURES, embed
+from moshi_mlx_training.lm.train import SharedSum, Trainer
 
 from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.config import LmConfig
 from moshi_mlx.generate import GenerationConfig, Generator
+from moshi_mlx.hub import BUILTIN
 from moshi_mlx.lm import Lm
 from moshi_mlx.sampling import GREEDY
 from moshi_mlx.text import TextTokenizer
-from moshi_mlx.training import lm_data, lm_evaluate, lm_train
-from moshi_mlx.training.lm_batch import delayed, training_batch
-from moshi_mlx.training.lm_dialogue import Pieces, compose
-from moshi_mlx.training.lm_export import published_tensors
-from moshi_mlx.training.lm_model import FIGURES, embed
-from moshi_mlx.training.lm_train import SharedSum, Trainer
 from moshi_mlx.weights import fit_lm
 from tests.helpers.lm_data import write_data
 
-SMALL = Path(lm_data.__file__).parents[1] / "builtin" / "small"
+SMALL = BUILTIN / "small"
 TINY = LmConfig(
     dim=64, text_card=624, card=512, num_heads=2, num_layers=1, hidden_scale=3.0, context=40,
     depformer_dim=64, depformer_dim_feedforward=96, depformer_num_heads=2, depformer_num_layers=1,

@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch", reason="needs torch, of the 'train' extra")
 pytest.importorskip("safetensors", reason="needs safetensors, of the 'train' extra")
 
 import torch.nn.functional as F  # noqa: E402
-
-from moshi_mlx.training import checkpoint, codec, losses  # noqa: E402
-from moshi_mlx.training.adversary import Judge, losses_of  # noqa: E402
-from moshi_mlx.training.export import export, from_published, published_tensors  # noqa: E402
-from moshi_mlx.training.mimi_torch import CausalConv, CausalConvTranspose, Codebook, Mimi, MimiShape  # noqa: E402
+from moshi_mlx_training import checkpoint  # noqa: E402
+from moshi_mlx_training.codec import losses  # noqa: E402
+from moshi_mlx_training.codec import train as codec  # noqa: E402
+from moshi_mlx_training.codec.adversary import Judge, losses_of  # noqa: E402
+from moshi_mlx_training.codec.export import export, from_published, published_tensors  # noqa: E402
+from moshi_mlx_training.codec.mimi_torch import CausalConv, CausalConvTranspose, Codebook, Mimi, MimiShape  # noqa: E402
 
 SMALL = MimiShape(n_filters=4, dimension=32, num_heads=2, dim_feedforward=64, bins=32, codebook_dimension=16)
 
@@ -272,7 +273,7 @@ def test_training_goes_on_and_the_decoder_alone_is_tuned(tmp_path: Path) -> None
     noise_corpus(data)
 
     def command(module: str, *more: str, run: Path = run) -> str:
-        line = [sys.executable, "-m", f"moshi_mlx.training.{module}", str(data), str(run), "--workers", "1", *more]
+        line = [sys.executable, "-m", f"moshi_mlx_training.{module}", str(data), str(run), "--workers", "1", *more]
         return subprocess.run([*line, "--finish-in", "0.1"], check=True, capture_output=True, text=True).stdout
 
     command("codec")

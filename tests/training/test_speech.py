@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs scipy, of the 'train' extra")
 
-from moshi_mlx.training import data, dialogues
-from moshi_mlx.training.speech import (
+from moshi_mlx_training.codec import data
+from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.synthesis import (
     ANSWERING_VOICE,
     HELD_OUT,
     LABEL_RATE,

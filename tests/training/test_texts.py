@@ -5,20 +5,29 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 
-from moshi_mlx.training import data, dialogues, sentences
-from moshi_mlx.training.speech import ANSWERING_VOICE, HELD_OUT, TRAINING, espeak_phone
+from moshi_mlx_training.codec import data
+from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech.synthesis import ANSWERING_VOICE, HELD_OUT, TRAINING, espeak_phone
+
+FOLDER = Path(__file__).resolve().parents[2] / "training"
 
 
 def test_exchanges_repeat_exactly() -> None:
     """If this fails, an index stored with encoded speech names another exchange in the next process."""
     code = (
-        "import hashlib; from moshi_mlx.training import dialogues as d;"
+        "import hashlib; from moshi_mlx_training.speech import dialogues as d;"
         "print(hashlib.sha256(repr(d.exchanges()).encode()).hexdigest())"
     )
     first, second = (
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            cwd=FOLDER,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
     )

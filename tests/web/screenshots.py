@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import moshi_mlx_app
+import moshi_mlx
 
 from .browser import ELSEWHERE, Page, launched, site, unavailable, visit
 
-QUESTIONS = Path(moshi_mlx_app.__file__).parent / "assets" / "questions.wav"
+QUESTIONS = Path(moshi_mlx.__file__).parent / "assets" / "questions.wav"
 SIZES = {"desk": (1280, 800), "phone": (390, 844), "side": (844, 390)}
 HANGS = "navigator.mediaDevices.getUserMedia = () => new Promise(() => {})"
 NO_MICROPHONE = """
@@ -105,7 +105,6 @@ def plain(camera: Camera, browser: Any) -> None:
 
 def conversation(camera: Camera, browser: Any, words: int, seconds: float) -> None:
     """Ready, talking, muted, the settings, ended, and a server that goes away: with the built-in model."""
-    import moshi_mlx
     from moshi_mlx.model import generation_defaults
 
     model = moshi_mlx.load("small")

@@ -42,7 +42,7 @@ def kyutai_python() -> str:
 
 
 def question(frames: int) -> np.ndarray:
-    path = files("moshi_mlx_app") / "assets" / "questions.wav"
+    path = files("moshi_mlx") / "assets" / "questions.wav"
     return np.ascontiguousarray(soundfile.read(str(path), frames * FRAME, dtype="float32")[0])
 
 

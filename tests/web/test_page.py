@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import moshi_mlx_app
 import numpy as np
 import pytest
 import soundfile as sf
@@ -26,7 +25,7 @@ from .browser import Page, launched, site, unavailable, visit
 from .serving import RATE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
-QUESTIONS = Path(moshi_mlx_app.__file__).parent / "assets" / "questions.wav"
+QUESTIONS = Path(moshi_mlx.__file__).parent / "assets" / "questions.wav"
 WORDS = "[...document.querySelectorAll('#log span')].map((word) => word.textContent).join(' ')"
 SECONDS = "document.querySelector('#elapsed').textContent.split(':').reduce((m, s) => 60 * m + Number(s), 0)"
 PATIENCE = 150.0  # seconds for a conversation, which a busy machine may not hold in time

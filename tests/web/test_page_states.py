@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import moshi_mlx_app
 import numpy as np
 import pytest
 import soundfile as sf
 from moshi_mlx_app.web.server import STATIC
 
+import moshi_mlx
 from tests.helpers.parrot import Parrot
 
 from .browser import ELSEWHERE, Page, launched, site, unavailable, visit
 from .serving import RATE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
-QUESTIONS = Path(moshi_mlx_app.__file__).parent / "assets" / "questions.wav"
+QUESTIONS = Path(moshi_mlx.__file__).parent / "assets" / "questions.wav"
 NO_MICROPHONE = """
 navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException("not found", "NotFoundError"))
 """

@@ -17,7 +17,7 @@ from .serving import FRAME, serving
 def test_the_engines_sound_arrives_bit_for_bit():
     """If it fails, a conversation in the browser is another than the library's: other samples, another order, or frames
     that got lost, with the same seed and the same question."""
-    path = files("moshi_mlx_app") / "assets" / "questions.wav"
+    path = files("moshi_mlx") / "assets" / "questions.wav"
     sound = soundfile.read(str(path), 12 * FRAME, dtype="int16")[0].reshape(12, FRAME)
     model = moshi_mlx.load("small")
     wire, expected, text = Pcm(), [], ""

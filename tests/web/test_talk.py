@@ -80,7 +80,7 @@ def test_opus_is_what_the_engine_said(monkeypatch):
     Opus makes of the engine's frames, and lie on them after the codec's delay."""
     sphn = pytest.importorskip("sphn")
     install(monkeypatch)
-    path = files("moshi_mlx_app") / "assets" / "questions.wav"
+    path = files("moshi_mlx") / "assets" / "questions.wav"
     question = soundfile.read(str(path), 40 * FRAME, dtype="float32")[0].reshape(40, FRAME)
     spoken: list[np.ndarray] = []
     tap = Talk._tap

@@ -18,8 +18,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from cryptography import x509
-from moshi_mlx_app import fetching
 from moshi_mlx_app.cli import main
+from moshi_mlx_app.models import fetch as fetching
 from moshi_mlx_app.web import certificates
 from moshi_mlx_app.web.links import links, qr_svg, qr_text
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from moshi_mlx.model import Moshi, SessionFrame
 from moshi_mlx.realtime import Conversation
-from moshi_mlx_app.record import Recorder
-from moshi_mlx_app.transcript import Transcript
+from moshi_mlx_app.recording.recorder import Recorder
+from moshi_mlx_app.recording.transcript import Transcript
 
 from .settings import Settings
 

@@ -1,0 +1,341 @@
+"""``moshi-mlx-local file``: a recording in, Moshi's spoken answer and its text out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from moshi_mlx.audio import LONGEST_TAIL, TAIL
+from moshi_mlx.errors import MoshiError
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.recording.audio_files import Recording
+from moshi_mlx_app.recording.interrupt import no_interrupt
+from moshi_mlx_app.recording.outputs import Output, partial_name, reserved
+from moshi_mlx_app.recording.transcript import Transcript, clean, read_json, unaligned, write_json
+from moshi_mlx_app.recording.wav import AnswerFile, AnswerStream
+from moshi_mlx_app.screen.terminal import AnswerProgress, say, warn
+from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
+
+if TYPE_CHECKING:
+    from moshi_mlx.generate import GenerationConfig
+    from moshi_mlx.model import Moshi
+    from moshi_mlx.realtime import Trace
+
+__all__ = ["EXAMPLES", "HELP", "UNTRAINED", "add_arguments", "check_seed", "run"]
+
+HELP = "answer a recording: write Moshi's voice to a wav file and print its words"
+EXAMPLES = """\
+examples:
+  moshi-mlx-local file question.wav -o answer.wav
+  moshi-mlx-local file --demo -o answer.wav          the questions that come along
+  moshi-mlx-local file question.flac -o answer.wav --tail 10 --json
+  moshi-mlx-local file memo.m4a -o answer.wav --mono  m4a and others need ffmpeg
+  moshi-mlx-local file question.wav -o - | ffplay -   listen while it is computed
+  moshi-mlx-local file talks/2026-11-22_14-05-33.wav -o again.wav
+
+The wav is stereo at 24 kHz: Moshi on the left, the question on the right. While
+it grows it is called answer.partial.wav; Ctrl-C keeps it. Words and their times
+go to answer.json. Of a conversation that this program recorded, or answered, the
+user's side is the question.
+"""
+UNTRAINED = (
+    "the model {name!r} has random weights: it has not been trained, so what it says is noise and nonsense. "
+    "Name a trained one with --model"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options and the shared ones."""
+    parser.add_argument(
+        "question",
+        nargs="?",
+        metavar="QUESTION",
+        help="a sound file (wav, flac, mp3, ogg, ...; m4a and others where ffmpeg is installed), "
+        "or - for standard input",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="ANSWER.wav",
+        help="where the answer goes; - for standard output, text then goes to standard error",
+    )
+    parser.add_argument("--mono", action="store_true", help="Moshi alone, without the question beside it")
+    parser.add_argument(
+        "--demo", action="store_true", help="answer the questions recorded for this program instead of QUESTION"
+    )
+    parser.add_argument(
+        "--transcript", metavar="PATH", help="where the words go, as JSON (default: ANSWER.json; with -o - none)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--tail",
+        type=bounded(float, 0, LONGEST_TAIL),
+        default=TAIL,
+        metavar="SECONDS",
+        help="silence after the question, in which the answer can end (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the transcript's JSON at the end instead of the text as it comes"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no text and no progress; warnings and errors still appear"
+    )
+    add_trace_option(parser)
+    add_model_options(parser)
+    add_generation_options(parser)
+    add_cache_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one recording. Returns the exit status: 0, or 130 after Ctrl-C."""
+    if (args.question is None) != args.demo:
+        args.parser.error("name a QUESTION, or - for standard input, or ask for --demo (and not for both)")
+    if args.demo:
+        asset = resources.files("moshi_mlx") / "assets" / "questions.wav"
+        with resources.as_file(asset) as path:
+            return _answer(args, str(path))
+    return _answer(args, args.question)
+
+
+def _answer(args: argparse.Namespace, question: str) -> int:
+    outputs = _outputs(args)
+    others: dict[str, str | int | Path] = {"the question": 0 if question == "-" else question}
+    known = None if question == "-" else _conversation(question)
+    if known is not None:
+        others["the question's words"] = Path(question).with_suffix(".json")
+    if args.output == "-":
+        others["standard output"] = 1
+    with (
+        reserved(args.parser, outputs, others=others, force=args.force),
+        _standard_output(args) as stream,
+        tracing(args.trace) as trace,
+        _Question(question, known) as asked,
+    ):
+        for warning in asked.recording.warnings:
+            warn(warning)
+        answer = _Answer(args, asked, stream, trace)
+        try:
+            answer.compute()
+            with no_interrupt():
+                answer.finish()
+        except KeyboardInterrupt:
+            with no_interrupt():
+                warn(answer.keep(), "stopped")
+            return 130
+        except (MoshiError, OSError) as error:
+            with no_interrupt():
+                kept = answer.keep()
+                if isinstance(error, BrokenPipeError):
+                    warn(f"{kept}; nobody reads it any more", "stopped")
+                elif answer.seconds:
+                    warn(kept, "kept")
+            raise
+    return 0
+
+
+class _Question:
+    """The recording that is asked, and what is known about it: of a recorded conversation it is the user's side."""
+
+    def __init__(self, question: str, known: dict[str, Any] | None):
+        self.words: list[dict[str, Any]] = []
+        self.recording = Recording(question, side=None if known is None else 1)
+        self.from_conversation = known is not None and self.recording.channels == 2
+        if known is not None and self.from_conversation:
+            self.words = [word for word in unaligned(known["alignments"]) if word["speaker"] == "user"]
+            warn(f"{self.recording.name} is a recorded conversation: the user's side of it is the question", "notice")
+
+    def __enter__(self) -> _Question:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.recording.close()
+
+    def about(self) -> dict[str, Any]:
+        """The transcript's ``question``."""
+        recording = self.recording
+        return {
+            "file": clean(recording.name),
+            "sample_rate": recording.sample_rate,
+            "channels": recording.channels,
+            "duration": round(recording.duration, 3),
+            **({"channel": "user"} if self.from_conversation else {}),
+        }
+
+
+def _conversation(question: str) -> dict[str, Any] | None:
+    """The JSON that lies beside a recorded conversation."""
+    path = Path(question)
+    known = read_json(path.with_suffix(".json")) if path.name else None
+    if known is None or known.get("channels", ["moshi", "user"]) != ["moshi", "user"]:
+        return None
+    answer = known.get("answer")
+    belongs = answer.get("file") if isinstance(answer, dict) else None
+    return known if not belongs or Path(str(belongs)).name == clean(path.name) else None
+
+
+class _Answer:
+    """One answer on its way into its files."""
+
+    def __init__(self, args: argparse.Namespace, question: _Question, stream: BinaryIO | None, trace: Trace | None):
+        self.args, self.question, self.stream, self.trace = args, question, stream, trace
+        self.transcript = _transcript(args)
+        self.seconds = 0.0
+        self._file: AnswerFile | AnswerStream | None = None
+        self._about: Transcript | None = None
+
+    def compute(self) -> None:
+        """Load the model and play the recording to it, frame by frame."""
+        from moshi_mlx.engine.session import play
+        from moshi_mlx.model import generation_defaults
+        from moshi_mlx_app.models.fetch import load_model
+
+        args, recording = self.args, self.question.recording
+        model = load_model(args, shown=not args.quiet)
+        if not model.trained:
+            warn(UNTRAINED.format(name=model.name), "notice")
+        rate, size = model.sample_rate, model.frame_size
+        tail = model.trailing_silence(args.tail)
+        generation = generation_from(args, generation_defaults(model.config))
+        check_seed(args.seed, model, generation)
+        samples = recording.length(rate) + tail
+        channels = ("moshi",) if args.mono else ("moshi", "user")
+        if self.transcript is not None:
+            partial_name(self.transcript).unlink(missing_ok=True)  # of an earlier run that was stopped
+        if self.stream is None:
+            self._file = AnswerFile(Path(args.output), rate, samples, len(channels))
+        else:
+            self._file = AnswerStream(self.stream, rate, samples, len(channels))
+        self._about = about = Transcript.of(
+            model,
+            args.seed,
+            generation,
+            kv_bits=args.kv_bits,
+            settings={"tail": args.tail},
+            channels=channels,
+            question=self.question.about(),
+            heard=self.question.words,
+            seconds_computed=0.0,
+            warnings=recording.warnings,
+        )
+        text = not (args.quiet or args.json)
+        with (
+            model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
+            AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
+        ):
+            write = self._file.write
+            if self.trace is not None:
+                session.on_stage = self.trace.span
+                session.step = self.trace.wrap("frame", session.step)  # type: ignore[method-assign]
+                write = self.trace.wrap("write", write)
+            began = time.perf_counter()
+            for user, frame in play(session, recording.frames(rate, size, tail=tail)):
+                count = min(len(user), samples - self._file.samples)
+                write(frame.pcm[:count], user[:count])
+                self.seconds = self._file.samples / rate
+                about.duration, about.seconds_computed = self.seconds, time.perf_counter() - began
+                about.text += frame.text
+                about.words += frame.words
+                face.frame(self.seconds, frame.text)
+
+    def finish(self) -> None:
+        """Move the files to their names and say where they are."""
+        assert self._file is not None and self._about is not None
+        about, words = self._about, self.transcript
+        about.complete = True
+        about.file = clean(self._file.target)
+        if words is not None:
+            write_json(partial_name(words), about.as_dict())
+            words.unlink(missing_ok=True)  # killed between two renames, it would describe another answer
+        self._file.finish()
+        if words is not None:
+            os.replace(partial_name(words), words)
+        if self.args.json:
+            say(json.dumps(about.as_dict()))
+        elif not self.args.quiet:
+            computed = about.seconds_computed or 0.0
+            sides = "Moshi alone" if self.args.mono else "left Moshi, right the question"
+            where = "" if words is None else f"; words in {words}"
+            warn(f"{self._file.target}: {about.duration:.1f} s, {sides}{where}", "")
+            factor = computed / about.duration
+            warn(f"computed in {computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", "")
+
+    def keep(self) -> str:
+        """Leave what there is in valid files; returns a sentence that says where."""
+        kept = None if self._file is None else self._file.keep()
+        if kept is None or self._about is None:
+            return "nothing was written"
+        went = "are in" if self.stream is None else "went to"
+        said = f"the first {self.seconds:.1f} s of the answer {went} {kept}"
+        if self.transcript is None:
+            return said
+        words = partial_name(self.transcript)
+        self._about.file = clean(kept)
+        try:
+            write_json(words, self._about.as_dict())
+        except OSError as error:
+            return f"{said}, but the words could not be written: {words}: {error.strerror or error}"
+        return f"{said}, the words in {words}"
+
+
+def check_seed(seed: int, model: Moshi, generation: GenerationConfig) -> None:
+    """Say so where a seed was named and nothing is drawn."""
+    drawn = generation.text.temperature or (generation.audio.temperature and model.config.model_type != "stt")
+    if seed and not drawn:
+        warn(
+            f"{seed} changes nothing: with these settings {model.name} always says what is likeliest. "
+            "Temperatures above 0 draw, such as --text-temperature 0.7 --audio-temperature 0.8",
+            "seed",
+        )
+
+
+def _transcript(args: argparse.Namespace) -> Path | None:
+    if args.transcript:
+        return Path(args.transcript)
+    return None if args.output == "-" else Path(args.output).with_suffix(".json")
+
+
+def _outputs(args: argparse.Namespace) -> list[Output]:
+    """The files that will be written."""
+    outputs = []
+    if args.output != "-":
+        output = Path(args.output)
+        if output.suffix.lower() not in (".wav", ".wave"):
+            args.parser.error(f"-o {args.output}: the answer is a wav file; give it a name that ends in .wav")
+        outputs.append(Output("the answer", "-o", output, partial_name(output)))
+    transcript = _transcript(args)
+    if transcript is not None:
+        outputs.append(Output("the transcript", "--transcript", transcript, partial_name(transcript)))
+    if args.trace is not None:
+        outputs.append(trace_output(args.trace))
+    return outputs
+
+
+@contextlib.contextmanager
+def _standard_output(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
+    """With ``-o -`` standard output, for the sound alone: whatever is printed meanwhile goes to standard error."""
+    if args.output != "-":
+        yield None
+        return
+    if sys.stdout.isatty():
+        args.parser.error(
+            "-o -: standard output is a terminal; pipe the sound into a player (| ffplay -), or name a file"
+        )
+    sys.stdout.flush()
+    sound = sys.stdout.buffer
+    with contextlib.redirect_stdout(sys.stderr):
+        yield getattr(sound, "raw", sound)  # unbuffered: nothing is left to be written after an error

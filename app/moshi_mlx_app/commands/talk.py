@@ -1,0 +1,375 @@
+"""``moshi-mlx-local talk``: the live conversation."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moshi_mlx_app.commands.file import UNTRAINED, check_seed
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.recording.interrupt import no_interrupt
+from moshi_mlx_app.recording.outputs import check_folder, reserved
+from moshi_mlx_app.screen.terminal import say, warn
+from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
+
+if TYPE_CHECKING:
+    from moshi_mlx.realtime import Conversation, Event, Trace
+    from moshi_mlx_app.audio.device import EchoCanceller, SoundCard
+    from moshi_mlx_app.recording.recorder import Recorder
+    from moshi_mlx_app.screen.panel import Keys, Panel
+
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
+
+HELP = "talk with Moshi in the terminal (the default)"
+EXAMPLES = """\
+examples:
+  moshi-mlx-local                                the best model for this machine
+  moshi-mlx-local --model kyutai/moshika-mlx-q4  this one
+  moshi-mlx-local talk --record talks            keep it: talks/*.wav, *.json
+  moshi-mlx-local talk --input-device 3 --output-device headset
+  moshi-mlx-local talk --seconds 60 --json       a minute, then the figures
+
+Keys: m mute, r record, n or space a new conversation, d look for the devices
+again, ? what the figures mean, q or Ctrl-C quit. A recording is stereo, left
+Moshi, right you, with timed words beside it: the layout that moshi-finetune
+trains on.
+
+The panel:
+"""
+FIGURES = {
+    "latency": "from the end of a frame of your voice (80 ms) to the answer to it being ready: the median",
+    "queue": "sound inside the program: yours waiting to be heard, Moshi's waiting to be played",
+    "late": "frames whose answer came more than two frames (160 ms) after their end",
+    "dropped": "your voice left out because the model fell behind by more than --backlog",
+    "underruns": "times the loudspeaker ran out of sound: heard as a gap or a click",
+}
+EXAMPLES += "".join(
+    textwrap.fill(text, 78, initial_indent=f"  {name:10} ", subsequent_indent=" " * 13) + "\n"
+    for name, text in FIGURES.items()
+)
+BUILT_IN = (
+    "the built-in model knows a few hundred questions and nothing else. Say hello; ask for its name, the capital of "
+    "France, the opposite of hot, two plus three, the day after Monday"
+)
+TRANSCRIBES = (
+    "the model {name} is for speech-to-text: it writes down what it hears and does not answer. Name a dialogue model "
+    "with --model for a conversation; moshi-mlx-local check lists them"
+)
+_TICK = 0.05
+_ENOUGH = 250  # frames of a conversation that tell how long a step takes
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options and the shared ones."""
+    add_model_options(parser, chosen="the best one that this machine can hold and run in time")
+    group = parser.add_argument_group("sound")
+    group.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
+    group.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
+    group.add_argument(
+        "--latency",
+        type=bounded(float, 0.001, 1),
+        metavar="SECONDS",
+        help="buffer of the system in each direction; more if the sound stutters (default: low; 0.02 on Linux)",
+    )
+    group.add_argument(
+        "--no-aec",
+        action="store_true",
+        help="no echo cancellation: for headphones, or where the system does it already",
+    )
+    group.add_argument(
+        "--backlog",
+        type=bounded(float, 0.08, 3),
+        default=0.32,
+        metavar="SECONDS",
+        help="how far Moshi may fall behind before the oldest of your voice is dropped (default: %(default)s)",
+    )
+    group = parser.add_argument_group("conversation")
+    group.add_argument(
+        "--record",
+        metavar="DIR",
+        help="record into this folder from the start (without it the key r records into ./recordings)",
+    )
+    group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after so many seconds")
+    group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
+    group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors still appear")
+    add_trace_option(group)
+    group.add_argument("--force", action="store_true", help="replace a trace that exists")
+    add_generation_options(parser)
+    add_cache_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until someone quits. Returns the exit status: 0, or 130 after Ctrl-C."""
+    from moshi_mlx_app.recording.recorder import LIST
+
+    folder = Path(args.record or "recordings")
+    if args.record is not None:
+        check_folder(folder, "--record")
+    outputs = [] if args.trace is None else [trace_output(args.trace)]
+    others = {"the folder of recordings": folder, "the list of recordings": folder / LIST}
+    with reserved(args.parser, outputs, others=others, force=args.force), tracing(args.trace) as trace:
+        return _run(args, trace)
+
+
+def _run(args: argparse.Namespace, trace: Trace | None) -> int:
+    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.realtime import Conversation
+    from moshi_mlx_app.audio.device import SoundCard
+    from moshi_mlx_app.audio.portaudio import devices, find_device
+    from moshi_mlx_app.models.catalog import BUILTIN, purpose
+    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.models.select import remember_step
+    from moshi_mlx_app.recording.recorder import Recorder
+    from moshi_mlx_app.recording.transcript import Transcript
+    from moshi_mlx_app.screen.panel import Keys, Panel, own_errors
+
+    found = devices()  # what is missing should not come out after a download
+    find_device(args.input_device, "input", found)
+    find_device(args.output_device, "output", found)
+    model = load_model(args, shown=not args.quiet)
+    if purpose(model) == "speech-to-text":
+        warn(TRANSCRIBES.format(name=model.name), "notice")
+    if not model.trained:
+        warn(UNTRAINED.format(name=model.name), "notice")
+    elif args.model == BUILTIN and not args.quiet:
+        warn(BUILT_IN, "notice")
+    generation = generation_from(args, generation_defaults(model.config))
+    check_seed(args.seed, model, generation)
+    recorder = Recorder(
+        Path(args.record or "recordings"),
+        model.sample_rate,
+        model.frame_size,
+        Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits),
+    )
+    if args.record is not None:
+        recorder.start()
+    impatient = False
+    try:
+        with _stop_signals() as stopped, own_errors():
+            conversation = Conversation(
+                model,
+                seed=args.seed,
+                generation=generation,
+                kv_bits=args.kv_bits,
+                backlog=args.backlog,
+                tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
+                trace=trace,
+            )
+            echo = None if args.no_aec else _echo(model.sample_rate)
+            if trace is not None and echo is not None:
+                echo.cancel = trace.wrap("echo", echo.cancel)  # type: ignore[method-assign]
+            card = SoundCard(
+                conversation.feed,
+                conversation.read_into,
+                model.sample_rate,
+                input_device=args.input_device,
+                output_device=args.output_device,
+                echo=echo,
+                latency=args.latency,
+            )
+            with (
+                conversation,
+                card,
+                Keys() as keys,
+                Panel(panel=not args.quiet, text=not (args.quiet or args.json), keys=keys.available) as panel,
+            ):
+                talk = _Talk(args, conversation, card, recorder, panel, keys)
+                talk.run(stopped)
+    except KeyboardInterrupt:  # pressed again: whoever does that will not wait for figures
+        impatient = True
+    finally:
+        with no_interrupt():
+            recorder.stop()
+            for notice in recorder.notices():
+                warn(notice, "recording")
+    with no_interrupt():
+        if impatient:
+            _recorded(recorder)
+            return 130
+        talk.report(model.name)
+        if conversation.meters.frames >= _ENOUGH:
+            remember_step(model.name, conversation.meters.step.percentile(95) * 1e3)
+    conversation.check()
+    return 130 if stopped and stopped[0] == signal.SIGINT else 0
+
+
+def _echo(rate: int) -> EchoCanceller | None:
+    """Echo cancellation, or a sentence about how to do without."""
+    from moshi_mlx_app.audio.echo import EchoError, WebRtcEcho
+
+    try:
+        return WebRtcEcho(rate)
+    except EchoError as error:
+        warn(f"{error}. --no-aec silences this", "notice")
+        return None
+
+
+class _Talk:
+    """The loop between the conversation, the devices and the person."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        conversation: Conversation,
+        card: SoundCard,
+        recorder: Recorder,
+        panel: Panel,
+        keys: Keys,
+    ):
+        self.args, self.conversation, self.card = args, conversation, card
+        self.recorder, self.panel, self.keys = recorder, panel, keys
+        self.muted = False
+        self.seconds = 0.0
+        self._first_frame = 0  # of the present conversation
+
+    def run(self, stopped: list[int]) -> None:
+        """Until a signal, the key q, the time that was asked for, or an error."""
+        args, conversation = self.args, self.conversation
+        began = time.monotonic()
+        shown = 0.0
+        while not stopped and conversation.running:
+            conversation.wait(_TICK)
+            self.seconds = time.monotonic() - began
+            for event in conversation.events():
+                self._event(event)
+            self.panel.say(self._time(conversation.meters.frames), "")
+            for notice in (*self.card.notices(), *self.recorder.notices()):
+                self.panel.notice(notice)
+            if not all(self._key(key) for key in self.keys.pressed()):
+                break
+            if args.seconds is not None and self.seconds >= args.seconds:
+                break
+            self.card.check()
+            if self.seconds - shown >= _TICK or not shown:
+                shown = self.seconds
+                self.panel.show(self._state())
+
+    def _event(self, event: Event) -> None:
+        if event.kind == "text":
+            self.panel.say(self._time(event.frame), event.text)
+        elif event.kind == "reset":
+            self._first_frame = event.frame
+            self.panel.restart()
+            self.panel.notice("a new conversation")
+
+    def _time(self, frame: int) -> float:
+        return (frame - self._first_frame) / self.conversation.engine.frame_rate
+
+    def _key(self, key: str) -> bool:
+        """Do what the key says; False to quit."""
+        if key == "q":
+            return False
+        if key == "m":
+            self.muted = not self.muted
+            self.conversation.mute(self.muted)
+        elif key in "n ":
+            self.conversation.reset()
+        elif key == "d":
+            self.card.reopen()
+        elif key == "r":
+            self._record()
+        elif key == "?":
+            for name, text in FIGURES.items():
+                self.panel.notice(text, name)
+        return True
+
+    def _record(self) -> None:
+        if self.recorder.running:
+            self.recorder.stop()
+            self.panel.notice(str(self.recorder.files[-1]) if self.recorder.files else "nothing yet", "recorded")
+            return
+        try:
+            self.recorder.start()
+        except OSError as error:
+            self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
+
+    def _state(self) -> Any:
+        from moshi_mlx_app.screen.panel import State
+
+        meters = self.conversation.meters
+        return State(
+            seconds=self.seconds,
+            user=meters.level_in,
+            moshi=meters.level_out,
+            latency=meters.lag.percentile(50),
+            queue=self.conversation.delay,
+            late=meters.late,
+            dropped=meters.dropped_in / self.conversation.engine.sample_rate,
+            underruns=meters.underruns,
+            recording=self.recorder.seconds if self.recorder.running else None,
+            muted=self.muted,
+            sound=self.card.open,
+        )
+
+    def report(self, name: str) -> None:
+        """Figures of the whole conversation."""
+        meters, card = self.conversation.meters, self.card
+        rate = self.conversation.engine.sample_rate
+        figures = {
+            "model": name,
+            "seconds": round(self.seconds, 3),
+            "frames": meters.frames,
+            "late": meters.late,
+            "latency_ms": {str(p): round(meters.lag.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "step_ms": {str(p): round(meters.step.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "dropped_seconds": round(meters.dropped_in / rate, 3),
+            "dropped_output_seconds": round(meters.dropped_out / rate, 3),
+            "underruns": meters.underruns,
+            "device_overflows": card.overflows,
+            "device_underflows": card.underflows,
+            "device_openings": card.openings,
+            "echo_cancellation": self.card.cancels_echo,
+            "files": [str(path) for path in self.recorder.files],
+        }
+        if self.args.json:
+            say(json.dumps(figures))
+        elif not self.args.quiet:
+            latency = [meters.lag.percentile(percent) * 1e3 for percent in (50, 95)]
+            warn(
+                f"{self.seconds:.1f} s, {meters.frames} frames, {meters.late} late; latency {latency[0]:.0f} ms "
+                f"(p95 {latency[1]:.0f}); {figures['dropped_seconds']} s dropped, {meters.underruns} underruns",
+                "",
+            )
+            _recorded(self.recorder)
+
+
+def _recorded(recorder: Recorder) -> None:
+    for path in recorder.files:
+        warn(str(path), "recorded")
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and its like end the loop, so that devices and files are closed; pressed again, they interrupt at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""``moshi-mlx-local web``: the page in the browser, and Kyutai's protocol for other clients."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import secrets
+import signal
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moshi_mlx.printable import printable
+from moshi_mlx_app.commands.file import UNTRAINED
+from moshi_mlx_app.options import (
+    add_cache_option,
+    add_generation_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
+from moshi_mlx_app.recording.outputs import check_folder
+from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
+
+if TYPE_CHECKING:
+    from moshi_mlx.model import Moshi
+
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
+
+HELP = "talk in the browser; also serves Kyutai's own clients"
+EXAMPLES = """\
+examples:
+  moshi-mlx-local web                                opens the page
+  moshi-mlx-local web --no-browser --port 9000       only serves it
+  moshi-mlx-local web --host 0.0.0.0 --tls           for a phone: prints a link with a token, and its QR code
+  moshi-mlx-local web --record talks                 keeps every conversation: talks/*.wav, *.json
+
+The browser gives a page the microphone on this machine, or over TLS. With --tls
+a certificate is made once and kept; the browser asks whether to trust it.
+"""
+_SHARE_OF_TIME = 0.8
+_FRAMES_MEASURED = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options and the shared ones."""
+    add_model_options(parser, chosen="the best one that this machine can hold and run in time")
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="localhost", metavar="H", help="name or address to listen on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--port", type=bounded(int, 0, 65535), default=8998, metavar="N", help="port; 0: any (default: %(default)s)"
+    )
+    group.add_argument("--no-browser", action="store_true", help="do not open the page")
+    group.add_argument(
+        "--places",
+        type=bounded(int, 1, 1000),
+        metavar="N",
+        help="how many may talk at once (default: what this machine's speed allows, measured at the start)",
+    )
+    group.add_argument("--tls", action="store_true", help="encrypt, with a certificate made here")
+    group.add_argument("--cert", metavar="FILE", help="encrypt with this certificate (PEM, with its chain)")
+    group.add_argument("--key", metavar="FILE", help="and this key")
+    group.add_argument("--record", metavar="DIR", help="record every conversation into this folder; the page says so")
+    group.add_argument("--quiet", action="store_true", help="do not say who comes and goes")
+    add_generation_options(parser)
+    add_cache_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until someone stops it. Returns the exit status: 0, or 130 after Ctrl-C."""
+    from moshi_mlx.model import generation_defaults
+    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.web import certificates
+    from moshi_mlx_app.web.engine import Engine
+    from moshi_mlx_app.web.guard import Guard
+    from moshi_mlx_app.web.line import Line
+    from moshi_mlx_app.web.links import links, qr_text
+    from moshi_mlx_app.web.names import is_loopback
+    from moshi_mlx_app.web.server import Server, serve
+    from moshi_mlx_app.web.wire import opus_missing
+
+    if args.key and not args.cert:
+        args.parser.error("--key goes with --cert")
+    if args.tls and args.cert:
+        args.parser.error("--tls makes a certificate: leave it out where --cert gives one")
+    tls, fingerprint = None, ""
+    if args.cert:
+        tls = certificates.given(args.cert, args.key)
+    elif args.tls:
+        tls, fingerprint = certificates.own(args.host)
+    record = None if args.record is None else Path(args.record)
+    if record is not None:
+        check_folder(record, "--record")
+    model = load_model(args, shown=not args.quiet)
+    with Loading(shown=not args.quiet) as loading:
+        loading("measuring how many can talk at once")
+        places = int(args.places or _places(model))
+    if not model.trained:
+        warn(UNTRAINED.format(name=model.name), "notice")
+    if opus_missing():
+        warn(opus_missing(), "notice")
+    token = "" if is_loopback(args.host) else secrets.token_urlsafe(24)
+    if token and tls is None:
+        warn("browsers give a page from another machine the microphone over TLS only: add --tls", "notice")
+    if fingerprint:
+        warn(f"the browser will ask whether to trust a certificate made here; its SHA-256 is {fingerprint}", "notice")
+    server = Server(
+        Engine(model, args.kv_bits, record),
+        Guard(args.host, token),
+        Line(places),
+        generation_from(args, generation_defaults(model.config)),
+        seed=args.seed,
+        on_talk=_silent if args.quiet else _tell,
+        on_fault=lambda text: warn(text, "fault"),
+    )
+
+    def ready(port: int) -> None:
+        found = links("http" if tls is None else "https", args.host, port, token)
+        for link in found:
+            say(link)
+        if token:
+            server.link = found[0]
+        if not args.quiet:
+            if len(found) > 1:
+                _tell("the first link is for other devices in this network, the second for this computer")
+            if token and is_terminal(sys.stderr):
+                print(qr_text(found[0], sys.stderr), file=sys.stderr, end="", flush=True)
+            _tell(f"{places} can talk at once; Ctrl-C ends it")
+        if not args.no_browser and _has_screen():
+            # In a thread: some browsers come back only when they are closed.
+            threading.Thread(target=webbrowser.open, args=(found[-1],), daemon=True).start()
+
+    stopped = asyncio.run(serve(server, args.host, int(args.port), tls=tls, ready=ready))
+    return 130 if stopped == signal.SIGINT else 0
+
+
+def _places(model: Moshi) -> int:
+    """How many conversations at once this machine has the time for, one at least."""
+    from moshi_mlx_app.models.measure import unpaced
+
+    frame = 1 / model.frame_rate
+    spent = float(unpaced(model, _FRAMES_MEASURED)["frame"]["p50"]) / 1e3
+    if spent > 3 * frame:  # the three stages work side by side
+        warn(
+            f"this machine takes {spent * 1e3:.0f} ms for {frame * 1e3:.0f} ms of sound: Moshi will not keep up with "
+            "anyone (moshi-mlx-local check says more)"
+        )
+    return max(1, math.floor(_SHARE_OF_TIME * frame / max(spent, 1e-6)))
+
+
+def _has_screen() -> bool:
+    """Whether a browser could open a window; without one, a text browser would take the terminal."""
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def _tell(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass

@@ -1,0 +1,122 @@
+"""From ``--model`` to a loaded model: chosen if nobody named one, fetched where a person can see it, then read."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from moshi_mlx_app.screen.terminal import Loading, is_terminal, warn
+
+if TYPE_CHECKING:
+    from moshi_mlx.hub import Survey
+    from moshi_mlx.model import Moshi
+
+__all__ = ["fetch", "load_model"]
+
+_EVERY = 10.0  # seconds between lines where no bar can be drawn
+
+
+def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
+    """The model that ``args`` (``model``, ``codec``) ask for.
+
+    Parameters
+    ----------
+    args : Namespace
+        With ``model`` None the model is chosen, and ``args.model`` set to it.
+    shown : bool
+        Draw bars. What is chosen and what is fetched is said in any case.
+
+    Raises
+    ------
+    MoshiError
+        As :func:`moshi_mlx.load`.
+    """
+    import moshi_mlx
+
+    if args.model is None:
+        from moshi_mlx_app.models.select import default_model
+
+        with Loading(shown=shown) as loading:
+            choice = default_model(loading)
+        warn(choice.line, "model")
+        args.model = choice.model
+    fetch(args.model, shown=shown)
+    with Loading(shown=shown) as loading:
+        return moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+
+
+def fetch(source: str, *, shown: bool = True) -> None:
+    """Bring a model's files here, saying how much that is; nothing to do for folders and built-in models.
+
+    Raises
+    ------
+    MoshiError
+        If it cannot be found, or not be fetched to its end. What came is used the next time.
+    """
+    from moshi_mlx.hub import resolve, survey
+
+    with Loading(shown=shown) as loading:
+        if "/" in source and not os.path.exists(os.path.expanduser(source)):
+            loading(f"asking {os.environ.get('HF_ENDPOINT') or 'the hub'} for {source}; it has 15 s to answer")
+        needed = survey(source)
+    if not needed.missing:
+        return
+    # The configuration alone is always here: the survey fetched it.
+    begun = f", {needed.begun / 1e9:.2f} GB of them are here" if needed.begun > 0.01 * needed.total else ""
+    warn(
+        f"{source}: {needed.total / 1e9:.2f} GB, fetched once{begun}; into {needed.place}. "
+        "Ctrl-C stops it, and the next run goes on there",
+        "download",
+    )
+    with _Download(needed, shown=shown) as download:
+        resolve(source, progress=download)
+
+
+class _Download:
+    """One bar for all files; a line now and then where there is no terminal."""
+
+    def __init__(self, needed: Survey, *, shown: bool):
+        self._here = {name: size - missing for name, (size, missing) in needed.files.items()}
+        self._total = needed.total
+        self._shown = shown
+        self._said = time.monotonic()
+        self._bar: Progress | None = None
+        if shown and is_terminal(sys.stderr):
+            self._bar = Progress(
+                BarColumn(bar_width=20),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True, highlight=False),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=self._total, completed=sum(self._here.values()))
+
+    def __enter__(self) -> _Download:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, name: str, here: int, size: int) -> None:
+        self._here[name] = here
+        done = sum(self._here.values())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif self._shown and time.monotonic() - self._said >= _EVERY:
+            self._said = time.monotonic()
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                warn(f"{done / 1e9:.2f} of {self._total / 1e9:.2f} GB", "download")

@@ -1,0 +1,231 @@
+"""What this machine is and how fast it is: for the verbs ``check`` and ``bench``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.resources import as_file, files
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.model import Moshi
+from moshi_mlx.realtime import Conversation
+from moshi_mlx.realtime.meters import Stopwatch
+
+__all__ = [
+    "machine",
+    "memory_used",
+    "paced",
+    "percentiles",
+    "question",
+    "speeds",
+    "unpaced",
+]
+
+_PACKAGES = ("mlx", "numpy", "rustymimi", "sounddevice", "soxr", "livekit")
+_GROUP = 64
+_AT_ONCE = {True: 5e8, False: 5e7}  # bytes of weights to go through at a time, on a GPU and on a processor
+
+
+def machine() -> dict[str, Any]:
+    """System, processor, memory in bytes, and the versions of the packages that matter."""
+    import mlx.core as mx
+
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    described = mx.device_info() if hasattr(mx, "device_info") else {}
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "processor": str(described.get("device_name", "")),
+        "device": "gpu" if mx.default_device().type == mx.gpu else "cpu",
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        # What Metal lets a program keep for the GPU; other backends say nothing of the kind.
+        "gpu_memory": int(described.get("max_recommended_working_set_size", 0)) or None,
+        "packages": versions,
+    }
+
+
+def memory_used() -> int:
+    """Bytes that this process has held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def percentiles(watch: Stopwatch) -> dict[str, float]:
+    """Milliseconds of one stage."""
+    return {
+        **{f"p{percent}": round(watch.percentile(percent) * 1e3, 2) for percent in (50, 95)},
+        "max": round(watch.longest * 1e3, 2),
+    }
+
+
+def _milliseconds(watch: Stopwatch) -> list[float]:
+    return [round(float(seconds) * 1e3, 3) for seconds in watch.recent()]
+
+
+def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
+    """One silent frame, then the questions that come with the program, again and again."""
+    import soundfile
+
+    with as_file(files("moshi_mlx") / "assets" / "questions.wav") as path:
+        pcm, rate = soundfile.read(path, dtype="float32")
+    if rate != model.sample_rate:
+        import soxr
+
+        pcm = soxr.resample(pcm, rate, model.sample_rate)
+    # The silence before the first words would make a short measurement one of silence.
+    pcm = pcm[max(int(np.argmax(np.abs(pcm) > 0.05)) - model.frame_size // 2, 0) :]
+    size = model.frame_size
+    yield np.zeros(size, np.float32)
+    while True:
+        for start in range(0, len(pcm) - size + 1, size):
+            yield np.ascontiguousarray(pcm[start : start + size], np.float32)
+
+
+def unpaced(
+    model: Moshi,
+    frames: int,
+    generation: GenerationConfig | None = None,
+    *,
+    series: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """Each stage by itself, one frame after the other, as fast as it goes.
+
+    Parameters
+    ----------
+    series : dict, optional
+        Gets the milliseconds of every frame, by stage.
+
+    Returns
+    -------
+    dict
+        Milliseconds of ``encode``, ``step``, ``decode`` and ``frame``; ``rtf``; ``silent`` and ``spoken``: whether
+        the first and a later frame went through with finite sound.
+    """
+    watches = {name: Stopwatch(max(frames, 1)) for name in ("encode", "step", "decode", "frame")}
+    took: dict[str, float] = {}
+    fine: list[bool] = []
+    total = 0.0
+    with model.session(generation=generation) as session:
+        session.on_stage = lambda name, began, ended: took.update({"step" if name == "model" else name: ended - began})
+        # Two before anything counts: the first of a kind compiles and allocates.
+        for index, pcm in enumerate(islice(question(model), frames + 2), start=-2):
+            began = time.perf_counter()
+            voice = session.step(pcm).pcm
+            took["frame"] = time.perf_counter() - began
+            fine.append(bool(np.isfinite(voice).all()) and voice.shape == (model.frame_size,))
+            if index >= 0:
+                for name, seconds in took.items():
+                    watches[name].add(seconds)
+                total += took["frame"]
+    if series is not None:
+        series.update({name: _milliseconds(watch) for name, watch in watches.items()})
+    return {
+        **{name: percentiles(watch) for name, watch in watches.items()},
+        "frames": frames,
+        "rtf": round(total * model.frame_rate / max(frames, 1), 3),
+        "silent": fine[0],
+        "spoken": all(fine[1:]),
+    }
+
+
+def paced(
+    model: Moshi,
+    frames: int,
+    generation: GenerationConfig | None = None,
+    *,
+    series: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """A conversation on a microphone that gives one frame every 80 ms, with all its threads.
+
+    ``series`` as for :func:`unpaced`, with ``latency``, and at most the last thousand frames.
+    """
+    sound = question(model)
+    with Conversation(model, generation=generation) as conversation:
+        out = np.zeros(model.frame_size // 8, np.float32)
+        began = time.monotonic()
+        for index in range(frames * 8):
+            time.sleep(max(0.0, began + (index + 1) / (8 * model.frame_rate) - time.monotonic()))
+            if index % 8 == 7:
+                conversation.feed(next(sound))
+            conversation.read_into(out)
+            conversation.check()
+        until = time.monotonic() + 2.0
+        while conversation.meters.frames < frames and time.monotonic() < until and conversation.running:
+            time.sleep(0.01)
+        meters = conversation.meters
+    stages = {"encode": meters.encode, "step": meters.step, "decode": meters.decode, "latency": meters.lag}
+    if series is not None:
+        series.update({name: _milliseconds(watch) for name, watch in stages.items()})
+    return {
+        **{name: percentiles(watch) for name, watch in stages.items()},
+        "frames": meters.frames,
+        "late": meters.late,
+        "dropped_seconds": round(meters.dropped_in / model.sample_rate, 3),
+        "underruns": meters.underruns,
+    }
+
+
+def speeds(seconds: float = 1.0) -> dict[int, float]:
+    """Bytes of weights that go through a matrix-vector product in a second, for weights of 4, 8 and 16 bits.
+
+    The matrices are many, and large together: one alone would stay in a cache, where a model's weights never are.
+
+    Parameters
+    ----------
+    seconds : float
+        To spend, about; other programs only ever make it slower, so the best of several rounds counts.
+    """
+    import mlx.core as mx
+
+    gpu = mx.default_device().type == mx.gpu
+    kind, wide, high = (mx.bfloat16, 4096, 16_384) if gpu else (mx.float32, 4096, 512)
+    matrix = mx.random.normal((high, wide)).astype(mx.bfloat16)
+    x = mx.random.normal((1, wide)).astype(kind)
+    found = {}
+    for bits in (4, 8, 16):
+        parts = [matrix.astype(kind)] if bits == 16 else list(mx.quantize(matrix, group_size=_GROUP, bits=bits))
+        mx.eval(parts, x)
+        once = min(_seconds_of([parts], x, bits) for _ in range(2))  # the first call compiles
+        held = sum(part.nbytes for part in parts)
+        count = int(min(_AT_ONCE[gpu] / held, max(seconds / 9 / once, 1)))
+        copies = [parts, *([part + 0 for part in parts] for _ in range(count - 1))]
+        mx.eval(copies)
+        best, until = once, time.perf_counter() + seconds / 3
+        while time.perf_counter() < until:
+            best = min(best, _seconds_of(copies, x, bits) / count)
+        # A processor multiplies 32 bits where the file has 16: count what the file holds.
+        found[bits] = (2 * high * wide if bits == 16 else held) / best
+        del parts, copies
+        mx.clear_cache()  # the model that comes next may need all there is
+    return found
+
+
+def _seconds_of(matrices: list[list[Any]], x: Any, bits: int) -> float:
+    """Time of one product with each of them."""
+    import mlx.core as mx
+
+    def product(weights: Any, scales: Any = None, biases: Any = None) -> Any:
+        if scales is None:
+            return x @ weights.T
+        return mx.quantized_matmul(x, weights, scales, biases, transpose=True, group_size=_GROUP, bits=bits)
+
+    began = time.perf_counter()
+    mx.eval([product(*parts) for parts in matrices])
+    return time.perf_counter() - began

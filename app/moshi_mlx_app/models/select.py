@@ -1,0 +1,219 @@
+"""Choose the default model: the best that this machine can hold and run in time.
+
+Memory and speed are measured, in about a second, and kept in the user's cache folder for as long as machine and
+versions stay the same. What a step of a model took in a real conversation is kept there too, and beats the estimate. A
+model that is here already comes before a better one that would have to be fetched: the line that explains the choice
+names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, kind, room, verdict
+from moshi_mlx_app.version import DISTRIBUTION, program
+
+if TYPE_CHECKING:
+    from moshi_mlx.hub import Survey
+
+__all__ = ["Measured", "Selection", "cache_folder", "default_model", "measured", "remember_step", "select"]
+
+_PATIENCE = 4.0  # seconds that the hub has for its answer
+_SPARE = 2**29  # bytes that a download must leave on the disk
+_OTHER = "; --model names another"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A model.
+
+    Attributes
+    ----------
+    model : str
+    line : str
+        What it is and why, for the user.
+    missing : int
+        Bytes of it that are not here yet.
+    """
+
+    model: str
+    line: str
+    missing: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known about this machine.
+
+    Attributes
+    ----------
+    room : int
+        Bytes that a model may take.
+    speeds : mapping of int to float
+        See :func:`moshi_mlx_app.models.measure.speeds`.
+    steps : mapping of str to float
+        Milliseconds of a step (p95) in conversations, by :func:`~moshi_mlx_app.models.catalog.kind` of model.
+    """
+
+    room: int
+    speeds: Mapping[int, float]
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+
+def select(
+    here: Measured,
+    survey: Callable[[str, bool], Survey],
+    free: Callable[[Path], int] = lambda place: _free(place),
+    catalog: tuple[PublishedModel, ...] = CATALOG,
+) -> Selection:
+    """The best model for a machine.
+
+    Parameters
+    ----------
+    here : Measured
+    survey : callable
+        What a model needs and what of it is here, by name and whether the network must be left alone. May raise
+        MoshiError.
+    free : callable
+        Bytes free on the disk of a folder.
+    catalog : tuple of PublishedModel
+        Models, the better one first.
+    """
+    from moshi_mlx.errors import MoshiError
+
+    talking = [model for model in catalog if model.purpose == "dialogue" and not model.gated]
+    verdicts = {model.name: verdict(model, here.room, here.speeds, here.steps) for model in talking}
+    able = [model.name for model in talking if verdicts[model.name]["fits"] and verdicts[model.name]["keeps_up"]]
+    if not able:
+        least = min(talking, key=lambda model: verdicts[model.name]["step_ms"])
+        return _builtin(f"no published model would do here; the nearest, {least.name}, {verdicts[least.name]['why']}")
+    for name in able:
+        with contextlib.suppress(MoshiError):
+            if survey(name, True).missing == 0:
+                better = "" if kind(name) == kind(able[0]) else f"; {able[0]} would do too, with --model"
+                return Selection(name, f"{name}, the best one here: {verdicts[name]['why']}{better or _OTHER}")
+    full = ""
+    for name in able:
+        try:
+            needed = survey(name, False)
+        except MoshiError as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            return _builtin(f"{name} would do here, but {reason[:200]}")
+        if needed.missing + _SPARE <= free(needed.place):
+            line = f"{name}, the best one that this machine can run: {verdicts[name]['why']}{_OTHER}"
+            return Selection(name, line, needed.missing)
+        full = f"{name} would do here, but {needed.place} has no room for {needed.missing / 1e9:.1f} GB"
+    return _builtin(full)
+
+
+def _builtin(why: str) -> Selection:
+    return Selection(BUILTIN, f"{BUILTIN}, the built-in one: {why}{_OTHER}")
+
+
+def default_model(say: Callable[[str], object] = lambda _: None, here: Measured | None = None) -> Selection:
+    """The model that ``talk`` takes on this machine. ``say`` is told what takes a moment."""
+    say("looking which model suits this machine")
+    return select(here or measured(), _survey)
+
+
+def _survey(name: str, offline: bool) -> Survey:
+    """Like :func:`moshi_mlx.hub.survey`, but back within seconds whatever the network does."""
+    from moshi_mlx.errors import DownloadError
+    from moshi_mlx.hub import survey
+
+    if offline:
+        return survey(name, offline=True)
+    found: list[Survey | BaseException] = []
+
+    def ask() -> None:
+        try:
+            found.append(survey(name, timeout=_PATIENCE))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name="moshi hub", daemon=True)
+    thread.start()
+    thread.join(2 * _PATIENCE)
+    if not found:
+        raise DownloadError(f"cannot fetch {name}: the hub does not answer within {2 * _PATIENCE:g} s")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def _free(place: Path) -> int:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# -------------------------------------------------------------------------------------------------- what is remembered
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can find out again."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / DISTRIBUTION
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
+
+
+def measured(*, again: bool = False) -> Measured:
+    """What is known about this machine, measured now if ``again`` or if it was not measured before."""
+    from moshi_mlx_app.models import measure
+
+    machine = measure.machine()
+    kept = _read(machine)
+    if kept is None or again:
+        steps = {} if kept is None else kept["steps"]
+        kept = {"machine": _identity(machine), "speeds": measure.speeds(), "steps": steps}
+        _write(kept)
+    return Measured(room(machine), {int(bits): value for bits, value in kept["speeds"].items()}, kept["steps"])
+
+
+def remember_step(model: str, milliseconds: float) -> None:
+    """Keep what a step of a published model took (p95) in a conversation, for the next choice."""
+    from moshi_mlx_app.models import measure
+
+    if not any(published.name == model for published in CATALOG):
+        return
+    machine = measure.machine()
+    kept = _read(machine)
+    if kept is not None:
+        kept["steps"][kind(model)] = round(milliseconds, 1)
+        _write(kept)
+
+
+def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a measurement to hold."""
+    names = ("machine", "processor", "device", "cores", "memory")
+    return {"program": program(), "mlx": machine["packages"]["mlx"], **{name: machine[name] for name in names}}
+
+
+def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was kept; None if there is nothing, or it is of another machine or version, or damaged."""
+    try:
+        kept = json.loads((cache_folder() / "machine.json").read_text(encoding="utf-8"))
+        kept["speeds"] = {int(bits): float(value) for bits, value in kept["speeds"].items()}
+        kept["steps"] = {str(name): float(value) for name, value in kept["steps"].items()}
+        right = kept["machine"] == _identity(machine) and min(kept["speeds"][bits] for bits in (4, 8, 16)) > 0
+        return kept if right else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write(kept: Mapping[str, Any]) -> None:
+    folder = cache_folder()
+    temporary = folder / f".machine.{os.getpid()}.json"
+    with contextlib.suppress(OSError):  # then it is measured again the next time
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
+        os.replace(temporary, folder / "machine.json")

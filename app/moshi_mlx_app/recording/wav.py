@@ -1,0 +1,186 @@
+"""Wav files of 16 bits that are valid on disk after every frame, and the same into a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_mlx.errors import AudioError
+from moshi_mlx_app.recording.outputs import named, partial_name
+
+__all__ = ["HEADER", "LARGEST", "AnswerFile", "AnswerStream", "WavFile", "header", "write_at"]
+
+Pcm = NDArray[np.float32]
+
+HEADER = 44
+"""Bytes before the sound."""
+LARGEST = (1 << 32) - 4096
+"""Bytes of sound that fit, as a wav's sizes are 32 bits wide."""
+
+
+def header(rate: int, channels: int, samples: int) -> bytes:
+    """The first bytes of a wav with so many samples in each channel."""
+    width = 2 * channels
+    size = samples * width
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", HEADER - 8 + size, b"WAVE", b"fmt ", 16, 1, channels, rate, rate * width, width, 16, b"data", size),
+    )
+
+
+def write_at(file: int, data: bytes, place: int) -> None:
+    """All of ``data`` at ``place``; the system may take less at a time when the disk fills up."""
+    while data:
+        count = os.pwrite(file, data, place)
+        data, place = data[count:], place + count
+
+
+def _values(sides: tuple[Pcm, ...]) -> bytes:
+    both = np.stack(sides, axis=1)
+    values: NDArray[np.int16] = np.clip(np.rint(both * np.float32(32768)), -32768, 32767).astype("<i2")
+    return values.tobytes()
+
+
+class WavFile:
+    """A wav that grows. Places follow from numbers: what could not be written, on a full disk, can be tried again.
+
+    Parameters
+    ----------
+    path : path
+    rate, channels : int
+    new : bool
+        Refuse to write over a file.
+
+    Attributes
+    ----------
+    samples : int
+        In each channel, so far.
+
+    Raises
+    ------
+    OSError
+        With the name of the file, here and from :meth:`write`.
+    """
+
+    def __init__(self, path: Path, rate: int, channels: int, *, new: bool = False):
+        self.path = path
+        self.samples = 0
+        self._rate, self._channels = rate, channels
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else os.O_TRUNC), 0o666)
+
+    def write(self, *sides: Pcm) -> None:
+        """Append an array [samples], float32, for each channel; what is beyond -1 and 1 is clipped."""
+        data, width = _values(sides), 2 * self._channels
+        with named(self.path):
+            if not self.samples:
+                write_at(self._file, header(self._rate, self._channels, 0), 0)
+            write_at(self._file, data, HEADER + width * self.samples)
+            # The lengths come after the sound: a header never promises what is not there.
+            samples = self.samples + len(data) // width
+            write_at(self._file, header(self._rate, self._channels, samples), 0)
+        self.samples = samples
+
+    def close(self) -> None:
+        """What could be written has been: a disk that refuses now takes nothing away."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            with contextlib.suppress(OSError):
+                if self.samples:  # half a frame on a full disk is room for the words
+                    os.ftruncate(file, HEADER + 2 * self._channels * self.samples)
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+
+def _fit(rate: int, samples: int, channels: int) -> None:
+    if samples * 2 * channels > LARGEST:
+        raise AudioError(
+            f"the answer would last {samples / rate / 3600:.1f} hours; a wav file ends at "
+            f"{LARGEST / 2 / channels / rate / 3600:.1f}: split the question"
+        )
+
+
+class AnswerFile:
+    """An answer on its way: left Moshi, right the user, or Moshi alone.
+
+    It grows under :func:`partial_name`. :meth:`finish` moves it to its name, :meth:`keep` leaves it where it is.
+
+    Parameters
+    ----------
+    target : path
+    sample_rate : int
+    samples : int
+        How long it will be: refused now if no wav can hold it.
+    channels : int
+
+    Raises
+    ------
+    AudioError
+        Too long for a wav.
+    OSError
+        The folder is missing or not writable.
+    """
+
+    def __init__(self, target: Path, sample_rate: int, samples: int, channels: int = 2):
+        _fit(sample_rate, samples, channels)
+        self.target, self.partial = target, partial_name(target)
+        self._channels = channels
+        self._wav = WavFile(self.partial, sample_rate, channels)
+
+    @property
+    def samples(self) -> int:
+        """In each channel, so far."""
+        return self._wav.samples
+
+    def write(self, moshi: Pcm, user: Pcm) -> None:
+        """Append both sides, [samples] float32 each and equally long."""
+        self._wav.write(*(moshi, user)[: self._channels])
+
+    def finish(self) -> Path:
+        """Close it and move it into place."""
+        self._wav.close()
+        os.replace(self.partial, self.target)
+        self.partial = self.target
+        return self.target
+
+    def keep(self) -> Path | None:
+        """Close it as it is. Returns where it is, or None if there was nothing to keep, and it is gone."""
+        self._wav.close()
+        if self.samples:
+            return self.partial
+        self.partial.unlink(missing_ok=True)
+        return None
+
+
+class AnswerStream:
+    """An answer into a pipe, frame by frame. Parameters as :class:`AnswerFile`; the length is said in front."""
+
+    def __init__(self, stream: BinaryIO, sample_rate: int, samples: int, channels: int = 2):
+        _fit(sample_rate, samples, channels)
+        self.target = Path("standard output")
+        self.samples = 0
+        self._stream, self._channels = stream, channels
+        self._header = header(sample_rate, channels, samples)
+
+    def write(self, moshi: Pcm, user: Pcm) -> None:
+        """As :meth:`AnswerFile.write`."""
+        with named(self.target):
+            data = memoryview(self._header + _values((moshi, user)[: self._channels]))
+            while data:
+                data = data[self._stream.write(data) or 0 :]
+                self._stream.flush()
+        self._header = b""
+        self.samples += len(moshi)
+
+    def finish(self) -> Path:
+        """Nothing is left to be done."""
+        return self.target
+
+    def keep(self) -> Path | None:
+        """What was written is out of reach."""
+        return self.target if self.samples else None

@@ -1,0 +1,1 @@
+"""What a recipe costs, and the report about it."""

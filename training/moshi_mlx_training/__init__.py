@@ -1,0 +1,11 @@
+"""Training the small built-in model: synthetic speech, codec, language model, evaluation.
+
+Nothing outside this package imports it, and nothing at this level imports anything heavy. The codec is trained in
+PyTorch (the ``train`` extra); only the modules that need it import it. Each step is one command::
+
+    python -m moshi_mlx_training.codec.data      --help    synthesize hours of labelled speech
+    python -m moshi_mlx_training.codec.train     --help    train the codec
+    python -m moshi_mlx_training.codec.finetune  --help    tune the decoder alone on the answering voice
+    python -m moshi_mlx_training.codec.evaluate  --help    STOI, PESQ, mel distance, phones, recognised sentences
+    python -m moshi_mlx_training.codec.export    --help    write the published file format
+"""

@@ -1,0 +1,1 @@
+"""Make the conversations, train, evaluate and export the language model."""

@@ -1,0 +1,1 @@
+"""Sentences, and the synthesizers and recogniser that speak and hear them."""
