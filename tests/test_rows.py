@@ -5,6 +5,7 @@ MOSHI_TEST_TICKS=10000 is the long form: about ten minutes for each of the two w
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -160,13 +161,27 @@ def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
     """If this fails, a conversation hears its neighbours, or one who left, or loses a frame while it waits."""
     lm = small_model(**TINY)
     crowd(Generator(lm, seeds=None), 30, 6, seed=5)  # what is made once and kept
+    gc.collect()
     before = mx.get_active_memory()
     generator = Generator(lm, seeds=None)
     talks = crowd(generator, TICKS, MOST)
     assert generator.batch == generator.capacity == generator.slots == 0
     assert max(len(talk.said) for talk in talks) > 20 and len(talks) > MOST
     del generator
+    gc.collect()
     assert mx.get_active_memory() == before
+    for talk in talks:
+        talk.alone(lm)
+
+
+@pytest.mark.usefixtures("small_rings")
+def test_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a GPU's kept graph is another step than the one that is built anew, or is kept for another shape."""
+    monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm, compiled=True))
+    monkeypatch.setenv("PATH", "")  # without a C++ compiler MLX runs what it fused one after the other
+    lm = small_model(**TINY)
+    talks = crowd(Generator(lm, seeds=None), 25, 5, seed=2)
+    monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
     for talk in talks:
         talk.alone(lm)
 
