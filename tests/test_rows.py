@@ -176,7 +176,7 @@ def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
 
 @pytest.mark.usefixtures("small_rings")
 def test_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, a GPU's kept graph is another step than the one that is built anew, or is kept for another shape."""
+    """If this fails, the graph that a GPU keeps is not the step that is built anew, or serves another shape."""
     monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm, compiled=True))
     monkeypatch.setenv("PATH", "")  # without a C++ compiler MLX runs what it fused one after the other
     lm = small_model(**TINY)

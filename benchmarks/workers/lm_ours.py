@@ -76,6 +76,37 @@ class Recorder:
         self._eval(*arrays)  # else a graph that is half done would be counted
 
 
+def python_time(generator: Generator, steps: int) -> list[float]:
+    """Milliseconds of steps that are not spent in MLX's evaluation, with norm, rotation and attention one kernel each.
+
+    For so long other threads wait for the interpreter. MLX's evaluation lets them run. Processor time of this thread.
+    """
+    batch, users, rng = generator.batch, generator.lm.config.user_q, np.random.default_rng(0)
+    evaluate, launch, waited = mx.eval, mx.async_eval, 0.0
+
+    def timed(*arrays: Any) -> None:
+        nonlocal waited
+        began = time.thread_time()
+        evaluate(*arrays)
+        waited += time.thread_time() - began
+
+    took = []
+    stepper: Any = generator._stepper
+    if stepper._compiled is not None:
+        stepper._compiled.clear()  # graphs of this machine's kernels
+    mx.eval = mx.async_eval = timed
+    try:
+        with graph.fused():
+            for _ in range(steps + 3):  # the first ones draw the graph that is kept
+                codes = rng.integers(0, generator.lm.config.card, size=(batch, users))
+                waited, began = 0.0, time.thread_time()
+                generator.step(codes)
+                took.append((time.thread_time() - began - waited) * 1e3)
+    finally:
+        mx.eval, mx.async_eval = evaluate, launch
+    return took[3:]
+
+
 def products(generator: Generator) -> float:
     """Milliseconds of processor time of a step's products of a row with a weight, alone."""
     stepper: Any = generator._stepper
@@ -121,7 +152,7 @@ def main() -> None:
     if ask.get("greedy"):
         config = GenerationConfig(GREEDY, GREEDY)
     if ask.get("modules"):
-        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm)
+        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm, compiled=bool(ask.get("compiled")))
     generator = Generator(lm, config, seeds=range(batch), kv_bits=ask.get("kv_bits"))
     rng = np.random.default_rng(0)
     users = lm.config.user_q
@@ -147,6 +178,8 @@ def main() -> None:
             answer["kernels"] = recorder.kernels
         if question.get("products"):
             answer["products"] = [products(generator) for _ in range(question["products"])]
+        if question.get("python"):
+            answer["python"] = python_time(generator, question["python"])
         answer["position"] = generator.position
         answer["resident_mb"] = resident()
         print(json.dumps(answer), flush=True)

@@ -257,17 +257,22 @@ class Attention(nn.Module):
     def _project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         batch, time, _ = x.shape
         heads, kv_heads = self.num_heads, self.kv_heads
-        projected = self.in_proj(x).reshape(batch, time, heads + 2 * kv_heads, self.head_dim)
-        projected = projected.transpose(0, 2, 1, 3)
-        if self.rope is None:
-            rotated = projected[:, : heads + kv_heads]
+        projected, all_heads = self.in_proj(x), heads + 2 * kv_heads
+        if time == 1:  # the same memory, by one operation less
+            projected = projected.reshape(batch, all_heads, 1, self.head_dim)
         else:
-            rotated = self.rope(projected[:, : heads + kv_heads], offset)
-        return rotated[:, :heads], rotated[:, heads:], projected[:, heads + kv_heads :]
+            projected = projected.reshape(batch, time, all_heads, self.head_dim).transpose(0, 2, 1, 3)
+        rotated, values = mx.split(projected, [heads + kv_heads], axis=1)
+        if self.rope is not None:
+            rotated = self.rope(rotated, offset)
+        queries, keys = mx.split(rotated, [heads], axis=1)
+        return queries, keys, values
 
     def _merge(self, out: mx.array) -> mx.array:
         batch, _, time, _ = out.shape
-        merged: mx.array = self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, time, -1))
+        if time > 1:
+            out = out.transpose(0, 2, 1, 3)
+        merged: mx.array = self.out_proj(out.reshape(batch, time, -1))
         return merged
 
     def _attend_quantized(
