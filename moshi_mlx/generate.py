@@ -705,7 +705,7 @@ class Generator:
 
     def _settle(self) -> None:
         """Evaluate the state, so that what it was made of is given back."""
-        self._stepper.wait(self._state)
+        self._stepper.fetch(self._state)
 
     def _slots_for(self, positions: int) -> int:
         """Slots of the smallest ring that holds so many positions, or the whole context."""
@@ -871,14 +871,15 @@ class Generator:
         tokens, heads = self._predict(team, column, wanted, position)
         # Tokens that are all forced do not depend on the caches, whose graph would grow if nobody evaluated it.
         caches = self._state if (wanted != UNGENERATED).all() else {"offset": self._state["transformer"]["offset"]}
-        self._stepper.wait(caches, *([tokens] if heads is None else [tokens, heads]))
-        produced = np.array(tokens)[team.at]
+        produced, *said = (
+            found[team.at] for found in self._stepper.fetch(caches, *([tokens] if heads is None else [tokens, heads]))
+        )
         inputs[following] = produced
         for index, row, _ in team.penalized:
             book["recent"][row] = np.append(book["recent"][row, 1:], produced[index, 0])
         inputs[mains, :, (position - self._highest_delay - 1) % self._columns] = UNGENERATED
         book["position"][mains] = position + 1
-        return produced, None if heads is None else np.array(heads)[team.at]
+        return produced, said[0] if said else None
 
     def _predict(self, team: _Team, column: Ints, wanted: Ints, position: Ints) -> tuple[Array, Array | None]:
         """Tokens [lanes, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
@@ -889,11 +890,10 @@ class Generator:
             team.text.kind, team.audio.kind, text_given, codes_given, team.bonus, bool(team.penalized), team.guided
         )
         arrays: dict[str, Any] = {"column": team.spread(column)}
-        keys = self._keys[team.mains]
-        if not (text_given or team.text.kind.greedy):
-            arrays["text_keys"] = team.spread(keys_at(keys[:, 0], position))
-        if not (codes_given or team.audio.kind.greedy):
-            arrays["audio_keys"] = team.spread(keys_at(keys[:, 1], position))
+        draws = [not (given or how.greedy) for given, how in ((text_given, kind.text), (codes_given, kind.audio))]
+        if any(draws):
+            keys = team.spread(keys_at(self._keys[team.mains], position[:, None]))
+            arrays.update((name, keys[:, n]) for n, name in enumerate(("text_keys", "audio_keys")) if draws[n])
         if text_given is not False or codes_given is not False:
             arrays["wanted"] = team.spread(wanted)
         if team.penalized:

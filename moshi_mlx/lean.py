@@ -75,9 +75,10 @@ class Stepper:
         active[rows] = True
         return mx.array(active)
 
-    def wait(self, state: State, *arrays: mx.array) -> None:
-        """Evaluate ``arrays``, and the state: its graph must not grow."""
+    def fetch(self, state: State, *arrays: Array) -> list[NDArray[Any]]:
+        """``arrays`` as numpy's; they are evaluated, and so is the state: its graph must not grow."""
         mx.eval(*arrays, *state_arrays(state))
+        return [np.array(array) for array in arrays]
 
     def launch(self, *arrays: Array) -> None:
         """Begin to compute ``arrays`` while the graph of what follows is built."""
@@ -198,8 +199,8 @@ class NumpyStepper(Stepper):
     def selection(self, rows: Ints, total: int) -> Any:
         return rows
 
-    def wait(self, state: State, *arrays: mx.array) -> None:
-        pass
+    def fetch(self, state: State, *arrays: Array) -> list[NDArray[Any]]:
+        return [np.asarray(array) for array in arrays]
 
     def launch(self, *arrays: Array) -> None:
         pass
