@@ -37,9 +37,9 @@ def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
         stepper = session.generator._stepper
         plain = stepper.temporal
 
-        def recorded(tokens: np.ndarray, state: Any) -> Any:
+        def recorded(tokens: np.ndarray, state: Any, rows: Any = None) -> Any:
             columns.append(tokens[0].copy())
-            return plain(tokens, state)
+            return plain(tokens, state, rows)
 
         stepper.temporal = recorded  # type: ignore[method-assign]
         try:

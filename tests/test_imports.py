@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet
-config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows <- generate <- model <- realtime, loading
 text, sampling, delays, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "lean_codec": {"layers", "mimi", "threads"},
     "codec": {"errors", "config", "streaming", "mimi", "mimi_weights", "lean_codec"},
     "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
-    "generate": {"errors", "config", "streaming", "delays", "sampling", "lm", "lean"},
+    "choose": {"errors", "config", "streaming", "sampling", "lm", "lean"},
+    "rows": {"errors", "config", "streaming", "sampling", "layers", "lm", "lean", "choose"},
+    "generate": {"errors", "config", "streaming", "sampling", "lm", "lean", "choose", "rows"},
     "model": {"errors", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
     "loading": {
         "errors",

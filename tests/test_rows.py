@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx import generate
+from moshi_mlx import generate, rows
 from moshi_mlx.config import UNGENERATED
 from moshi_mlx.errors import ConfigError, StateError, TokenError
 from moshi_mlx.generate import GenerationConfig, Generator, Step
@@ -81,7 +81,7 @@ def steppers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings of 3 slots, then 6, then the context: a short test sees them grow."""
-    monkeypatch.setattr(generate, "SLOTS", 3)
+    monkeypatch.setattr(rows, "SLOTS", 3)
 
 
 @dataclass
@@ -301,18 +301,18 @@ def test_sizes_are_few_and_go_back(modules: bool, monkeypatch: pytest.MonkeyPatc
         step(1)
         slots.append(generator.slots)
     assert slots == [3] * 3 + [6] * 3 + [12] * 8
-    whole = state_bytes(generator._state)
+    whole = state_bytes(generator._rows.state)
     last = generator.join(seed=5)
     for name in generator.rows[:30]:
         generator.leave(name)
-    assert generator.capacity == 16 and state_bytes(generator._state) == whole / 4
+    assert generator.capacity == 16 and state_bytes(generator._rows.state) == whole / 4
     for name in generator.rows[:-1]:
         generator.leave(name)
     assert (generator.rows, generator.capacity, generator.slots) == ((last,), 1, 3)
     step(1)
-    assert state_bytes(generator._state) == state_bytes(Generator(lm, seeds=[5])._state)
+    assert state_bytes(generator._rows.state) == state_bytes(Generator(lm, seeds=[5])._rows.state)
     generator.leave(last)
-    assert (generator.capacity, generator.slots, generator._state) == (0, 0, None)
+    assert (generator.capacity, generator.slots, generator._rows.state) == (0, 0, None)
 
 
 def test_a_wide_condition_goes_with_its_row() -> None:
@@ -323,11 +323,11 @@ def test_a_wide_condition_goes_with_its_row() -> None:
         return {"mood": "a", "voice": TensorCondition(np.ones((slots, 32)))}
 
     generator = Generator(lm, conditions=[voice(2)])
-    alone = state_bytes(generator._state)
+    alone = state_bytes(generator._rows.state)
     wide = generator.join(condition=voice(50))
-    assert state_bytes(generator._state) > 4 * alone
+    assert state_bytes(generator._rows.state) > 4 * alone
     generator.leave(wide)
-    assert generator.capacity == 2 and state_bytes(generator._state) == 2 * alone
+    assert generator.capacity == 2 and state_bytes(generator._rows.state) == 2 * alone
 
 
 # ----------------------------------------------------------------------------------------------- rows as values
@@ -406,7 +406,7 @@ def test_guided_rows_are_taken_over() -> None:
 
 def test_rings_of_a_snapshot_fit_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, what a short conversation is saved with depends on how long its neighbours are."""
-    monkeypatch.setattr(generate, "SLOTS", 4)
+    monkeypatch.setattr(rows, "SLOTS", 4)
     lm = small_model(context=40)
     generator = Generator(lm, seeds=[1])
     for _ in range(20):

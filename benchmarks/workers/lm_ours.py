@@ -124,10 +124,10 @@ def products(generator: Generator) -> float:
 
 def skip(generator: Generator, frames: int) -> None:
     """Set the counters of a full cache ahead, by a multiple of its length: what would be there after so many frames."""
-    assert frames % generator.lm.config.context == 0 and frames % generator._columns == 0
-    rings = generator._state["transformer"]
+    assert frames % generator.lm.config.context == 0 and frames % generator._rows.columns == 0
+    rings = generator._rows.state["transformer"]
     rings["offset"] = rings["offset"] + frames
-    generator._book["position"] += frames
+    generator._rows.book["position"] += frames
 
 
 def resident() -> float | None:
