@@ -78,7 +78,7 @@ def widest(lm: moshi_mlx.Lm) -> int:
 def cache_bytes(config: moshi_mlx.LmConfig, kv_bits: int | None) -> int:
     """Bytes of a full cache in bfloat16."""
     attention = Attention(config.dim, config.num_heads, context=config.context, kv_repeat=config.kv_repeat)
-    return config.num_layers * state_bytes(attention.init_state(1, mx.bfloat16, kv_bits))
+    return config.num_layers * state_bytes(attention.init_ring(1, mx.bfloat16, kv_bits))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
