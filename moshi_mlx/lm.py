@@ -108,17 +108,17 @@ class DepthLayer(nn.Module):
 
     def split_queries(self, heads: mx.array) -> tuple[mx.array, mx.array]:
         """Queries [batch, heads, steps, head_dim]; keys and values [2, batch, kv_heads, steps, head_dim]."""
-        keys_values = mx.unflatten(heads[:, self._heads :], 1, (2, self._kv_heads)).swapaxes(0, 1)
-        return heads[:, : self._heads], keys_values
+        queries, rest = mx.split(heads, [self._heads], axis=1)
+        return queries, mx.unflatten(rest, 1, (2, self._kv_heads)).swapaxes(0, 1)
 
     def split_values(self, heads: mx.array) -> tuple[mx.array, mx.array]:
         """Query and key heads together, and those of values."""
-        middle = self._heads + self._kv_heads
-        return heads[:, :middle], heads[:, middle:]
+        queries_keys, values = mx.split(heads, [self._heads + self._kv_heads], axis=1)
+        return queries_keys, values
 
     def attend(self, queries: mx.array, keys_values: mx.array, mask: str | None) -> mx.array:
         """[batch, heads, steps, head_dim] from what :meth:`split_queries` gives."""
-        keys, values = keys_values
+        keys, values = (part.squeeze(0) for part in mx.split(keys_values, 2))
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._head_dim**-0.5, mask=mask)
 
 

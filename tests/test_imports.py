@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
-config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- engine <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows <- generate <- engine <- model <- realtime, loading
 text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -47,7 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "lean_codec": {"streaming", "layers", "mimi", "threads"},
     "codec": {"errors", "streaming", "mimi", "mimi_weights", "lean_codec"},
     "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
-    "generate": {"errors", "config", "streaming", "layers", "sampling", "lm", "lean"},
+    "choose": {"errors", "config", "streaming", "sampling", "lm", "lean"},
+    "rows": {"errors", "config", "streaming", "sampling", "layers", "lm", "lean", "choose"},
+    "generate": {"errors", "config", "streaming", "sampling", "lm", "lean", "choose", "rows"},
     "engine": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
     "model": {"errors", "audio", "config", "text", "lm", "codec", "generate", "engine"},
     "loading": {
