@@ -164,10 +164,8 @@ class _Team:
     owner : array [lanes], or None
         Whose tokens a lane reads: with guidance the unconditioned half reads its conversation's, and a lane that waits
         borrows somebody's. None where lanes and conversations are the same.
-    selection
-        What the stepper's ``temporal`` takes; None where all step.
     fixed : dict
-        Arrays that every step of the team needs.
+        What every step of the team needs.
     """
 
     def __init__(self, members: Sequence[_Row], total: int, everyone: bool, stepper: Stepper, pad: int, words: int):
@@ -180,7 +178,6 @@ class _Team:
         self.at = lane[self.mains]
         # Rows that nobody has may advance: who joins brings a state of his own.
         whole = everyone and len(lanes) == total and bool((lanes == np.arange(total)).all())
-        self.selection = None if whole else stepper.selection(stepping, total)
         owner = np.zeros(len(lanes), np.intp)
         owner[self.at] = np.arange(len(members))
         twin = np.arange(len(lanes))
@@ -202,14 +199,17 @@ class _Team:
         bonus = np.zeros((len(lanes), words), np.float32)
         if pad < words:
             bonus[:, pad] = [config.padding_bonus for config in of_lanes]
-        fixed: dict[str, Any] = {"text": self.text.arrays, "audio": self.audio.arrays}
+        fixed: dict[str, Any] = {}
         self.guided, self.bonus = bool(nulls), bool(bonus.any())
         if self.guided:
             coefficients = np.array([config.cfg_coef for config in of_lanes], np.float32)
             fixed.update(source=self.at[owner], twin=twin, coefficients=coefficients[:, None])
         if self.bonus:
             fixed["bonus"] = bonus
-        self.fixed = as_mlx(fixed) if stepper.xp is mx else fixed
+        fixed = as_mlx(fixed) if stepper.xp is mx else fixed
+        self.fixed = {**fixed, "text": stepper.settings(self.text), "audio": stepper.settings(self.audio)}
+        if not whole:
+            self.fixed["rows"] = stepper.selection(stepping, total)
 
     def spread(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values of lanes, from those of conversations."""
@@ -901,11 +901,13 @@ class Generator:
         if stepper.xp is mx:
             arrays = as_mlx(arrays)
         given = {**team.fixed, **arrays}
-        hidden, text, noise, heads = _choose_text(stepper, self.lm, kind, team, given, self._state)
+        made = stepper.run(_choose_text, kind, given, self._state)
+        self._state["transformer"] = made["state"]
         if not self.lm.config.own_q:
-            return text[:, None], heads
-        stepper.launch(hidden)
-        return _choose_codes(stepper, self.lm, kind, team, given, hidden, text, noise), heads
+            return made["text"][:, None], made.get("heads")
+        stepper.launch(made["hidden"])
+        tokens = stepper.run(_choose_codes, kind, given, made["hidden"], made["text"], stepper.drawn(made.get("noise")))
+        return tokens, made.get("heads")
 
     def _penalties(self, team: _Team) -> NDArray[np.float32]:
         """What text logits [n, text_out] are divided by, or multiplied with, for words that were said lately."""
@@ -967,50 +969,49 @@ class Generator:
         return tokens.astype(np.int32)
 
 
-def _choose_text(
-    stepper: Stepper, lm: Lm, kind: _Kind, team: _Team, given: Mapping[str, Any], state: State
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """The temporal transformer and the text token: its output, tokens [lanes], the codes' noise, the extra heads."""
+def _choose_text(stepper: Stepper, lm: Lm, kind: _Kind, given: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """The temporal transformer and the text token.
+
+    Returns
+    -------
+    dict
+        ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes and what the
+        extra ``heads`` say, where there are any.
+    """
     xp, model = stepper.xp, lm.config
+    made: dict[str, Any] = {}
     text_noise = stepper.noise(given["text_keys"], (model.text_out,)) if "text_keys" in given else None
-    noise = stepper.noise(given["audio_keys"], (model.own_q, model.card)) if "audio_keys" in given else None
-    hidden = stepper.temporal(given["column"], state, team.selection)
-    heads = None
+    if "audio_keys" in given:
+        made["noise"] = stepper.noise(given["audio_keys"], (model.own_q, model.card))
+    made["hidden"] = hidden = stepper.temporal(given["column"], state, given.get("rows"))
+    made["state"] = state["transformer"]
     if model.extra_heads_num_heads:
         logits = lm.extra_head_logits(mx.array(hidden)).astype(mx.float32)
-        heads = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
+        made["heads"] = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
     if kind.text_given:
-        return hidden, given["wanted"][:, 0], noise, heads
+        return {**made, "text": given["wanted"][:, 0]}
     logits = _guide(stepper.text_logits(hidden).astype(xp.float32), kind, given, xp)
     if kind.bonus:
         logits = logits + given["bonus"]
     if kind.penalty:
         penalty = given["penalty"]
         logits = xp.where(logits > 0, logits / penalty, logits * penalty)
-    text = stepper.draw(logits, team.text, given["text"], text_noise)
-    return hidden, _settled(text, 0, kind.text_given, kind, given, xp), noise, heads
+    text = stepper.draw(logits, kind.text, given["text"], text_noise)
+    return {**made, "text": _settled(text, 0, kind.text_given, kind, given, xp)}
 
 
 def _choose_codes(
-    stepper: Stepper,
-    lm: Lm,
-    kind: _Kind,
-    team: _Team,
-    given: Mapping[str, Any],
-    hidden: Array,
-    text: Array,
-    noise: Array | None,
+    stepper: Stepper, lm: Lm, kind: _Kind, given: Mapping[str, Any], hidden: Array, text: Array, noise: Array | None
 ) -> Array:
     """The depth transformer, one code after the other: ``text`` and codes [lanes, 1 + own_q]."""
     xp = stepper.xp
     if kind.codes_given:
         return xp.concatenate([text[:, None], given["wanted"][:, 1:]], axis=1)
-    noise = stepper.drawn(noise)
     cache: list[Any] = []
     chosen = [text]
     for codebook in range(lm.config.own_q):
         logits = _guide(stepper.depth(codebook, hidden, chosen[-1], cache).astype(xp.float32), kind, given, xp)
-        code = stepper.draw(logits, team.audio, given["audio"], None if noise is None else noise[:, codebook])
+        code = stepper.draw(logits, kind.audio, given["audio"], None if noise is None else noise[:, codebook])
         chosen.append(_settled(code, 1 + codebook, kind.codes_given, kind, given, xp))
     return xp.stack(chosen, axis=1)
 

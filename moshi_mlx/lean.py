@@ -10,8 +10,9 @@ Both are tested against the PyTorch reference, and against each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from .config import LmConfig
 from .layers.attention import Rope
 from .layers.transformer import TransformerLayer
 from .lm import DepthLayer, DepthTransformer, Lm, embed_ids
-from .sampling import RowSampling, Sampling, keyed_noise, sample, sample_rows
+from .sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
 from .streaming import State, as_mlx, as_numpy, state_arrays
 from .threads import one_blas_thread
 
@@ -35,6 +36,7 @@ Ints = NDArray[Any]
 Array = Any
 """``mx.array`` or numpy array, as the stepper's ``xp`` makes them."""
 
+_KEPT_GRAPHS = 32
 _UNPACKED_BYTES = 2**31
 """Quantized models are unpacked for numpy up to this size in memory."""
 
@@ -52,8 +54,9 @@ class Stepper:
 
     xp: Any = mx
 
-    def __init__(self, lm: Lm):
+    def __init__(self, lm: Lm, compiled: bool = False):
         self._lm = lm
+        self._compiled: dict[Any, Callable[..., Any]] | None = {} if compiled else None
 
     def open(self, state: State) -> State:
         """A state to step on, from :meth:`Lm.init_state` or from any stepper."""
@@ -109,15 +112,36 @@ class Stepper:
         """As :meth:`DepthTransformer.step`; ``cache`` is an empty list at step 0."""
         return self._lm.depformer.step(index, hidden, token, cache)
 
-    def draw(self, logits: Array, how: RowSampling, arrays: Any, noise: Array | None) -> Array:
-        """A token for each row [rows], int32; ``arrays`` are those of ``how``, as the stepper's kind."""
-        return sample_rows(logits, how.kind, arrays, noise)
+    def settings(self, rows: RowSampling) -> Any:
+        """What :meth:`draw` takes for rows that draw so."""
+        return {name: mx.array(values) for name, values in rows.arrays.items()}
+
+    def draw(self, logits: Array, kind: SamplingKind, settings: Any, noise: Array | None) -> Array:
+        """A token for each row [rows], int32."""
+        return sample_rows(logits, kind, settings, noise)
+
+    def run(self, function: Callable[..., Any], kind: Hashable, *args: Any) -> Any:
+        """``function(self, lm, kind, *args)``, whose operations depend on ``kind`` and on the shapes of ``args`` alone.
+
+        Building the graph of a step takes Python most of its time, and other threads wait for the interpreter: on a
+        GPU the graph is kept, for each kind and shape.
+        """
+        if self._compiled is None:
+            return function(self, self._lm, kind, *args)
+        known = self._compiled.get((function, kind))
+        if known is None:
+            if len(self._compiled) >= _KEPT_GRAPHS:
+                self._compiled.clear()
+            known = self._compiled[function, kind] = mx.compile(partial(function, self, self._lm, kind))
+        return known(*args)
 
 
 def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
     """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
-    if mx.default_device() != mx.cpu or kv_bits is not None or not NumpyStepper.suits(lm):
-        return Stepper(lm)
+    if mx.default_device() != mx.cpu:
+        return Stepper(lm, compiled=True)
+    if kv_bits is not None or not NumpyStepper.suits(lm):
+        return Stepper(lm)  # what mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds
     known: NumpyStepper | None = getattr(lm, "_stepper", None)
     if known is None or not known.current(lm):
         known = NumpyStepper(lm)
@@ -231,12 +255,15 @@ class NumpyStepper(Stepper):
         with np.errstate(over="ignore"):
             return self._depth.step(index, hidden, token, cache)
 
-    def draw(self, logits: Floats, how: RowSampling, arrays: Any, noise: Array | None) -> Ints:
+    def settings(self, rows: RowSampling) -> Any:
+        return rows.groups
+
+    def draw(self, logits: Floats, kind: SamplingKind, settings: Any, noise: Array | None) -> Ints:
         drawn = None if noise is None else np.array(noise)
-        if len(how.groups) == 1:
-            return self.sample(logits, how.groups[0][0], drawn)
+        if len(settings) == 1:
+            return self.sample(logits, settings[0][0], drawn)
         tokens = np.empty(len(logits), np.int32)
-        for sampling, rows in how.groups:
+        for sampling, rows in settings:
             tokens[rows] = self.sample(logits[rows], sampling, None if drawn is None else drawn[rows])
         return tokens
 

@@ -99,9 +99,9 @@ def products(generator: Generator) -> float:
 def skip(generator: Generator, frames: int) -> None:
     """Set the counters of a full cache ahead, by a multiple of its length: what would be there after so many frames."""
     assert frames % generator.lm.config.context == 0 and frames % generator._columns == 0
-    for layer in generator._state["transformer"].values():
-        layer["offset"] += frames
-    generator._position += frames
+    rings = generator._state["transformer"]
+    rings["offset"] = rings["offset"] + frames
+    generator._book["position"] += frames
 
 
 def resident() -> float | None:

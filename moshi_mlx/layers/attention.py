@@ -78,8 +78,8 @@ class Window:
     ----------
     offset : mx.array [batch], int32
         The first new position of each row.
-    slots : mx.array [batch, 1, kept, 1], int32
-        Slots of the last ``kept`` new positions.
+    slots : mx.array [batch, kv_heads, kept, width], int32
+        Slots of the last ``kept`` new positions, the same along heads and width: as keys are written.
     mask : mx.array [batch, 1, time, keys], bool
         Keys that each new position sees: the ring's, after it is written if ``time`` is 1; the ring's before that and
         the new ones otherwise, since earlier queries of a chunk still need keys that later ones overwrite.
@@ -93,13 +93,14 @@ class Window:
     active: mx.array | None = None
 
     @classmethod
-    def make(cls, offset: mx.array, time: int, size: int, context: int, active: mx.array | None = None) -> Window:
-        """For ``time`` new positions and a ring of ``size`` slots.
+    def make(cls, offset: mx.array, time: int, keys: mx.array, context: int, active: mx.array | None = None) -> Window:
+        """For ``time`` new positions and rings as that of ``keys``.
 
         Parameters
         ----------
         offset : mx.array [batch], int32
-        time, size, context : int
+        time, context : int
+        keys : mx.array [batch, kv_heads, size, width]
             A ring with fewer slots than ``context`` must hold all positions so far and the new ones.
         active : mx.array [batch], bool, or None
             Rows that advance. Another row computes something that nobody reads. Of a single position it also writes
@@ -107,12 +108,14 @@ class Window:
             nothing yet, or the position ``context`` before, which is out of the window. A chunk would write over
             slots that are still seen, so there the rows that wait keep theirs.
         """
+        batch, heads, size, width = keys.shape
         if size < context and time > size:
             raise StateError(f"a ring of {size} slots cannot take {time} positions at once")
         index = mx.arange(size, dtype=mx.int32)
         if time == 1:
             mask = index <= offset[:, None]  # true everywhere once the ring is full
-            return cls(offset, (offset % size)[:, None, None, None], mask[:, None, None])
+            slots = mx.broadcast_to((offset % size)[:, None, None, None], (batch, heads, 1, width))
+            return cls(offset, slots, mask[:, None, None])
         kept = min(time, size)
         new = offset[:, None] + mx.arange(time, dtype=mx.int32)
         # Slot s holds the last position before `offset` that is congruent to it, or a negative one: nothing.
@@ -121,6 +124,7 @@ class Window:
         delta = new[:, :, None] - positions
         mask = (delta >= 0) & (delta < context) & (positions >= 0)
         slots = (new[:, time - kept :] % size)[:, None, :, None]
+        slots = mx.broadcast_to(slots, (batch, heads, kept, width))
         return cls(offset, slots, mask[:, None], None if active is None else active[:, None, None, None])
 
 
@@ -221,13 +225,13 @@ class Attention(nn.Module):
         window : Window, optional
             From somebody who keeps the positions of several layers.
         """
-        held, _, size, _ = state["keys"].shape
+        held = state["keys"].shape[0]
         if held != x.shape[0]:
             raise StateError(f"state holds {held} sequences, the input {x.shape[0]}")
         if window is None:
             assert self.context is not None
             offset = mx.array(state["offset"])
-            window = Window.make(offset, x.shape[1], size, self.context)
+            window = Window.make(offset, x.shape[1], state["keys"], self.context)
             state["offset"] = offset + x.shape[1]
         queries, keys, values = self._project(x, window.offset)
         if "keys_scales" in state:
@@ -242,10 +246,12 @@ class Attention(nn.Module):
         ring = state[name]
         new = new.astype(ring.dtype)
         kept = new[:, :, new.shape[2] - window.slots.shape[2] :]
+        slots = window.slots
+        if slots.shape[3] != kept.shape[3]:
+            slots = mx.broadcast_to(slots[..., :1], kept.shape)
         if window.active is not None:
-            slots = mx.broadcast_to(window.slots, kept.shape)
             kept = mx.where(window.active, kept, mx.take_along_axis(ring, slots, axis=2))
-        state[name] = mx.put_along_axis(ring, window.slots, kept, axis=2)
+        state[name] = mx.put_along_axis(ring, slots, kept, axis=2)
         return state[name] if new.shape[2] == 1 else mx.concatenate([ring, new], axis=2)
 
     def _project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         if len(offset) != x.shape[0]:
             raise StateError(f"state holds {len(offset)} sequences, the input {x.shape[0]}")
         context: Any = self.layers[0].self_attn.context
-        window = Window.make(offset, time, first["keys"].shape[2], context, active)
+        window = Window.make(offset, time, first["keys"], context, active)
         cross = _real(state["cross_slots"], first["cross_keys"].shape[2]) if "cross_slots" in state else None
         for index, layer in enumerate(self.layers):
             x = layer.step(x, state[str(index)], window, cross)

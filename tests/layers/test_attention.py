@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 
 from moshi_mlx.errors import ConfigError, StateError
-from moshi_mlx.layers.attention import Attention, CrossAttention, Rope, window_mask
-from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_bytes
+from moshi_mlx.layers.attention import Attention, CrossAttention, Rope, resize_rings, trim_rings, window_mask
+from moshi_mlx.streaming import (
+    State,
+    as_mlx,
+    as_numpy,
+    concatenate_rows,
+    copy_state,
+    describe_state,
+    load_state,
+    save_state,
+    state_bytes,
+)
 
-from ..helpers.rings import LOUD
+from ..helpers.rings import LOUD, fill_rings
 
 BATCH, TIME, DIM, CONTEXT = 2, 29, 64, 6
 
@@ -188,6 +198,59 @@ def test_batch_equals_singles(kv_bits: int | None) -> None:
         assert difference(alone, together[row : row + 1]) < 1e-5
 
 
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("cut", [[1] * 9, [2, 1, 4, 2], [7, 2]], ids=str)
+def test_rows_have_positions_of_their_own(kv_bits: int | None, cut: list[int]) -> None:
+    """If this fails, a conversation that joined later is rotated, kept or masked by another's position."""
+    layer = make(rope=Rope(), kv_repeat=2)
+    starts, states, parts = (0, 3, 6, 14), [], []
+    for row, start in enumerate(starts):
+        x, state = draw(row, start + 9, 1), layer.init_state(1, kv_bits=kv_bits)
+        stream(layer, x[:, :start], [1] * start, state) if start else None
+        states.append(state)
+        parts.append(x[:, start:])
+    together = concatenate_rows(states)
+    made = stream(layer, mx.concatenate(parts), cut, together)
+    assert together["offset"].tolist() == [start + 9 for start in starts]
+    for row, (x, state) in enumerate(zip(parts, states)):
+        assert difference(stream(layer, x, cut, state), made[row : row + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_ring_begins_small(kv_bits: int | None) -> None:
+    """If this fails, a ring that is given more slots while it fills loses a key, or shows one that is none."""
+    layer, x = make(rope=Rope()), draw()
+    whole = stream(layer, x, [1] * TIME, layer.init_state(BATCH, kv_bits=kv_bits))
+    for sizes in ([2, 4], [1, 2, 3, 5], [3]):
+        state = layer.init_state(BATCH, kv_bits=kv_bits, slots=sizes[0])
+        pieces, ring = [], {"0": state}
+        for t in range(TIME):
+            if t == state["keys"].shape[2] < CONTEXT:
+                resize_rings(ring, next((size for size in sizes if size > t), CONTEXT))
+            pieces.append(layer.step(x[:, t : t + 1], state))
+        assert difference(mx.concatenate(pieces, axis=1), whole) < 1e-5
+        assert state["values"].shape[2] == CONTEXT
+    with pytest.raises(StateError, match="2 slots cannot take 3"):
+        layer.step(x[:, :3], layer.init_state(BATCH, slots=2))
+
+
+def test_rings_are_cut_and_cleared() -> None:
+    """If this fails, slots that are given back were in use, or a restored row keeps what was never written."""
+    layer = make(rope=Rope())
+    for kind in (as_mlx, as_numpy):
+        state = layer.init_state(2, kv_bits=8)
+        ring = {"offset": state.pop("offset"), "0": fill_rings({"0": state})["0"]}
+        ring = kind(ring)
+        trim_rings(ring, np.array([2, 9]))
+        assert ring["offset"].tolist() == [2, 9]
+        for leaf in ring["0"].values():
+            values = np.array(leaf)
+            assert (values[0, :, 2:] == 0).all() and (values[0, :, :2] != 0).all() and (values[1] != 0).all()
+        resize_rings(ring, 3)
+        assert {leaf.shape[2] for leaf in ring["0"].values()} == {3}
+        assert {type(leaf) for leaf in ring["0"].values()} == {type(ring["offset"])}
+
+
 def test_fixed_size() -> None:
     """The ring grows with time, or its schema changes: memory of a long conversation would not be bounded."""
     layer = make(rope=Rope(), kv_repeat=2)
@@ -275,6 +338,18 @@ def test_cross_attention_definition() -> None:
     assert difference(layer(x, projected), expected) < 1e-5
     one = layer(x[:, 3:4], projected)
     assert difference(one, expected[:, 3:4]) < 1e-5
+
+
+def test_cross_attention_does_not_see_padding() -> None:
+    """If this fails, a row's condition changes with the length of another row's."""
+    layer = CrossAttention(DIM, 4)
+    x, source = draw(7), draw(8, time=5)
+    counts = mx.array([5, 2])
+    mask = (mx.arange(5) < counts[:, None])[:, None, None]
+    made = layer(x, layer.project_source(source), mask)
+    for row, count in enumerate(counts.tolist()):
+        one = slice(row, row + 1)
+        assert difference(made[one], layer(x[one], layer.project_source(source[one, :count]))) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [4, 8])
