@@ -202,7 +202,8 @@ class Codec(ABC):
     chunk: ClassVar[int] = 1
     """How many frames of a recording go through at once."""
     batched: ClassVar[bool] = True
-    """Whether rows that advance together cost less than one after the other."""
+    """Whether rows that advance together cost less than one after the other. If not, step them singly: of rows that
+    advance together, one that fails keeps the others' results back."""
 
     def __init__(self, config: MimiConfig):
         if config.channels != 1:

@@ -28,6 +28,7 @@ from moshi_mlx.codec import (
     mimi_codec,
 )
 from moshi_mlx.errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
+from moshi_mlx.loading import measure_codec
 from moshi_mlx.mimi import MimiConfig
 from moshi_mlx.streaming import (
     concatenate_rows,
@@ -402,6 +403,8 @@ def test_what_computes_is_measured(rust: RustMimi, monkeypatch: pytest.MonkeyPat
     assert time.perf_counter() - began < 5
     assert set(found) == {"numpy", "mlx"} and all(value > 0 for value in found.values())
     assert list(found.values()) == sorted(found.values())
+
+    assert set(measure_codec("small")) == {"numpy", "mlx"}
 
     def load(path: Any, config: MimiConfig, num_codebooks: int) -> Any:
         return tiny_mimi()

@@ -1,7 +1,8 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
-config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows <- generate <- engine <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows
+rows <- generate <- engine <- model <- realtime, loading
 text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
 

@@ -129,3 +129,26 @@ def test_nothing_grows_with_time() -> None:
         samples = decoder.step(encoder.step(pcm, states[0], slice(0, 2)), states[1], slice(0, 2))
         assert np.isfinite(samples).all()
     assert [describe_state(state) for state in states] == schemas
+
+
+def test_matrices_that_do_not_fit_the_cache_go_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of large codecs would miss a part of the matrix, or round otherwise in company."""
+    monkeypatch.setattr("moshi_mlx.lean_codec._PANEL", 50)
+    mimi = tiny_mimi()
+    encoder, decoder = Encoder(mimi), Decoder(mimi)
+    heard, said = encoder.init_state(3), decoder.init_state(3)
+    pcm = np.stack([speechlike(FRAMES * SIZE, 24000, seed) for seed in range(3)])
+    codes, sound = [], []
+    for at in range(0, FRAMES * SIZE, SIZE):
+        codes.append(encoder.step(pcm[:, at : at + SIZE], heard, slice(0, 3)))
+        sound.append(decoder.step(codes[-1], said, slice(0, 3)))
+    for row in range(3):
+        ours = np.concatenate([part[row] for part in codes], axis=1)
+        expected = np.array(mimi.encode(mx.array(pcm[row])[None, None])[0])
+        assert unproven_differences(mimi, pcm[row], ours, expected) == []
+        encode, decode = encoding(mimi), decoding(mimi)
+        alone = [encode(pcm[row, at : at + SIZE]) for at in range(0, FRAMES * SIZE, SIZE)]
+        np.testing.assert_array_equal(np.concatenate(alone, axis=1), ours)
+        voice = np.concatenate([part[row] for part in sound])
+        np.testing.assert_array_equal(np.concatenate([decode(ours[:, at : at + 1]) for at in range(FRAMES)]), voice)
+        np.testing.assert_allclose(voice, np.array(mimi.decode(mx.array(ours)[None])[0, 0]), atol=3e-6)
