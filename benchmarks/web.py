@@ -122,6 +122,11 @@ class Program:
         """MB that are resident."""
         return resident(self.process.pid) / 1e6
 
+    def held(self) -> tuple[int, int]:
+        """Threads of the system's, and descriptors."""
+        process = psutil.Process(self.process.pid)
+        return process.num_threads(), process.num_fds()
+
     def spent(self) -> float:
         """Seconds of processor time."""
         spent = psutil.Process(self.process.pid).cpu_times()
@@ -266,9 +271,12 @@ class Load:
 
     async def come_and_go(self) -> str:
         """Everybody who comes is let in, and goes: with a goodbye, without one, or before the conversation began."""
-        memory = []
+        memory: list[float] = []
+        few = self.program.held()
         began = time.monotonic()
         for index in range(self.connections):
+            if index == 20:
+                few = self.program.held()
             socket = await self.session.ws_connect(f"{self.program.url}/api/chat?audio=pcm")
             if index % 3:
                 await begin(socket, 30)
@@ -282,8 +290,12 @@ class Load:
         rate = self.connections / (time.monotonic() - began)
         await self.until_free()
         self.growth = memory
+        many = self.program.held()
         half = memory[len(memory) // 2 :]
-        return f"{rate:.0f} a second; memory {memory[0]:.0f} MB, {min(half):.0f} to {max(half):.0f} in the second half"
+        return (
+            f"{rate:.0f} a second; memory {memory[0]:.0f} MB, {min(half):.0f} to {max(half):.0f} in the second half; "
+            f"threads {few[0]} after 20, {many[0]} after all; descriptors {few[1]} and {many[1]}"
+        )
 
 
 @contextlib.asynccontextmanager

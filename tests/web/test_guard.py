@@ -57,6 +57,21 @@ def test_foreign_names_are_turned_away(name):
     assert ask("/", Host=name) == 403
 
 
+def test_two_names_at_once_are_turned_away():
+    """If it fails, this server and a proxy before it may each believe another of the two."""
+
+    async def run() -> bytes:
+        async with serving() as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(served.url).port)
+            writer.write(b"GET / HTTP/1.0\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), SOON)
+            writer.close()
+            return answer
+
+    # The HTTP library refuses it itself in its later versions.
+    assert asyncio.run(run()).startswith((b"HTTP/1.0 403", b"HTTP/1.0 400"))
+
+
 @pytest.mark.parametrize(
     "origin",
     ["https://evil.example", "null", "http://localhost:3000", "https://{host}", "file://", "http://{host}.evil"],

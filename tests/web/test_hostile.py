@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import aiohttp
@@ -303,3 +304,32 @@ def test_nothing_is_left_of_many_connections(monkeypatch):
                 await asyncio.sleep(0.1)
 
     asyncio.run(run())
+
+
+def test_a_conversation_is_gone_when_it_ends(monkeypatch):
+    """If it fails, the rings of a conversation, a megabyte, wait for Python's search for cycles: a server that many
+    come to needs that much more memory for good."""
+    install(monkeypatch)
+
+    async def run() -> None:
+        async with serving(places=1) as served:
+            kept = []
+            for _ in range(3):
+                async with served.client() as client:
+                    await client.begun()
+                    await client.say(tone(0))
+                    talk = next(iter(served.server.talks))
+                    kept.append(weakref.ref(talk._running.conversation))
+                    del talk
+                await served.until_free(1)
+            until = time.monotonic() + SOON
+            while any(each() is not None for each in kept):
+                assert time.monotonic() < until, "it is held by something"
+                await asyncio.sleep(0.05)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import soundfile as sf
-from moshi_mlx_app.transcript import Transcript, read_json
+from moshi_mlx_app.recording.transcript import Transcript, read_json
 from moshi_mlx_app.web.talk import Talk
 
 import moshi_mlx

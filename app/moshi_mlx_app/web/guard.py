@@ -95,6 +95,8 @@ class Guard:
         complaint = self._host_complaint(host)
         if complaint:
             return complaint
+        if len(request.headers.getall("Host")) > 1:
+            return "a request has one Host"
         origin = request.headers.get("Origin")
         if origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
             return f"a page of {origin[:100]!r} may not use this server"

@@ -202,7 +202,7 @@ class Talk:
         except MoshiError as error:
             self.end(End(WSCloseCode.INTERNAL_ERROR, str(error)))
         except OSError as error:  # the path is the owner's affair
-            self._on_notice(f"nothing can be recorded in {error.filename}: {error.strerror}")
+            self._on_notice(f"a conversation could not be recorded: {error}")
             self.end(End(WSCloseCode.INTERNAL_ERROR, "this conversation cannot be recorded"))
         finally:
             self._line.leave(ticket)
@@ -228,6 +228,7 @@ class Talk:
                 await asyncio.to_thread(running.stop)
                 self._notices()
                 self.recorded = [] if running.recorder is None else running.recorder.files
+                self._running = None  # else each would hold the other until Python looks for such cycles
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
         transcript = self._engine.transcript(settings)
