@@ -18,6 +18,7 @@ from moshi_mlx.mimi import Mimi, MimiConfig
 from moshi_mlx.mimi_weights import load_mimi, mimi_weights, published_mimi_weights
 from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_bytes
 from tests.helpers.mimi import TINY, tiny_mimi, unproven_differences
+from tests.helpers.rings import fill_rings
 from tests.helpers.signal import speechlike
 
 GOLDEN = Path(__file__).parent / "golden" / "mimi"
@@ -186,9 +187,7 @@ def test_unwritten_keys_are_never_read(mimi: Mimi, pcm: np.ndarray) -> None:
     """If this fails, the first seconds of a conversation attend to whatever lay in memory."""
 
     def poison(state: State) -> State:
-        for layer in state["transformer"].values():
-            for name in ("keys", "values"):
-                layer[name] = mx.full(layer[name].shape, mx.nan)
+        fill_rings(state["transformer"])
         return state
 
     encoder, decoder = poison(mimi.init_encoder_state(1)), poison(mimi.init_decoder_state(1))

@@ -111,7 +111,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from moshi_mlx_app.outputs import Claim
+from moshi_mlx_app.recording.outputs import Claim
 kind, path = sys.argv[1], Path(sys.argv[2])
 claim = Claim(path)
 def write(number):
@@ -120,10 +120,10 @@ def write(number):
         from moshi_mlx.checkpoint.files import write_safetensors
         write_safetensors(path, {"a": mx.full((200_000,), number)}, {"number": str(number)})
     elif kind == "json":
-        from moshi_mlx_app.transcript import write_json
+        from moshi_mlx_app.recording.transcript import write_json
         write_json(path, {"number": number, "text": "x" * 100_000})
     else:
-        from moshi_mlx_app.wav import AnswerFile
+        from moshi_mlx_app.recording.wav import AnswerFile
         answer = AnswerFile(path, 24_000, 24_000)
         frame = np.full(1920, number / 1000, np.float32)
         for _ in range(10):
