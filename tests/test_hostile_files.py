@@ -366,6 +366,8 @@ def evil_programs(witness: Path) -> dict[str, bytes]:
         "long int": b"\x80\x02\x8b\xff\xff\xff\x7f.",
         "decimal": b"L" + b"9" * 100_000 + b"L\n.",
         "integer keys": b"\x80\x02}(" + integer(1) + good + b"u.",
+        "deep keys": b"\x80\x02}N" + b"\x85" * 500_000 + b"Ns.",
+        "deep arguments": b"\x80\x02ccollections\nOrderedDict\n(N" + b"\x85" * 500_000 + b"Nt\x85R.",
         "beyond": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 1, [2], [1]) + b"u.",
         "far stride": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 0, [2], [2**40]) + b"u.",
         "negative stride": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 1, [2], [-1]) + b"u.",
