@@ -26,7 +26,7 @@ from .checkpoint.repo import HubRepo, Progress
 from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
 from .errors import CheckpointError, DownloadError
 
-__all__ = ["CheckpointFiles", "Survey", "builtin_models", "fetch_file", "resolve", "survey"]
+__all__ = ["CheckpointFiles", "Survey", "builtin_models", "resolve", "survey"]
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -286,23 +286,6 @@ def _path(text: str) -> Path:
         return Path(os.path.expanduser(text))
     except ValueError:  # a zero, or half of a surrogate pair, behind the ~
         return Path(text)
-
-
-def fetch_file(
-    reference: str,
-    *,
-    cache: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """One file: a path on this machine, or ``hf://organisation/name/path``."""
-    if not reference.startswith("hf://"):
-        path = _path(reference)
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{str(path)[:300]}: no such file")
-        return path
-    repo, name = _split_hub_name(reference)
-    return HubRepo(repo, cache=cache, offline=offline, progress=progress).fetch([name])[name]
 
 
 def _plan(place: _Place, weights: str | None) -> tuple[dict[str, str], list[str], Path | None]:

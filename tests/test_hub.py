@@ -22,7 +22,7 @@ import pytest
 from moshi_mlx import hub
 from moshi_mlx.checkpoint import repo as repo_module
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, fetch_file, resolve, survey
+from moshi_mlx.hub import builtin_models, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -37,6 +37,11 @@ FILES = {
     "README.md": b"not needed",
     "other.safetensors": b"not needed either" * 1000,
 }
+
+
+def fetch(name: str, cache: Path) -> Path:
+    """One file of the repository."""
+    return repo_module.HubRepo(NAME, cache=cache).fetch([name])[name]
 
 
 @pytest.fixture
@@ -190,7 +195,7 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fetches_only_what_is_needed(server: FakeHub, cache: Path) -> None:
     """Broken: loading a model downloads whole repositories, or asks again for what is in the cache."""
     server.repos[NAME] = FakeRepo(FILES | {"empty": b""})
-    assert fetch_file(f"hf://{NAME}/empty", cache=cache).read_bytes() == b""
+    assert fetch("empty", cache).read_bytes() == b""
     server.requests.clear()
     files = resolve(NAME, cache=cache)
     assert files.weights[0].read_bytes() == FILES["weights.safetensors"]
@@ -236,8 +241,8 @@ def test_other_repository_by_reference(server: FakeHub, cache: Path) -> None:
     server.repos["someone/codec"] = FakeRepo({"sub/mimi@125.safetensors": b"codec", "big": b"b"}, sha="c" * 40)
     files = resolve(NAME, cache=cache)
     assert files.mimi is not None and files.mimi.read_bytes() == b"codec"
-    path = fetch_file("hf://someone/codec/sub/mimi@125.safetensors", cache=cache)
-    assert path.read_bytes() == b"codec"
+    codec = repo_module.HubRepo("someone/codec", cache=cache).fetch(["sub/mimi@125.safetensors"])
+    assert codec["sub/mimi@125.safetensors"].read_bytes() == b"codec"
     assert "big" not in server.fetched()
 
 
@@ -309,7 +314,7 @@ def test_missing_repository_and_file(server: FakeHub, cache: Path) -> None:
     with pytest.raises(CheckpointError, match=r"names lost\.safetensors"):
         resolve(NAME, cache=cache)
     with pytest.raises(DownloadError, match=r"no such file: x\.wav"):
-        fetch_file(f"hf://{NAME}/x.wav", cache=cache)
+        fetch("x.wav", cache)
 
 
 def test_disk_space_is_checked_first(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,12 +488,12 @@ def test_small_files_have_the_hash_that_git_gives_them(server: FakeHub, cache: P
     data = b'{"moshi_name": "w.safetensors"}'
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     repo = server.repos[NAME] = FakeRepo({"config.json": data}, headers={"ETag": f'"{git}"'})
-    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert fetch("config.json", cache).read_bytes() == data
     assert (cache / "models--someone--model" / "blobs" / git).read_bytes() == data
     repo.sha, repo.files["config.json"] = "b" * 40, data.replace(b"w", b"v")
     (cache / "models--someone--model" / "blobs" / git).unlink()
     with pytest.raises(DownloadError, match="arrived damaged"):
-        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+        fetch("config.json", cache)
 
 
 def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> None:
@@ -496,9 +501,9 @@ def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> N
     repo = server.repos[NAME] = FakeRepo(dict(FILES), body=lambda data: [b"?" * len(data)])
     repo.headers["ETag"] = f'"{hashlib.sha256(b"?" * 5000).hexdigest()}"'
     with pytest.raises(DownloadError, match="arrived damaged"):
-        fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache)
+        fetch("weights.safetensors", cache)
     repo.body = None
-    assert fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache).read_bytes() == FILES["weights.safetensors"]
+    assert fetch("weights.safetensors", cache).read_bytes() == FILES["weights.safetensors"]
     assert [path.name for path in cache.rglob("blobs/*")] == [hashlib.sha256(FILES["weights.safetensors"]).hexdigest()]
 
 
@@ -522,7 +527,7 @@ def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest
 
     server.repos[NAME] = FakeRepo(dict(FILES), lie=lie)
     with pytest.raises(DownloadError, match="arrived damaged" if status == 200 else "cannot be reached"):
-        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+        fetch("config.json", cache)
     assert sent < 40e6 and not list(cache.rglob("blobs/*"))
 
 
@@ -614,7 +619,7 @@ def test_the_token_goes_to_the_hub_only(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: answer.client)
     monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: answer.client)
-    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert fetch("config.json", cache).read_bytes() == data
     assert answer.tokens[f"HEAD {here}"] == "Bearer hf_secret"
     assert answer.tokens[f"GET {absolute}"] is None
 
@@ -682,7 +687,7 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(MoshiError):
         resolve(name, offline=True)
     with pytest.raises(MoshiError):
-        fetch_file(name, offline=True)
+        repo_module.HubRepo(name, offline=True)
     contents = {"config.json": json.dumps({"moshi_name": name, "mimi_name": name}), "model.safetensors": b"x"}
     with pytest.raises(MoshiError):
         resolve(make_folder(tmp_path / "m", contents))  # type: ignore[arg-type]
