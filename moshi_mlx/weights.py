@@ -17,37 +17,14 @@ from mlx.utils import tree_flatten
 
 from .checkpoint.files import read_json, read_shapes, read_tensors, shown
 from .checkpoint.finite import check_finite
-from .checkpoint.layouts import (
-    MISMATCH,
-    detect_layout,
-    from_internal,
-    stored_names,
-    to_internal,
-    to_mlx_layout,
-    to_torch_layout,
-)
+from .checkpoint.layouts import MISMATCH, detect_layout, stored_names, to_internal
 from .checkpoint.lora import merge_lora
 from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
-from .checkpoint.voices import VoicePrompt, list_voices, load_speaker, load_voice_prompt
 from .config import LmConfig, ModelConfig
 from .errors import CheckpointError, ConfigError, MoshiError
 from .lm import Lm
 
-__all__ = [
-    "VoicePrompt",
-    "detect_layout",
-    "fit_lm",
-    "flat_parameters",
-    "from_internal",
-    "guess_config",
-    "list_voices",
-    "load_config",
-    "load_lm",
-    "load_speaker",
-    "load_voice_prompt",
-    "to_mlx_layout",
-    "to_torch_layout",
-]
+__all__ = ["fit_lm", "flat_parameters", "guess_config", "load_config", "load_lm"]
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -193,7 +170,7 @@ def fit_lm(
 
 
 def flat_parameters(model: Lm) -> dict[str, mx.array]:
-    """The model's tensors by name, quantized parts included: what the ``to_..._layout`` functions take."""
+    """The model's tensors by name, quantized parts included: what ``from_internal`` takes."""
     return dict(tree_flatten(model.parameters()))
 
 

@@ -24,15 +24,7 @@ from ..config import LmConfig
 from ..errors import CheckpointError
 from .files import shown
 
-__all__ = [
-    "LAYOUTS",
-    "detect_layout",
-    "from_internal",
-    "stored_names",
-    "to_internal",
-    "to_mlx_layout",
-    "to_torch_layout",
-]
+__all__ = ["LAYOUTS", "detect_layout", "from_internal", "stored_names", "to_internal"]
 
 MISMATCH = ". Do config.json and the weights belong together?"
 
@@ -353,16 +345,6 @@ def from_internal(params: Tensors, layout: str, config: LmConfig) -> dict[str, m
     if layout == "mlx":
         return result
     return _to_torch_habits(result, layout, config)
-
-
-def to_mlx_layout(params: Tensors, config: LmConfig) -> dict[str, mx.array]:
-    """Kyutai's MLX names, with one slice per depth step; shared weights come once per slice, as the same array."""
-    return from_internal(params, "mlx", config)
-
-
-def to_torch_layout(params: Tensors, config: LmConfig) -> dict[str, mx.array]:
-    """Kyutai's PyTorch names, the depth transformer's projections stacked over weight sets."""
-    return from_internal(params, "torch", config)
 
 
 def _to_torch_habits(tensors: Tensors, layout: str, config: LmConfig) -> dict[str, mx.array]:

@@ -16,8 +16,9 @@ import mlx.core as mx
 
 from moshi_mlx.checkpoint.files import read_safetensors, read_tensors
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
+from moshi_mlx.checkpoint.voices import list_voices, load_speaker, load_voice_prompt
 from moshi_mlx.text import TextTokenizer
-from moshi_mlx.weights import list_voices, load_config, load_lm, load_speaker, load_voice_prompt
+from moshi_mlx.weights import load_config, load_lm
 from tests.helpers.checkpoints import small_config, write_checkpoint, write_gguf
 from tests.helpers.tokenizer import tokenizer_bytes
 from tests.helpers.torch_files import integer, tensor, text, write_archive, write_pt

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from moshi_mlx.checkpoint.layouts import from_internal, to_torch_layout
+from moshi_mlx.checkpoint.layouts import from_internal
 from moshi_mlx.config import DEFAULT_MIMI, DEFAULT_TOKENIZER, ModelConfig
 from moshi_mlx.lm import Lm
 
@@ -189,7 +189,7 @@ def _write_weights(path: Path, params: Mapping[str, mx.array], config: ModelConf
     if layout == "gguf":
         write_gguf(path, from_internal(params, "candle", config.lm))
     elif layout == "sharded":
-        tensors = to_torch_layout(params, config.lm)
+        tensors = from_internal(params, "torch", config.lm)
         names = sorted(tensors)
         weight_map = {}
         for shard in range(3):
@@ -231,7 +231,7 @@ def write_lora(
     rng = np.random.default_rng(seed)
     sets = config.lm.num_weight_sets
     update: dict[str, mx.array] = {}
-    for name, value in _split_projections(to_torch_layout(params, config.lm), sets).items():
+    for name, value in _split_projections(from_internal(params, "torch", config.lm), sets).items():
         table = re.search(r"(emb|embed)(\.\d+)?\.weight$", name)
         if value.ndim != 2 or not name.endswith(".weight") or table or name.startswith("condition_provider."):
             continue
