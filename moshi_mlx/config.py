@@ -23,7 +23,7 @@ DEFAULT_TOKENIZER = "tokenizer_spm_32k_3.model"
 PAD_ID = 3
 """Text token: nothing is said in this frame."""
 END_PAD_ID = 0
-"""Text token EPAD: a word starts in the next frame."""
+"""Text token EPAD: a word starts in the next frame. In the SentencePiece model this id is ``<unk>``."""
 BOS_ID = 1
 EOS_ID = 2
 

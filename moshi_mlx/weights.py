@@ -20,7 +20,7 @@ from .checkpoint.finite import check_finite
 from .checkpoint.layouts import MISMATCH, detect_layout, stored_names, to_internal
 from .checkpoint.lora import merge_lora
 from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
-from .config import LmConfig, ModelConfig
+from .config import EOS_ID, PAD_ID, LmConfig, ModelConfig
 from .errors import CheckpointError, ConfigError, MoshiError
 from .lm import Lm
 
@@ -30,7 +30,6 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _BATCH_BYTES = 16 * 2**20
-_PAD_ROW, _EOS_ROW = 3, 2
 
 
 def load_config(path: str | os.PathLike[str] | None, weights: Paths = ()) -> ModelConfig:
@@ -246,9 +245,9 @@ def _pad_ends_the_text(params: dict[str, mx.array]) -> None:
     """Hibiki: an early end of text reads as padding, so that translation goes on (moshi ``models/loaders.py``)."""
     for part in ("weight", "scales", "biases"):
         name = f"text_emb.{part}"
-        if name in params and params[name].shape[0] > _PAD_ROW:
+        if name in params and params[name].shape[0] > PAD_ID:
             table = params[name]
-            params[name] = mx.concatenate([table[:_EOS_ROW], table[_PAD_ROW : _PAD_ROW + 1], table[_PAD_ROW:]])
+            params[name] = mx.concatenate([table[:EOS_ID], table[PAD_ID : PAD_ID + 1], table[PAD_ID:]])
 
 
 def _read(model: Lm, where: str) -> None:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "printable": set(),
     "config": {"errors"},
     "delays": {"errors", "config"},
-    "text": {"errors", "streaming"},
+    "text": {"errors", "config", "streaming"},
     "threads": set(),
     "sampling": {"errors"},
     "streaming": {"errors"},
