@@ -1,7 +1,7 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
-config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows
+errors <- schema <- config <- streaming <- layers <- mimi, lm <- lean <- choose <- rows
 rows <- generate <- engine <- model <- realtime, loading
 text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
@@ -32,14 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "audio": {"errors"},
     "printable": set(),
-    "config": {"errors"},
+    "schema": {"errors"},
+    "config": {"errors", "schema"},
     "delays": {"errors", "config"},
     "text": {"errors", "config", "streaming"},
     "threads": set(),
     "sampling": {"errors"},
     "streaming": {"errors"},
     "layers": {"errors", "config", "streaming"},
-    "mimi": {"errors", "config", "streaming", "layers"},
+    "mimi": {"errors", "schema", "streaming", "layers"},
     "lm": {"errors", "config", "streaming", "layers", "delays"},
     "checkpoint": {"errors", "config", "printable"},
     "mimi_weights": {"errors", "checkpoint", "mimi"},
