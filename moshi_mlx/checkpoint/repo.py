@@ -15,7 +15,6 @@ import hashlib
 import os
 import queue
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
+from ..disk import free_bytes
 from ..errors import CheckpointError, DownloadError
 from ..printable import printable
 from .files import inner_path, parse_object, shown
@@ -233,10 +233,7 @@ class HubRepo:
 
     def _check_space(self, names: list[str]) -> None:
         needed = sum(self.missing(name) for name in names)
-        place = self.cache
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        free = free_bytes(self.cache)
         if needed and needed + SPARE_BYTES > free:
             raise DownloadError(
                 f"{self._label} needs {needed / 1e9:.1f} GB more, but {self.cache} has only {free / 1e9:.1f} GB free. "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx.disk import free_bytes, replacing
 from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, kind, room, verdict
 from moshi_mlx_app.version import DISTRIBUTION, program
 
@@ -72,7 +72,7 @@ class Measured:
 def select(
     here: Measured,
     survey: Callable[[str, bool], Survey],
-    free: Callable[[Path], int] = lambda place: _free(place),
+    free: Callable[[Path], int] = free_bytes,
     catalog: tuple[PublishedModel, ...] = CATALOG,
 ) -> Selection:
     """The best model for a machine.
@@ -150,12 +150,6 @@ def _survey(name: str, offline: bool) -> Survey:
     return found[0]
 
 
-def _free(place: Path) -> int:
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
 # -------------------------------------------------------------------------------------------------- what is remembered
 
 
@@ -212,8 +206,7 @@ def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _write(kept: Mapping[str, Any]) -> None:
     folder = cache_folder()
-    temporary = folder / f".machine.{os.getpid()}.json"
     with contextlib.suppress(OSError):  # then it is measured again the next time
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(temporary, folder / "machine.json")
+        with replacing(folder / "machine.json") as partial:
+            partial.write_text(json.dumps(kept), encoding="utf-8")

@@ -21,6 +21,7 @@ import numpy as np
 from moshi_mlx.checkpoint.files import read_tensors
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.disk import free_bytes
 from moshi_mlx.errors import CheckpointError, MoshiError
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.weights import fit_lm, load_config
@@ -129,10 +130,7 @@ def check_space(folder: Path, wanted: int) -> None:
     CheckpointError
         Says how much is missing.
     """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if wanted + SPARE_BYTES > free:
         raise CheckpointError(
             f"the disk of {folder} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or "
