@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
@@ -117,25 +117,13 @@ class Survey:
         return self.total - self.missing
 
 
-class _Place(Protocol):
-    """Where a checkpoint's files are: names, and a way to have them here."""
-
-    label: str
-    revision: str | None
-
-    def has(self, name: str) -> bool: ...
-
-    def names(self) -> list[str]: ...
-
-    def sizes(self, name: str) -> tuple[int, int]: ...
-
-    def fetch(self, names: Sequence[str]) -> dict[str, Path]: ...
-
-
 class _Folder:
+    """Files that are here, asked for as those of a :class:`~moshi_mlx.checkpoint.repo.HubRepo`."""
+
+    commit = None
+
     def __init__(self, path: Path):
         self.path, self.label = path, str(path)
-        self.revision: str | None = None
 
     def has(self, name: str) -> bool:
         return os.path.isfile(inner_path(self.path, name, self.label))
@@ -146,7 +134,7 @@ class _Folder:
         except OSError as error:
             raise CheckpointError(f"{self.label} cannot be read: {error.strerror}") from error
 
-    def sizes(self, name: str) -> tuple[int, int]:
+    def amount(self, name: str) -> tuple[int, int]:
         return inner_path(self.path, name, self.label).stat().st_size, 0
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
@@ -157,26 +145,7 @@ class _Folder:
         return paths
 
 
-class _Repo:
-    def __init__(self, hub: HubRepo):
-        self.hub = hub
-        self.label = hub.repo if hub.revision is None else f"{hub.repo}@{hub.revision}"
-        self.revision: str | None = hub.commit
-
-    def has(self, name: str) -> bool:
-        inner_path(Path(), name, self.label)
-        return name in self.hub.sizes
-
-    def names(self) -> list[str]:
-        return sorted(self.hub.sizes)
-
-    def sizes(self, name: str) -> tuple[int, int]:
-        if name not in self.hub.sizes:
-            raise DownloadError(f"{self.label} has no {name[:100]}")
-        return self.hub.sizes[name] or 0, self.hub.missing(name)
-
-    def fetch(self, names: Sequence[str]) -> dict[str, Path]:
-        return self.hub.fetch(names)
+_Place = _Folder | HubRepo
 
 
 def builtin_models() -> list[str]:
@@ -249,20 +218,17 @@ def survey(
     for name in dict.fromkeys(["config.json", *wanted.values(), *shards]):
         if name.startswith("hf://"):
             repo, inner = _split_hub_name(name)
-            files[inner] = _Repo(HubRepo(repo, **options)).sizes(inner)
+            files[inner] = HubRepo(repo, **options).amount(inner)
         elif not _is_reference(name) and place.has(name):  # resolve() knows whether it can do without
-            files[name] = place.sizes(name)
-    folder = place.hub.cache if isinstance(place, _Repo) else place.path
-    return Survey(os.fspath(source), files, folder)
+            files[name] = place.amount(name)
+    return Survey(os.fspath(source), files, place.cache if isinstance(place, HubRepo) else place.path)
 
 
 def _nothing(*_: object) -> None:
     """Progress that nobody looks at."""
 
 
-def _place(
-    source: str | os.PathLike[str], weights: str | None, options: dict[str, Any]
-) -> tuple[_Folder | _Repo, str | None]:
+def _place(source: str | os.PathLike[str], weights: str | None, options: dict[str, Any]) -> tuple[_Place, str | None]:
     """Where a checkpoint is, and which of its weights are meant if the source says so."""
     text = os.fspath(source)
     if isinstance(source, str) and source in builtin_models():
@@ -273,7 +239,7 @@ def _place(
     if os.path.isfile(path):
         return _Folder(path.parent), path.name
     if isinstance(source, str) and (match := _REPO.fullmatch(source)):
-        return _Repo(HubRepo(match[1], match[2], **options)), weights
+        return HubRepo(match[1], match[2], **options), weights
     names = ", ".join(builtin_models()) or "none"
     raise CheckpointError(
         f"{text[:300]!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
@@ -348,7 +314,7 @@ def _collect(
         lora=paths.get("lora"),
         extras={name: fetched[name] for name in extras},
         names=wanted,
-        revision=place.revision,
+        revision=place.commit,
     )
 
 

@@ -95,6 +95,7 @@ class HubRepo:
             raise DownloadError(f"{repo[:100]!r} is not the name of a repository: {error}") from error
         self.repo = repo
         self.revision = revision
+        self.label = repo if revision is None else f"{repo}@{revision}"
         self.progress = progress
         environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         self.offline = environment if offline is None else offline
@@ -118,7 +119,7 @@ class HubRepo:
         except DownloadError:
             raise
         except CheckpointError as error:  # not JSON
-            raise DownloadError(f"cannot fetch {self._label}: {error}") from error
+            raise DownloadError(f"cannot fetch {self.label}: {error}") from error
         except Exception as error:
             if not _is_network(error) or cached is None:
                 raise self._explain(error, None) from error
@@ -135,7 +136,7 @@ class HubRepo:
             for chunk in response.iter_raw():
                 data += chunk
                 if len(data) > MAX_LISTING:
-                    raise DownloadError(f"{self.endpoint} sends a list of files without end for {self._label}")
+                    raise DownloadError(f"{self.endpoint} sends a list of files without end for {self.label}")
                 if time.monotonic() > until:
                     raise TimeoutError(f"the list of files has not come within {self._timeout:g} s")
         return parse_object(bytes(data), f"the answer of {self.endpoint}")
@@ -144,14 +145,14 @@ class HubRepo:
         """Commit, sizes and hashes from the hub's answer: whatever becomes a path is checked."""
         commit, listed = info.get("sha"), info.get("siblings") or []
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise DownloadError(f"{self.endpoint} does not say which commit {self._label} is at: {str(commit)[:80]!r}")
+            raise DownloadError(f"{self.endpoint} does not say which commit {self.label} is at: {str(commit)[:80]!r}")
         sizes: dict[str, int | None] = {}
         for file in listed if isinstance(listed, list) else [listed]:
             file = file if isinstance(file, dict) else {"rfilename": None}
             name, size = file.get("rfilename"), file.get("size")
             if not isinstance(name, str) or (size is not None and (type(size) is not int or size < 0)):
                 raise DownloadError(
-                    f"{self.endpoint} sends a list of files for {self._label} that cannot be read: {str(file)[:100]!r}"
+                    f"{self.endpoint} sends a list of files for {self.label} that cannot be read: {str(file)[:100]!r}"
                 )
             sizes[name] = size
             large = file.get("lfs")
@@ -174,7 +175,7 @@ class HubRepo:
         commit = self._cached_commit()
         if commit is None:
             raise DownloadError(
-                f"{self._label} is not in the cache ({self.cache}), and the network is switched off (HF_HUB_OFFLINE). "
+                f"{self.label} is not in the cache ({self.cache}), and the network is switched off (HF_HUB_OFFLINE). "
                 "Unset it once to fetch the model, use the built-in model small, or give a local folder"
             )
         folder = self._root / "snapshots" / commit
@@ -198,7 +199,7 @@ class HubRepo:
         absent = [name for name in missing if name not in self.sizes]
         if absent:
             hint = "is not in the cache" if self.offline else "has no such file"
-            raise DownloadError(f"{self._label} {hint}: {shown(absent)}. It has {shown(self.sizes, 12) or 'no files'}")
+            raise DownloadError(f"{self.label} {hint}: {shown(absent)}. It has {shown(self.sizes, 12) or 'no files'}")
         if not self.offline:
             self._check_space(missing)
         for name in missing:
@@ -217,26 +218,35 @@ class HubRepo:
                 raise self._explain(error, None) from error
         return places
 
-    def missing(self, name: str) -> int:
-        """Bytes of a file that are not in the cache; an interrupted download counts as far as it came."""
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name, which must not lead out of the repository."""
+        inner_path(Path(), name, self.label)
+        return name in self.sizes
+
+    def names(self) -> list[str]:
+        """All files."""
+        return sorted(self.sizes)
+
+    def amount(self, name: str) -> tuple[int, int]:
+        """Bytes of a file, and how many are not in the cache; an interrupted download counts as far as it came."""
+        if name not in self.sizes:
+            raise DownloadError(f"{self.label} has no {name[:100]}")
         size = self.sizes[name] or 0
-        if os.path.isfile(self._pointer(name)):
-            return 0
         blob = self._root / "blobs" / self._hashes.get(name, "unknown")
-        if blob.is_file():
-            return 0
-        return max(size - _length(_partial(blob)), 0)
+        if os.path.isfile(self._pointer(name)) or blob.is_file():
+            return size, 0
+        return size, max(size - _length(_partial(blob)), 0)
 
     def _pointer(self, name: str) -> Path:
         """Where the cache shows a file by its name."""
-        return inner_path(self._root / "snapshots" / self.commit, name, self._label)
+        return inner_path(self._root / "snapshots" / self.commit, name, self.label)
 
     def _check_space(self, names: list[str]) -> None:
-        needed = sum(self.missing(name) for name in names)
+        needed = sum(self.amount(name)[1] for name in names)
         free = free_bytes(self.cache)
         if needed and needed + SPARE_BYTES > free:
             raise DownloadError(
-                f"{self._label} needs {needed / 1e9:.1f} GB more, but {self.cache} has only {free / 1e9:.1f} GB free. "
+                f"{self.label} needs {needed / 1e9:.1f} GB more, but {self.cache} has only {free / 1e9:.1f} GB free. "
                 "Make room, or set HF_HOME to a folder on a larger disk"
             )
 
@@ -251,11 +261,11 @@ class HubRepo:
         length = told.get("x-linked-size") or ("" if "location" in told else told.get("content-length", ""))
         size = self.sizes[name]
         if size is None and not length.isdecimal():
-            raise DownloadError(f"{self.endpoint} does not say how large {name} of {self._label} is")
+            raise DownloadError(f"{self.endpoint} does not say how large {name} of {self.label} is")
         size = int(length) if size is None else size
         if not _HASH.fullmatch(etag):
             raise DownloadError(
-                f"{self.endpoint} gives {name} of {self._label} the ETag {etag[:80]!r}, which is not the hash that "
+                f"{self.endpoint} gives {name} of {self.label} the ETag {etag[:80]!r}, which is not the hash that "
                 "a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
             )
         digest = self._hashes.get(name, etag)
@@ -288,7 +298,7 @@ class HubRepo:
         """
         partial = _partial(blob)
         hashed = _Hashed(size, blob.name)
-        tries, farthest, pace = _TRIES, 0, _Pace(f"{name} of {self._label}")
+        tries, farthest, pace = _TRIES, 0, _Pace(f"{name} of {self.label}")
         try:
             with partial.open("r+b" if _length(partial) <= size and partial.exists() else "w+b") as file:
                 while block := file.read(2**22):
@@ -308,7 +318,7 @@ class HubRepo:
                 partial.unlink(missing_ok=True)
         if not good:
             partial.unlink(missing_ok=True)
-            raise DownloadError(f"{name} of {self._label} arrived damaged and was thrown away: start it again")
+            raise DownloadError(f"{name} of {self.label} arrived damaged and was thrown away: start it again")
         os.replace(partial, blob)
 
     def _receive_on(
@@ -371,15 +381,11 @@ class HubRepo:
 
     # -------------------------------------------------------------------------------------------- errors
 
-    @property
-    def _label(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
-
     def _explain(self, error: Exception, name: str | None) -> DownloadError:
         """The error with the way out."""
         from huggingface_hub import errors
 
-        what = self._label if name is None else f"{name} of {self._label}"
+        what = self.label if name is None else f"{name} of {self.label}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         page = f"{self.endpoint}/{self.repo}"
         login = "then log in with `hf auth login` (or `huggingface-cli login`), or set HF_TOKEN"
