@@ -15,7 +15,7 @@ __all__ = ["free_bytes", "replacing"]
 def replacing(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[Path]:
     """A name beside ``path`` to write to: it takes its place at the end, or is removed if there was an error."""
     target = Path(path)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}{suffix}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}{suffix}")
     try:
         yield partial
         os.replace(partial, target)

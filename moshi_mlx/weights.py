@@ -19,7 +19,7 @@ from .checkpoint.files import read_json, read_shapes, read_tensors, shown
 from .checkpoint.finite import check_finite
 from .checkpoint.layouts import MISMATCH, detect_layout, stored_names, to_internal
 from .checkpoint.lora import merge_lora
-from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
+from .checkpoint.quantization import FLOATS, dequantize_tables, find_quantization, module_widths, quantize_modules
 from .config import EOS_ID, PAD_ID, LmConfig, ModelConfig
 from .errors import CheckpointError, ConfigError, MoshiError
 from .lm import Lm
@@ -28,7 +28,6 @@ __all__ = ["fit_lm", "flat_parameters", "guess_config", "load_config", "load_lm"
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _BATCH_BYTES = 16 * 2**20
 
 
@@ -139,7 +138,7 @@ def fit_lm(
 ) -> Lm:
     """Like :func:`load_lm`, from a file's tensors; they stay unread (lazy) in the model returned."""
     whole = config if isinstance(config, ModelConfig) else ModelConfig(lm=config)
-    if dtype is not None and dtype not in _FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     layout = detect_layout(tensors)
     params = to_internal(tensors, layout, whole.lm)
@@ -198,14 +197,14 @@ def _file_dtype(params: Mapping[str, mx.array], quantized: bool) -> mx.Dtype:
     if quantized and mx.default_device() == mx.cpu:
         return mx.float32
     for name in ("text_emb.scales", "text_emb.weight", "out_norm.weight"):
-        if name in params and params[name].dtype in _FLOATS:
+        if name in params and params[name].dtype in FLOATS:
             return params[name].dtype
     return mx.bfloat16
 
 
 def _cast(name: str, value: mx.array, quantized: set[str], target: mx.Dtype) -> mx.array:
     """Floats become ``target``; packed integers and the scales of the fp modes stay."""
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         return value
     if name.startswith("condition_provider.") and name.rsplit(".", 1)[0] not in quantized:
         return value.astype(mx.float32)
@@ -232,7 +231,7 @@ def _check_fit(params: Mapping[str, mx.array], model: Lm, quantized: set[str], f
     wrong = [
         f"{file_name(name)} is {value.dtype}"
         for name, value in params.items()
-        if value.dtype not in _FLOATS
+        if value.dtype not in FLOATS
         and not (name.rsplit(".", 1)[0] in quantized and name.rsplit(".", 1)[1] in ("weight", "scales"))
     ]
     if wrong:

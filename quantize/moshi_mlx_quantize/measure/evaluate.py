@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moshi_mlx.audio import as_mono
 from moshi_mlx.checkpoint.files import read_json
-from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
 from moshi_mlx.codec import make_codec
 from moshi_mlx.config import LmConfig
 from moshi_mlx.errors import AudioError, CheckpointError, ConfigError
@@ -34,7 +34,7 @@ from moshi_mlx.sampling import GREEDY
 from moshi_mlx.text import SILENT_IDS
 
 from ..plan.recipes import Plan
-from ..source import Source
+from ..source import Source, any_conditions
 from ..write.convert import dequantize, quantize
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
 ]
 
 Ints = NDArray[np.int32]
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 SAME_FRAMES = 12
 """About a second: what is said so much sooner or later counts as the same."""
@@ -121,11 +120,7 @@ class Subject:
         self._modules: dict[str, Any] = dict(lm.named_modules())
         self._weights: dict[str, mx.array] = {}
         self._applied: dict[str, tuple[Quantization, bool]] = {}
-        rows = [
-            {name: (c.possible_values or [None])[0] if c.type == "lut" else None
-             for name, c in lm.config.conditioners.items()}
-        ]  # fmt: skip
-        self.conditions = rows if lm.config.conditioners else None
+        self.conditions = any_conditions(lm.config)
 
     def apply(
         self,
@@ -176,13 +171,8 @@ def make_subject(source: Source) -> Subject:
         if module in source.quantized and leaf in ("scales", "biases"):
             continue
         if module in source.quantized and leaf == "weight":
-            parts = {
-                part: source.tensors[f"{module}.{part}"]
-                for part in ("weight", "scales", "biases")
-                if f"{module}.{part}" in source.tensors
-            }
-            value = dequantize(parts, source.quantized[module])
-        keep = name.startswith("condition_provider.") or value.dtype not in _FLOATS
+            value = dequantize(source.parts(module), source.quantized[module])
+        keep = name.startswith("condition_provider.") or value.dtype not in FLOATS
         params[name] = value.astype(mx.float32) if keep else value.astype(dtype)
     lm.load_weights(list(params.items()), strict=True)
     lm.eval()

@@ -27,7 +27,7 @@ from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.weights import fit_lm, load_config
 
 from ..plan.recipes import Module, Plan, natural, part_of
-from ..source import Source
+from ..source import Source, any_conditions
 from .writer import Entry, StreamingWriter, entry_bytes, explain
 
 __all__ = ["Result", "check", "check_space", "planned_entries", "weights_name", "write_checkpoint"]
@@ -239,13 +239,9 @@ def _write_module(
 ) -> None:
     dtype = _float_of(source, module)
     was = source.quantized.get(module.name)
-    held = {
-        part: source.tensors.pop(f"{module.name}.{part}")
-        for part in ("weight", "scales", "biases")
-        if f"{module.name}.{part}" in source.tensors
-    }
-    for part, array in held.items():
-        _read(f"{module.name}.{part}", array)
+    held = source.parts(module.name)
+    for part in held:
+        _read(f"{module.name}.{part}", source.tensors.pop(f"{module.name}.{part}"))
     rows = max(1, _CHUNK_BYTES // (4 * module.width))
     lost = norm = 0.0
     for first in range(0, module.rows, rows):
@@ -406,14 +402,8 @@ def check(folder: Path, weights: str) -> None:
         config = load_config(folder / "config.json", folder / weights)
         tensors = read_tensors(folder / weights)
         model = fit_lm(config, tensors)
-        rows = None
-        if model.config.conditioners:
-            rows = [
-                {name: (c.possible_values or [None])[0] if c.type == "lut" else None
-                 for name, c in model.config.conditioners.items()}
-            ]  # fmt: skip
         tokens = mx.array(np.zeros((1, model.config.num_streams, 2), np.int32))
-        output = model(tokens, model.condition(rows))
+        output = model(tokens, model.condition(any_conditions(model.config)))
         outputs = [output.text_logits.astype(mx.float32).sum(), output.logits.astype(mx.float32).sum()]
         del model, tensors, output  # what remains is the graph, which frees what it has passed
         mx.eval(outputs)
