@@ -22,7 +22,7 @@ from .model import Moshi
 from .text import TextTokenizer
 from .weights import load_config, load_lm
 
-__all__ = ["load", "measure_codec"]
+__all__ = ["load", "load_codec", "measure_codec"]
 
 _UNTRAINED_SEED = 0
 
@@ -79,7 +79,7 @@ def load(
     else:
         lm = _random_lm(config.lm)
     say("reading the codec")
-    voice, voice_trained = _load_codec(config, files, codec, builtin)
+    voice = load_codec(config, files, codec)
     tokenizer = None if files.tokenizer is None else TextTokenizer(files.tokenizer)
     if tokenizer is None and voice is not None:
         raise _lacking(files, "tokenizer", "a SentencePiece model for its text")
@@ -89,7 +89,7 @@ def load(
             "it belongs to another model"
         )
     name = str(source) if builtin or files.revision is not None else files.folder.name
-    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and voice_trained)
+    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and (voice is None or files.mimi is not None))
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:
@@ -126,8 +126,6 @@ def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfi
         return MimiConfig(), 0
     if lm.own_q not in (0, codebooks):
         raise ConfigError(f"{lm.own_q} own and {lm.user_q} user codebooks: one codec cannot serve both")
-    if files.mimi_config is None and "mimi_config" in files.names:
-        raise CheckpointError(f"{files.folder} lacks {files.names['mimi_config']}, which config.json names: fetch it")
     sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
     if sizes.quantizer.bins != lm.card:
         unnamed = (
@@ -139,20 +137,21 @@ def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfi
     return sizes, codebooks
 
 
-def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin: bool) -> tuple[Codec | None, bool]:
+def load_codec(config: ModelConfig, files: CheckpointFiles, kind: str = "auto") -> Codec | None:
+    """A checkpoint's codec; None if it has no use for one. Parameters and errors as :func:`load`."""
     sizes, codebooks = _codec_sizes(config, files)
     if not codebooks:
-        return None, True
+        return None
     if files.mimi is not None:
         made = make_codec(files.mimi, sizes, codebooks, kind)
         if isinstance(made, RustMimi):  # which reads the file by itself, and does not look
             check_finite(read_safetensors(files.mimi)[0], str(files.mimi))
-        return made, True
-    if not builtin:
+        return made
+    if files.folder.parent != BUILTIN:
         raise _lacking(files, "mimi", "the weights of its codec")
     if kind == "rust":
         raise CodecError("the Rust codec knows the published Mimi only: choose the codec mlx or numpy for this model")
-    return mimi_codec(_random_mimi(sizes, codebooks), kind), False
+    return mimi_codec(_random_mimi(sizes, codebooks), kind)
 
 
 def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:

@@ -302,9 +302,9 @@ def test_a_codec_of_another_rate(monkeypatch: pytest.MonkeyPatch) -> None:
             heard.append(len(pcm))
             return np.zeros((8, 3), np.int32)
 
-    monkeypatch.setattr(evaluate, "make_codec", lambda *_: Codec())
+    monkeypatch.setattr(evaluate, "load_codec", lambda *_: Codec())
     files = resolve("small")
-    codes = codes_of(read_recording(None, 2.0), files, load_config(files.config).lm)
+    codes = codes_of(read_recording(None, 2.0), files, load_config(files.config))
     assert codes.shape == (3, 8) and heard == [pytest.approx(32000, abs=2)]
 
 

@@ -73,7 +73,7 @@ def measure_recipes(
     config = source.config.lm
     heard: Ints | None = None
     try:
-        heard = codes_of(recording, files, config)
+        heard = codes_of(recording, files, source.config)
         origin = f"{recording.origin}, answered by the model"
     except MoshiError as error:
         if args.calibration is not None:

@@ -20,15 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.audio import as_mono
-from moshi_mlx.checkpoint.files import read_json
 from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
-from moshi_mlx.codec import make_codec
-from moshi_mlx.config import LmConfig
+from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import AudioError, CheckpointError, ConfigError
 from moshi_mlx.generate import GenerationConfig, Generator
 from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.lm import Lm
-from moshi_mlx.mimi import MimiConfig
+from moshi_mlx.loading import load_codec
 from moshi_mlx.printable import printable
 from moshi_mlx.sampling import GREEDY
 from moshi_mlx.text import SILENT_IDS
@@ -241,7 +239,7 @@ def read_recording(path: Path | None, seconds: float) -> Recording:
         raise AudioError(f"{path} cannot be read: {error}") from error
 
 
-def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: LmConfig) -> Ints:
+def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: ModelConfig) -> Ints:
     """Codes [frames, user_q] of a recording.
 
     Raises
@@ -249,14 +247,13 @@ def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: LmConfig
     MoshiError
         If the model hears nothing, or its codec cannot be used.
     """
-    if not config.user_q:
+    if not config.lm.user_q:
         raise ConfigError("the model hears nothing")
-    if checkpoint.mimi is None:
+    codec = None if checkpoint.mimi is None else load_codec(config, checkpoint)
+    if codec is None:
         raise CheckpointError("there is no codec to hear a recording with")
-    sizes = MimiConfig() if checkpoint.mimi_config is None else MimiConfig.from_dict(read_json(checkpoint.mimi_config))
-    codec = make_codec(checkpoint.mimi, sizes, max(config.own_q, config.user_q))
     codes = codec.encode(as_mono(recording.pcm, recording.rate, codec.sample_rate))
-    return np.ascontiguousarray(codes[: config.user_q].T, dtype=np.int32)
+    return np.ascontiguousarray(codes[: config.lm.user_q].T, dtype=np.int32)
 
 
 def calibrate(
