@@ -262,6 +262,11 @@ def _plan(place: _Place, weights: str | None) -> tuple[dict[str, str], list[str]
     if place.has("config.json"):
         config = place.fetch(["config.json"])["config.json"]
         data = read_json(config)
+    for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
+        if not isinstance(data.get(key), (str, type(None))):
+            raise CheckpointError(
+                f"{place.label}: config.json: {key} must be a file name, found {str(data[key])[:60]!r}"
+            )
     wanted = {part: name for part, name in _part_names(data, place).items() if name is not None}
     name = _choose_weights(place, weights, data)
     # A built-in model that is not trained yet has sizes and a tokenizer, and no weights.
@@ -320,22 +325,15 @@ def _collect(
 
 def _part_names(data: Mapping[str, Any], place: _Place) -> dict[str, str | None]:
     """The names of a checkpoint's other parts, from its configuration or by default."""
-
-    def named(key: str) -> str | None:
-        value = data.get(key)
-        if value is not None and not isinstance(value, str):
-            raise CheckpointError(f"{place.label}: config.json: {key} must be a file name, found {str(value)[:60]!r}")
-        return value or None
-
     helium = data.get("model_type") == "helium"
     usual = "tokenizer.model" if helium else DEFAULT_TOKENIZER
-    tokenizer = named("tokenizer_name") or next((name for name in _TOKENIZERS if place.has(name)), usual)
-    lora = named("lora_name")
+    tokenizer = data.get("tokenizer_name") or next((name for name in _TOKENIZERS if place.has(name)), usual)
+    lora = data.get("lora_name") or None
     if lora is None and data.get("lora") and place.has("lora.safetensors"):
         lora = "lora.safetensors"
     return {
-        "mimi": named("mimi_name") or (None if helium else DEFAULT_MIMI),
-        "mimi_config": named("mimi_config_name"),
+        "mimi": data.get("mimi_name") or (None if helium else DEFAULT_MIMI),
+        "mimi_config": data.get("mimi_config_name") or None,
         "tokenizer": tokenizer,
         "lora": lora,
     }
@@ -347,9 +345,7 @@ def _choose_weights(place: _Place, weights: str | None, data: Mapping[str, Any])
         if not place.has(weights):
             raise CheckpointError(f"{place.label} has no {weights}; it has {shown(place.names(), 12)}")
         return weights
-    named = data.get("moshi_name")
-    if named is not None and not isinstance(named, str):
-        raise CheckpointError(f"{place.label}: config.json: moshi_name must be a file name")
+    named: str | None = data.get("moshi_name")
     if named:
         if _is_reference(named) or place.has(named):
             return named
