@@ -318,6 +318,8 @@ class _Matrix:
     columns: OpenBLAS then needs no packing, which takes longer than the product itself where rows are few.
     """
 
+    __slots__ = ("_blocks", "_most", "weight")
+
     def __init__(self, weight: Floats):
         self.weight = weight
         inputs = len(weight)
@@ -326,9 +328,9 @@ class _Matrix:
 
     def __call__(self, x: Floats) -> Floats:
         """``x`` [batch, inputs] times the weight: [batch, outputs]."""
+        if len(x) == 1:
+            return x @ self.weight
         weight, rows = self.weight, len(x)
-        if rows == 1:
-            return x @ weight
         if rows > self._most:
             return x @ weight if weight.flags.c_contiguous else np.ascontiguousarray((weight.T @ x.T).T)
         if self._blocks is None:

@@ -156,6 +156,7 @@ def crowd(generator: Generator, ticks: int, most: int, seed: int = 0) -> list[Ta
     return list(talks.values())
 
 
+@pytest.mark.timeout(300 if TICKS < 1000 else 0)
 @pytest.mark.usefixtures("steppers", "small_rings")
 def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
     """If this fails, a conversation hears its neighbours, or one who left, or loses a frame while it waits."""
