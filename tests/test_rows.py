@@ -507,7 +507,11 @@ def test_refusals() -> None:
         generator.adopt({**before, "settings": mx.full(before["settings"].shape, -1.0)})
     with pytest.raises(StateError, match="damaged"):
         generator.adopt({**before, "position": before["position"] + 1})
+    with pytest.raises(StateError, match="no conversation"):
+        generator.adopt(take_rows(before, []))
     empty = Generator(lm, seeds=None)
+    with pytest.raises(StateError, match="no conversation"):
+        empty.reset()
     with pytest.raises(StateError, match="without a conversation"):
         assert empty.first
     with pytest.raises(StateError, match="0 conversations"):
