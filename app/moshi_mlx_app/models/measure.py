@@ -102,12 +102,15 @@ def unpaced(
     frames: int,
     generation: GenerationConfig | None = None,
     *,
+    kv_bits: int | None = None,
     series: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
     """Each stage by itself, one frame after the other, as fast as it goes.
 
     Parameters
     ----------
+    kv_bits : int, optional
+        As for :meth:`Moshi.session`.
     series : dict, optional
         Gets the milliseconds of every frame, by stage.
 
@@ -121,7 +124,7 @@ def unpaced(
     assert codec is not None
     encoder = codec.encoder() if lm.user_q else None
     decoder = codec.decoder() if lm.own_q else None
-    generator = make_generator(model, 0, generation)
+    generator = make_generator(model, 0, generation, kv_bits=kv_bits)
     watches = {name: Stopwatch(max(frames, 1)) for name in ("encode", "step", "decode", "frame")}
     sound = question(model)
     fine: list[bool] = []
