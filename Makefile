@@ -10,6 +10,7 @@ VENV ?= .venv
 REFERENCE ?= .venv-reference
 LOWEST ?= .venv-lowest
 CLIENT ?= .venv-client
+SECONDS ?= 300
 # torch's plain name brings several GB of CUDA on Linux: point pip at a CPU index, or name a CPU build, if you can.
 TORCH ?= torch==2.13.0
 
@@ -20,7 +21,7 @@ CLIENT_READY = $(CLIENT)/.installed
 QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test talk bench check format reference resolve lowest wheel-check clean kyutai-client
+.PHONY: help install test talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -45,6 +46,9 @@ check: $(READY)  ## format, lint, strict types, import direction: the gate befor
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+fuzz: $(READY)  ## hostile files, hubs, clients and kills for SECONDS (300), beyond what the default tests try
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 format: $(READY)  ## let ruff format and fix what it can
 	$(BIN)/ruff format .

@@ -37,9 +37,9 @@ def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
         stepper = session.generator._stepper
         plain = stepper.temporal
 
-        def recorded(tokens: np.ndarray, state: Any) -> Any:
+        def recorded(tokens: np.ndarray, state: Any, rows: Any = None) -> Any:
             columns.append(tokens[0].copy())
-            return plain(tokens, state)
+            return plain(tokens, state, rows)
 
         stepper.temporal = recorded  # type: ignore[method-assign]
         try:
@@ -78,7 +78,7 @@ def widest(lm: moshi_mlx.Lm) -> int:
 def cache_bytes(config: moshi_mlx.LmConfig, kv_bits: int | None) -> int:
     """Bytes of a full cache in bfloat16."""
     attention = Attention(config.dim, config.num_heads, context=config.context, kv_repeat=config.kv_repeat)
-    return config.num_layers * state_bytes(attention.init_state(1, mx.bfloat16, kv_bits))
+    return config.num_layers * state_bytes(attention.init_ring(1, mx.bfloat16, kv_bits))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

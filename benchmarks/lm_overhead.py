@@ -1,7 +1,8 @@
 """What a step of the language model costs beside its arithmetic: full depth, tiny layers.
 
 Moshi's 32 temporal and 6 x 8 depth layers, 64 channels wide, in turns with Kyutai's package: Python, graph building,
-operations and synchronisation are nearly all of it. ``modules`` is our path for GPUs, run on the CPU.
+operations and synchronisation are nearly all of it. ``modules`` is our path for GPUs, run on the CPU. How long it holds
+the interpreter is measured apart: with its graph built anew for each step, and kept, as it is on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from .workers import machine, summary
+from .workers import Worker, machine, summary
 from .workers.paired import HEAD, paired_steps, ratio, row
 
 TINY = {
@@ -31,6 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(row("Kyutai's moshi_mlx", results, "kyutai"))
     print(row("ours", results, "ours"))
     print(row("ours, modules", results, "modules"))
+    held = {}
+    for batch in (1, 16):
+        for name, compiled in (("built anew", False), ("kept", True)):
+            with Worker("lm_ours.py", {**TINY, "modules": True, "compiled": compiled, "batch": batch}) as worker:
+                held[f"{batch}, {name}"] = summary(worker.ask(python=args.rounds * args.steps)["python"])
+    print(
+        "milliseconds of a step that hold the interpreter, graph "
+        + "; ".join(f"{name}: {times['p50']:.2f} (least {times['min']:.2f})" for name, times in held.items())
+    )
     rows = {
         name: {
             **result,
@@ -41,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for name, result in results.items()
     }
-    print(json.dumps({"benchmark": "lm_overhead", "machine": about, "settings": TINY, "rows": rows}))
+    print(json.dumps({"benchmark": "lm_overhead", "machine": about, "settings": TINY, "rows": rows, "python": held}))
 
 
 if __name__ == "__main__":

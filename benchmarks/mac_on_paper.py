@@ -69,7 +69,7 @@ def step_bytes(lm: Lm, plan: Plan | None) -> int:
 def cache_bytes(lm: Lm, kv_bits: int | None = None) -> int:
     """Bytes of keys and values of a full context."""
     lm.set_dtype(mx.bfloat16)
-    return sum(array.nbytes for array in state_arrays(lm.init_state(1, kv_bits=kv_bits)))
+    return sum(array.nbytes for array in state_arrays(lm.init_state(1, kv_bits=kv_bits)) if array.ndim == 4)
 
 
 def codec_bytes(mimi: Mimi) -> int:

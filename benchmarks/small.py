@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from moshi_mlx_app.models.measure import memory_used, paced, question
 
 import moshi_mlx
 from benchmarks.workers import machine
-from moshi_mlx.model import Moshi, generation_defaults, make_generator
+from moshi_mlx.model import Moshi
 
 CORES = 2
 STAGES = ("encode", "step", "decode", "frame")
@@ -29,27 +30,22 @@ STAGES = ("encode", "step", "decode", "frame")
 
 def stages(model: Moshi, frames: int) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every frame, by stage, as ``wall`` and as ``cpu``: processor time of all threads."""
-    assert model.codec is not None
-    encoder, decoder = model.codec.encoder(), model.codec.decoder()
-    generator = make_generator(model, 0, generation_defaults(model.config))
     found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in STAGES}
-    sound = question(model)
-    for index in range(-5, frames):  # the first few allocate
-        pcm = next(sound)
-        marks = [(time.perf_counter(), time.process_time())]
-        codes = encoder.encode(pcm)
-        marks.append((time.perf_counter(), time.process_time()))
-        step = generator.step(codes[: model.lm.config.user_q])
-        marks.append((time.perf_counter(), time.process_time()))
-        if step.codes is not None and step.codes.min() >= 0:
-            decoder.decode(step.codes[0])
-        marks.append((time.perf_counter(), time.process_time()))
-        if index < 0:
-            continue
-        for name, (first, last) in zip(STAGES, ((0, 1), (1, 2), (2, 3), (0, 3)), strict=True):
-            for clock, kind in enumerate(("wall", "cpu")):
-                found[name][kind].append(1e3 * (marks[last][clock] - marks[first][clock]))
+    with model.session() as session:
+        for index, pcm in enumerate(islice(question(model), frames + 5), start=-5):  # the first few allocate
+            marks = [_now()]
+            session.on_stage = lambda *_, marks=marks: marks.append(_now())
+            session.step(pcm)
+            spans = zip(STAGES, [*pairwise(marks), (marks[0], _now())], strict=True)
+            for name, (first, last) in spans:
+                for clock, kind in enumerate(("wall", "cpu")):
+                    if index >= 0:
+                        found[name][kind].append(1e3 * (last[clock] - first[clock]))
     return found
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 @contextmanager

@@ -27,9 +27,15 @@ __all__ = [
     "TokenError",
 ]
 
+_LONGEST = 1200
+
 
 class MoshiError(Exception):
     """Base class of all errors raised on purpose by this package."""
+
+    def __str__(self) -> str:
+        text = super().__str__()  # which may quote what a file holds, and a file may hold anything
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-290:]}"
 
 
 class ConfigError(MoshiError, ValueError):

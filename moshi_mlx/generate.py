@@ -1,4 +1,4 @@
-"""One frame of codes in; one text token and one frame of codes out.
+"""One frame of codes in; one text token and one frame of codes out, for any number of conversations at once.
 
 Timing. Call s brings user frame s. The model then runs position s + 1, where it reads that frame (its delayed codes
 one position later), and predicts the text token and first code with index s + 1 and the delayed codes with index s.
@@ -7,64 +7,37 @@ nothing but start tokens, runs when the generator is made. No user frame is lost
 that is 80 ms less than with generators that read a frame one call later, and one frame more than with those that drop
 the first.
 
+Rows. A conversation is a row of a batch: it joins at position 0 beside others that are anywhere, has its own seed,
+settings and conditions, waits where it has no frame, and leaves. It says what it would say alone. Its state is a value
+that can be taken out, saved and put into another generator (:meth:`Generator.snapshot`, :meth:`Generator.adopt`).
+Rows and the slots of their rings come in a few fixed sizes, so that the kernels of a GPU and the memory are bounded,
+and go back when conversations have left.
+
 Only integers cross to the host, once a frame. This module knows tokens, not sound.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .choose import GenerationConfig, Kind, Team, choose_codes, choose_text
 from .config import EOS_ID, UNGENERATED, ZERO_TOKEN
 from .errors import ConfigError, StateError, TokenError
 from .lean import Array, make_stepper
 from .lm import Lm
-from .sampling import AUDIO_SAMPLING, TEXT_SAMPLING, Sampling, gumbel_noise
-from .streaming import State, update_state
+from .rows import Rows
+from .sampling import keys_at
+from .streaming import State, as_mlx
 
 __all__ = ["GenerationConfig", "Generator", "Step"]
 
 Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How tokens are chosen. Defaults are the PyTorch reference's.
-
-    Attributes
-    ----------
-    text, audio : Sampling
-    repetition_penalty : float
-        Divides positive and multiplies negative logits of words among the last ``repetition_context`` text tokens;
-        1: off. Special tokens are spared, or the model could not pause.
-    repetition_context : int
-    padding_bonus : float
-        Added to the logit of the text padding token: above 0 the model speaks less, below 0 more.
-    cfg_coef : float
-        Classifier-free guidance (Ho & Salimans 2022): ``null + cfg_coef * (conditioned - null)`` on all logits; 1: off.
-    """
-
-    text: Sampling = field(default=TEXT_SAMPLING)
-    audio: Sampling = field(default=AUDIO_SAMPLING)
-    repetition_penalty: float = 1.0
-    repetition_context: int = 64
-    padding_bonus: float = 0.0
-    cfg_coef: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"repetition_penalty must be above 0, found {self.repetition_penalty}")
-        if self.repetition_context < 1:
-            raise ConfigError(f"repetition_context must be at least 1, found {self.repetition_context}")
-        for name in ("repetition_penalty", "padding_bonus", "cfg_coef"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} must be a finite number, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -96,15 +69,16 @@ class Step:
 
 
 class Generator:
-    """A batch of conversations on one model, advanced together frame by frame.
+    """Conversations on one model, advanced together frame by frame.
 
     Parameters
     ----------
     lm : Lm
         Shared; never changed.
     config : GenerationConfig
-    seeds : sequence of int
-        One conversation each: their number is the batch size.
+        Of conversations that bring none of their own.
+    seeds : sequence of int, or None
+        The conversations to begin with, one each, at position 0, which is run. None: there is none yet.
     conditions, null_conditions : sequence of mapping, or None
         Values for the model's conditioners, one mapping a conversation; with guidance also what to steer away from.
     kv_bits : {None, 8}
@@ -122,7 +96,7 @@ class Generator:
         lm: Lm,
         config: GenerationConfig | None = None,
         *,
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | None = (0,),
         conditions: Sequence[Mapping[str, Any]] | None = None,
         null_conditions: Sequence[Mapping[str, Any]] | None = None,
         kv_bits: int | None = None,
@@ -131,59 +105,147 @@ class Generator:
     ):
         self.lm = lm
         self.config = config or GenerationConfig()
-        self.seeds = tuple(int(seed) for seed in seeds)
-        if not self.seeds:
-            raise ConfigError("seeds must name at least one conversation")
         model = lm.config
-        self._guided = self.config.cfg_coef != 1.0
-        if self._guided and (conditions is None or null_conditions is None):
-            raise ConfigError("guidance (cfg_coef other than 1) needs conditions and null_conditions")
-        rows = conditions if not self._guided else [*(conditions or ()), *(null_conditions or ())]
-        for given in (conditions, null_conditions):
-            if given is not None and len(given) != self.batch:
-                raise ConfigError(f"{self.batch} conversations need as many conditions, found {len(given)}")
-        self._condition = lm.condition(rows)
-        self._kv_bits = kv_bits
         self._stepper = make_stepper(lm, kv_bits)
-        self._columns = 2 * max(model.delays) + 3
+        self._rows = Rows(lm, self._stepper, self.config, kv_bits)
+        self._columns = self._rows.columns
         self._delays = np.array(model.delays)
-        words = model.text_card + model.text_start_row
-        text_ids = (words + 1) * words if model.demux_second_stream else words
-        self._highest = np.array([text_ids - 1] + [model.card] * model.n_q)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)
-        self._state: Any = None
-        self.first = self.reset(text=text, own_codes=own_codes)
-        """What position 0 predicted."""
+        self._own, self._users = np.arange(1 + model.own_q), np.arange(1 + model.own_q, model.num_streams)
+        self._highest_delay = max(model.delays)
+        self._first: Step | None = None
+        if seeds is None:
+            return
+        seeds = [int(seed) for seed in seeds]
+        if not seeds:
+            raise ConfigError("seeds must name at least one conversation")
+        if self.config.cfg_coef != 1.0 and (conditions is None or null_conditions is None):
+            raise ConfigError("guidance (cfg_coef other than 1) needs conditions and null_conditions")
+        for given in (conditions, null_conditions):
+            if given is not None and len(given) != len(seeds):
+                raise ConfigError(f"{len(seeds)} conversations need as many conditions, found {len(given)}")
+        forced = self._check_forced(text, own_codes, len(seeds))
+        none = [None] * len(seeds)
+        everyone = zip(seeds, conditions or none, null_conditions or none, strict=True)
+        self._rows.join([self._rows.checked(seed, None, condition, null) for seed, condition, null in everyone])
+        team = self._rows.team(self.rows)
+        self._force(team, *forced)
+        self._first = self._together(team, *self._advance(team))
+
+    # Who is there
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Names of the conversations, in the order in which they came. A name is never given twice."""
+        return tuple(self._rows.members)
 
     @property
     def batch(self) -> int:
-        """Conversations that advance together."""
-        return len(self.seeds)
+        """Conversations that are there."""
+        return len(self._rows.members)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each conversation."""
+        return tuple(row.seed for row in self._rows.members.values())
 
     @property
     def position(self) -> int:
-        """The next position to run: calls so far, plus one."""
-        return self._position
+        """The next position to run: calls so far, plus one.
+
+        Raises
+        ------
+        StateError
+            If conversations differ in it, or there is none: see :meth:`position_of`.
+        """
+        found = {self.position_of(row) for row in self._rows.members}
+        if len(found) != 1:
+            raise StateError(f"{self.batch} conversations are at {len(found)} positions: ask for one with position_of")
+        return found.pop()
+
+    @property
+    def first(self) -> Step:
+        """What position 0 of the conversations that were there from the beginning predicted."""
+        if self._first is None:
+            raise StateError("this generator began without a conversation: step_rows gives what position 0 predicts")
+        return self._first
+
+    def position_of(self, row: int) -> int:
+        """The next position that one conversation runs; 0 for one that has joined and not stepped yet."""
+        return int(self._rows.book["position"][self._rows.get(row).main])
+
+    @property
+    def capacity(self) -> int:
+        """Rows that are computed together: 1, 2, 4, 8 and so on, 0 where nobody is there."""
+        return self._rows.capacity
+
+    @property
+    def slots(self) -> int:
+        """Slots of the rings: 128, 256 and so on up to the context, as the longest conversation needs."""
+        return self._rows.slots
+
+    def join(
+        self,
+        seed: int = 0,
+        *,
+        config: GenerationConfig | None = None,
+        condition: Mapping[str, Any] | None = None,
+        null_condition: Mapping[str, Any] | None = None,
+        text: ArrayLike | None = None,
+        own_codes: ArrayLike | None = None,
+    ) -> int:
+        """Begin a conversation beside the others. Nothing is computed: its first :meth:`step_rows` runs position 0.
+
+        Parameters
+        ----------
+        seed : int
+        config : GenerationConfig, optional
+            Default: the generator's.
+        condition, null_condition : mapping, optional
+            Values for the model's conditioners; with guidance also what to steer away from.
+        text : int, optional
+        own_codes : array [own_q], optional
+            What position 0 should predict, as for :meth:`step`.
+
+        Returns
+        -------
+        int
+            The conversation's name.
+
+        Raises
+        ------
+        ConfigError, TokenError
+            As when a generator is made; nothing has changed then.
+        """
+        forced = self._check_forced(text, own_codes, 1)
+        name = self._rows.join([self._rows.checked(int(seed), config, condition, null_condition)])[0]
+        self._force(self._rows.team((name,)), *forced)
+        return name
+
+    def leave(self, row: int) -> None:
+        """End a conversation. Memory goes back when the rest needs a quarter of the rows, or a smaller ring."""
+        self._rows.leave(row)
+
+    # A frame
 
     def reset(self, *, text: ArrayLike | None = None, own_codes: ArrayLike | None = None) -> Step:
-        """Begin anew: empty caches, then position 0. Returns what it predicted.
+        """Begin all conversations anew: empty caches, then position 0. Returns what it predicted.
 
         Raises
         ------
         TokenError
             If a token is out of range or misshapen; the generator is unchanged then.
+        StateError
+            If nobody is there.
         """
-        model = self.lm.config
-        forced = self._check_forced(text, own_codes)
-        copies = 2 * self.batch if self._guided else self.batch
-        fresh = self.lm.init_state(copies, condition=self._condition, kv_bits=self._kv_bits)
-        self._state = self._stepper.open(fresh)
-        # Column p % columns holds what each stream feeds at position p; -2 where that is not known yet.
-        self._inputs = np.full((self.batch, model.num_streams, self._columns), UNGENERATED, np.int32)
-        self._recent = np.full((self.batch, self.config.repetition_context), ZERO_TOKEN, np.int32)
-        self._position = 0
-        self.first = self._run(*forced)
-        return self.first
+        if not self.batch:
+            raise StateError("there is no conversation to begin anew")
+        forced = self._check_forced(text, own_codes, self.batch)
+        self._rows.clear()
+        team = self._rows.team(self.rows)
+        self._force(team, *forced)
+        self._first = self._together(team, *self._advance(team))
+        return self._first
 
     def step(
         self,
@@ -192,7 +254,7 @@ class Generator:
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
     ) -> Step:
-        """Take the next user frame and advance by one position.
+        """Take the next user frame of all conversations, which are at one position, and advance them.
 
         Parameters
         ----------
@@ -213,194 +275,277 @@ class Generator:
         ------
         TokenError
             If a token is out of range or misshapen; the generator is unchanged then.
+        StateError
+            If conversations are at different positions, or have not begun: see :meth:`step_rows`.
         """
-        model = self.lm.config
-        if model.user_q:
-            if user_codes is None:
-                raise TokenError(f"this model listens: step needs a user frame of {model.user_q} codes")
-            codes = self._tokens("user_codes", user_codes, model.user_q, ZERO_TOKEN, model.card)
-        elif user_codes is not None and np.size(user_codes):
-            raise TokenError("this model listens to nobody: user_codes must be None")
-        forced = self._check_forced(text, own_codes)
-        if model.user_q:
-            self._put(codes, slice(1 + model.own_q, None), self._position - 1)
-        return self._run(*forced)
+        if self.position == 0:
+            raise StateError("these conversations have joined and not begun: step_rows runs their position 0")
+        return self._together(*self._stepped(self.rows, user_codes, text, own_codes))
 
-    def snapshot(self) -> State:
-        """Everything that a later :meth:`restore` needs, as a state of its own."""
-        return {
-            "lm": self._stepper.export(self._state),
-            "inputs": mx.array(self._inputs),
-            "recent": mx.array(self._recent),
-            "position": self._position,
-            **{f"seed{row}": seed for row, seed in enumerate(self.seeds)},
-        }
+    def step_rows(
+        self,
+        rows: Sequence[int],
+        user_codes: ArrayLike | None = None,
+        *,
+        text: ArrayLike | None = None,
+        own_codes: ArrayLike | None = None,
+    ) -> list[Step]:
+        """Advance some conversations by one position, each from its own; the others wait.
 
-    def restore(self, snapshot: State) -> None:
-        """Go on from a snapshot of the same model, batch size and settings.
+        Parameters
+        ----------
+        rows : sequence of int
+            Names, as :meth:`join` gave them.
+        user_codes : array [rows, user_q], int
+            As for :meth:`step`. A conversation at position 0 reads nothing: -2 there. None where none reads.
+        text, own_codes : array [rows], array [rows, own_q], optional
+            As for :meth:`step`.
+
+        Returns
+        -------
+        list of Step
+            One for each of ``rows``, with a batch of one: what the conversation alone would give.
+
+        Raises
+        ------
+        TokenError
+            If a token is out of range or misshapen; the generator is unchanged then.
+        StateError
+            If a row is not there, or named twice.
+        """
+        names = tuple(rows)
+        if not names:
+            return []
+        if len(set(names)) != len(names):
+            raise StateError(f"a conversation is named twice in {list(names)}")
+        team, produced, heads = self._stepped(names, user_codes, text, own_codes)
+        positions = self._rows.book["position"][team.mains].tolist()
+        frames = np.array([self._frame_at(position - 1) for position in positions])
+        complete = self._complete(team, frames)
+        return [
+            Step(
+                index=positions[index] - 2,
+                text=produced[index : index + 1, 0],
+                frame=int(frames[index]),
+                codes=complete[index : index + 1, 1:] if frames[index] >= 0 and self.lm.config.own_q else None,
+                aligned_text=complete[index : index + 1, 0] if frames[index] >= 0 else None,
+                heads=None if heads is None else heads[index : index + 1],
+            )
+            for index in range(len(names))
+        ]
+
+    # State
+
+    def snapshot(self, rows: Sequence[int] | None = None) -> State:
+        """Everything that conversations need to go on, as a state of its own, one row each.
+
+        Parameters
+        ----------
+        rows : sequence of int, optional
+            Names; default: all.
+
+        Returns
+        -------
+        State
+            Of MLX arrays. It fits any generator on this model with this precision of the cache, in numpy or in MLX.
 
         Raises
         ------
         StateError
-            If it does not fit; the generator is unchanged then.
+            If a conversation is not there, or has not begun.
         """
-        mine = self.snapshot()
-        update_state(mine, snapshot)
-        inputs = np.array(mine["inputs"])
-        if mine["position"] < 1 or (inputs < UNGENERATED).any() or (inputs > self._highest[:, None]).any():
-            raise StateError("the snapshot is damaged: it holds tokens that this model does not have")
-        self._state = self._stepper.open(mine["lm"])
-        self._inputs = inputs
-        self._recent = np.array(mine["recent"])
-        self._position = mine["position"]
-        self.seeds = tuple(mine[f"seed{row}"] for row in range(self.batch))
+        return self._rows.snapshot(self.rows if rows is None else rows)
 
-    def _run(self, text: Ints | None, own_codes: Ints | None) -> Step:
-        model, position = self.lm.config, self._position
+    def restore(self, snapshot: State, rows: Sequence[int] | None = None) -> None:
+        """Let conversations go on from a snapshot of as many, of the same model and settings.
+
+        Parameters
+        ----------
+        snapshot : State
+        rows : sequence of int, optional
+            Names; default: all.
+
+        Raises
+        ------
+        StateError
+            If it does not fit, or is damaged; the generator is unchanged then.
+        """
+        self._rows.restore(snapshot, self.rows if rows is None else rows)
+
+    def adopt(self, snapshot: State) -> list[int]:
+        """Let the conversations of a snapshot join, each with its seed, settings and conditions.
+
+        Returns
+        -------
+        list of int
+            Their names.
+
+        Raises
+        ------
+        StateError
+            If it does not fit, or is damaged; the generator is unchanged then.
+        """
+        return self._rows.adopt(snapshot)
+
+    # One position
+
+    def _stepped(
+        self, names: tuple[int, ...], user_codes: ArrayLike | None, text: ArrayLike | None, own_codes: ArrayLike | None
+    ) -> tuple[Team, Ints, NDArray[np.float32] | None]:
+        """Check what is given, note it where it will be read, and advance."""
+        model, count = self.lm.config, len(names)
+        team = self._rows.team(names)
+        begun = self._rows.book["position"][team.mains] > 0
+        codes = None
+        if model.user_q and (user_codes is not None or begun.any()):
+            if user_codes is None:
+                raise TokenError(f"this model listens: step needs a user frame of {model.user_q} codes")
+            lowest = ZERO_TOKEN if begun.all() else UNGENERATED
+            codes = self._tokens("user_codes", user_codes, count, model.user_q, lowest, model.card)
+            if ((codes == UNGENERATED) == begun[:, None]).any():
+                raise TokenError(
+                    "user_codes are -2 for a conversation at position 0, which reads none, and nowhere else"
+                )
+        elif user_codes is not None and np.size(user_codes):
+            raise TokenError("this model listens to nobody: user_codes must be None")
+        forced = self._check_forced(text, own_codes, count)
+        if codes is not None:
+            self._note(team, codes, self._users, self._rows.book["position"][team.mains] - 1)
+        self._force(team, *forced)
+        return team, *self._advance(team)
+
+    def _force(self, team: Team, text: Ints | None, own_codes: Ints | None) -> None:
+        """Note tokens that are to be taken instead of sampled."""
+        position = self._rows.book["position"][team.mains]
         if text is not None:
-            self._put(text[:, None], slice(0, 1), position - model.delays[0])
+            self._note(team, text[:, None], self._own[:1], position - self._delays[0])
         if own_codes is not None:
-            self._put(own_codes, slice(1, 1 + model.own_q), position)
-        started = position > self._delays
-        column = np.where(started, self._inputs[:, :, position % self._columns], self._starts)
+            self._note(team, own_codes, self._own[1:], position)
+
+    def _note(self, team: Team, tokens: Ints, streams: NDArray[Any], index: NDArray[Any]) -> None:
+        """Note token ``index`` [n] of some streams where it will be read; -2 leaves what is there."""
+        columns = (index[:, None] + 1 + self._delays[streams]) % self._columns
+        inputs, place = self._rows.book["inputs"], (team.mains[:, None], streams, columns)
+        inputs[place] = np.where(tokens == UNGENERATED, inputs[place], tokens)
+
+    def _advance(self, team: Team) -> tuple[Ints, NDArray[np.float32] | None]:
+        """Run one position of each row: tokens [n, 1 + own_q], and what the extra heads say."""
+        state, book, mains = self._rows.state, self._rows.book, team.mains
+        self._rows.make_room()
+        position, inputs = book["position"][mains], book["inputs"]
+        column = inputs[mains, :, position % self._columns]
+        if (position <= self._highest_delay).any():
+            column = np.where(position[:, None] > self._delays, column, self._starts)
         if (column == UNGENERATED).any():
-            raise StateError(f"position {position}: a stream has no token; was the state restored from another model?")
-        wanted = self._inputs[:, : 1 + model.own_q, (position + 1) % self._columns]
-        tokens, heads = self._predict(column, wanted)
+            raise StateError(
+                f"position {position.tolist()}: a stream has no token; was the state restored from another model?"
+            )
+        following = (mains[:, None], self._own, (position[:, None] + 1) % self._columns)
+        wanted = inputs[following]
+        tokens, heads = self._predict(team, column, wanted, position)
         # Tokens that are all forced do not depend on the caches, whose graph would grow if nobody evaluated it.
-        caches = {} if (wanted == UNGENERATED).any() else self._state
-        self._stepper.wait(caches, *([tokens] if heads is None else [tokens, heads]))
-        produced = np.array(tokens)
-        wanted[:] = produced  # a view: what this position predicts is what the next one reads
-        self._remember(produced[:, 0])
-        self._inputs[:, :, (position - max(model.delays) - 1) % self._columns] = UNGENERATED
-        self._position = position + 1
-        frame = position - 1 - max(model.max_delay - 1, 0)
-        complete = self._frame(frame) if frame >= 0 else None
+        caches = state if (wanted != UNGENERATED).all() else {"offset": state["transformer"]["offset"]}
+        produced, *said = (
+            found[team.at] for found in self._stepper.fetch(caches, *([tokens] if heads is None else [tokens, heads]))
+        )
+        inputs[following] = produced
+        for index, row, _ in team.penalized:
+            book["recent"][row] = np.append(book["recent"][row, 1:], produced[index, 0])
+        inputs[mains, :, (position - self._highest_delay - 1) % self._columns] = UNGENERATED
+        book["position"][mains] = position + 1
+        return produced, said[0] if said else None
+
+    def _predict(self, team: Team, column: Ints, wanted: Ints, position: Ints) -> tuple[Array, Array | None]:
+        """Tokens [lanes, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
+        stepper = self._stepper
+        free = wanted == UNGENERATED
+        text_given, codes_given = (_alike(~part) for part in (free[:, 0], free[:, 1:]))
+        kind = Kind(
+            team.text.kind, team.audio.kind, text_given, codes_given, team.bonus, bool(team.penalized), team.guided
+        )
+        arrays: dict[str, Any] = {"column": team.spread(column)}
+        draws = [not (given or how.greedy) for given, how in ((text_given, kind.text), (codes_given, kind.audio))]
+        if any(draws):
+            keys = team.spread(keys_at(self._rows.keys[team.mains], position[:, None]))
+            arrays.update((name, keys[:, n]) for n, name in enumerate(("text_keys", "audio_keys")) if draws[n])
+        if text_given is not False or codes_given is not False:
+            arrays["wanted"] = team.spread(wanted)
+        if team.penalized:
+            arrays["penalty"] = team.spread(self._penalties(team))
+        if stepper.xp is mx:
+            arrays = as_mlx(arrays)
+        given = {**team.fixed, **arrays}
+        made = stepper.run(choose_text, kind, given, self._rows.state)
+        self._rows.state["transformer"] = made["state"]
+        if not self.lm.config.own_q:
+            return made["text"][:, None], made.get("heads")
+        stepper.launch(made["hidden"])
+        tokens = stepper.run(choose_codes, kind, given, made["hidden"], made["text"], stepper.drawn(made.get("noise")))
+        return tokens, made.get("heads")
+
+    def _penalties(self, team: Team) -> NDArray[np.float32]:
+        """What text logits [n, text_out] are divided by, or multiplied with, for words that were said lately."""
+        model = self.lm.config
+        factor = np.ones((len(team.mains), model.text_out), np.float32)
+        special = {0, 1, EOS_ID, model.existing_text_padding_id}
+        for index, row, config in team.penalized:
+            recent = set(self._rows.book["recent"][row, -config.repetition_context :].tolist()) - special
+            factor[index, [token for token in recent if 0 <= token < model.text_out]] = config.repetition_penalty
+        return factor
+
+    def _frame_at(self, position: int) -> int:
+        """The own frame that is complete after ``position``; negative while there is none."""
+        return position - 1 - max(self.lm.config.max_delay - 1, 0)
+
+    def _complete(self, team: Team, frames: Ints) -> Ints:
+        """Text and own codes [n, 1 + own_q] of one frame of each row, gathered back from where they are read."""
+        columns = (frames[:, None] + 1 + self._delays[self._own]) % self._columns
+        found: Ints = self._rows.book["inputs"][team.mains[:, None], self._own, columns]
+        return found
+
+    def _together(self, team: Team, produced: Ints, heads: NDArray[np.float32] | None) -> Step:
+        """One step for conversations that are at one position."""
+        position = int(self._rows.book["position"][team.mains[0]]) - 1
+        frame = self._frame_at(position)
+        complete = self._complete(team, np.full(len(produced), frame)) if frame >= 0 else None
         return Step(
             index=position - 1,
             text=produced[:, 0],
             frame=frame,
-            codes=complete[:, 1:] if complete is not None and model.own_q else None,
+            codes=complete[:, 1:] if complete is not None and self.lm.config.own_q else None,
             aligned_text=None if complete is None else complete[:, 0],
-            heads=None if heads is None else np.array(heads),
+            heads=heads,
         )
 
-    def _predict(self, column: Ints, wanted: Ints) -> tuple[Array, Array | None]:
-        """Tokens [batch, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
-        lm, model, config, stepper = self.lm, self.lm.config, self.config, self._stepper
-        xp = stepper.xp
-        text_given, codes_given = [bool((part != UNGENERATED).all()) for part in (wanted[:, 0], wanted[:, 1:])]
-        text_noise = None if text_given else self._noise(config.text, (model.text_out,), 0)
-        noise = None if codes_given else self._noise(config.audio, (model.own_q, model.card), 1)
-        hidden = stepper.temporal(np.concatenate([column, column]) if self._guided else column, self._state)
-        heads = None
-        if model.extra_heads_num_heads:
-            logits = lm.extra_head_logits(mx.array(hidden[: self.batch])).astype(mx.float32)
-            heads = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
-        if text_given:
-            text = xp.array(wanted[:, 0])
-        else:
-            logits = self._guide(stepper.text_logits(hidden).astype(xp.float32))
-            sampled = stepper.sample(self._adjust(logits), config.text, self._drawn(text_noise))
-            text = self._override(sampled, wanted[:, 0])
-        if not model.own_q:
-            return text[:, None], heads
-        if codes_given:
-            return xp.concatenate([text[:, None], xp.array(wanted[:, 1:])], axis=1), heads
-        noise = self._drawn(noise)
-        cache: list[Any] = []
-        chosen = [text]
-        for codebook in range(model.own_q):
-            previous = xp.concatenate([chosen[-1]] * 2) if self._guided else chosen[-1]
-            logits = self._guide(stepper.depth(codebook, hidden, previous, cache).astype(xp.float32))
-            code = stepper.sample(logits, config.audio, None if noise is None else noise[:, codebook])
-            chosen.append(self._override(code, wanted[:, 1 + codebook]))
-        return xp.stack(chosen, axis=1), heads
+    # Checks
 
-    def _guide(self, logits: Array) -> Array:
-        if not self._guided:
-            return logits
-        conditioned, null = logits[: self.batch], logits[self.batch :]
-        return null + self.config.cfg_coef * (conditioned - null)
-
-    def _override(self, sampled: Array, wanted: Ints) -> Array:
-        if (wanted == UNGENERATED).all():
-            return sampled
-        xp = self._stepper.xp
-        return xp.where(xp.array(wanted != UNGENERATED), xp.array(wanted), sampled)
-
-    def _adjust(self, logits: Array) -> Array:
-        """Padding bonus and repetition penalty on text logits [batch, text_out]."""
-        config, pad, xp = self.config, self.lm.config.existing_text_padding_id, self._stepper.xp
-        if config.padding_bonus and pad < logits.shape[-1]:
-            bonus = np.zeros(logits.shape[-1], np.float32)
-            bonus[pad] = config.padding_bonus
-            logits = logits + xp.array(bonus)
-        if config.repetition_penalty != 1.0:
-            factor = np.ones(logits.shape, np.float32)
-            special = {0, 1, EOS_ID, pad}
-            for row, recent in enumerate(self._recent):
-                words = [token for token in set(recent.tolist()) - special if 0 <= token < factor.shape[1]]
-                factor[row, words] = config.repetition_penalty
-            penalty = xp.array(factor)
-            logits = xp.where(logits > 0, logits / penalty, logits * penalty)
-        return logits
-
-    def _noise(self, sampling: Sampling, shape: tuple[int, ...], stream: int) -> mx.array | None:
-        if sampling.temperature == 0:
-            return None
-        noise = gumbel_noise(self.seeds, self._position, shape, stream)
-        if self._stepper.xp is np:
-            mx.async_eval(noise)  # MLX's thread draws it while this one computes
-        return noise
-
-    def _drawn(self, noise: mx.array | None) -> Array | None:
-        return noise if noise is None or self._stepper.xp is mx else np.array(noise)
-
-    def _remember(self, text: Ints) -> None:
-        if self.config.repetition_penalty != 1.0:
-            self._recent = np.concatenate([self._recent[:, 1:], text[:, None]], axis=1)
-
-    def _put(self, tokens: Ints, streams: slice, index: int) -> None:
-        """Note token ``index`` of some streams where it will be read; -2 leaves what is there."""
-        for stream, row in zip(range(*streams.indices(len(self._delays))), tokens.T, strict=True):
-            position = index + 1 + int(self._delays[stream])
-            slot = self._inputs[:, stream, position % self._columns]
-            slot[:] = np.where(row == UNGENERATED, slot, row)
-
-    def _frame(self, index: int) -> Ints:
-        """Text and own codes [batch, 1 + own_q] with one index, gathered back from where they are read."""
-        model = self.lm.config
-        return np.stack(
-            [
-                self._inputs[:, stream, (index + 1 + model.delays[stream]) % self._columns]
-                for stream in range(1 + model.own_q)
-            ],
-            axis=1,
-        )
-
-    def _check_forced(self, text: ArrayLike | None, own_codes: ArrayLike | None) -> tuple[Ints | None, Ints | None]:
+    def _check_forced(
+        self, text: ArrayLike | None, own_codes: ArrayLike | None, count: int
+    ) -> tuple[Ints | None, Ints | None]:
         model = self.lm.config
         if text is not None:
-            text = self._tokens(
-                "text", np.reshape(_array("text", text), (-1, 1)), 1, UNGENERATED, int(self._highest[0])
-            )[:, 0]
+            column = np.reshape(_array("text", text), (-1, 1))
+            text = self._tokens("text", column, count, 1, UNGENERATED, int(self._rows.highest[0]))[:, 0]
         if own_codes is not None:
-            own_codes = self._tokens("own_codes", own_codes, model.own_q, UNGENERATED, model.card)
+            own_codes = self._tokens("own_codes", own_codes, count, model.own_q, UNGENERATED, model.card)
         return text, own_codes
 
-    def _tokens(self, name: str, value: ArrayLike, width: int, lowest: int, highest: int) -> Ints:
+    def _tokens(self, name: str, value: ArrayLike, count: int, width: int, lowest: int, highest: int) -> Ints:
         tokens = _array(name, value)
         if tokens.ndim == 1:
             tokens = tokens[None]
-        if tokens.shape != (self.batch, width):
-            raise TokenError(f"{name} must have shape [{self.batch}, {width}], found {list(tokens.shape)}")
+        if tokens.shape != (count, width):
+            raise TokenError(f"{name} must have shape [{count}, {width}], found {list(tokens.shape)}")
         if not np.issubdtype(tokens.dtype, np.integer):
             raise TokenError(f"{name} must be integers, found {tokens.dtype}")
         if tokens.size and (tokens.min() < lowest or tokens.max() > highest):
             raise TokenError(f"{name} must be between {lowest} and {highest}, found {tokens.min()} to {tokens.max()}")
         return tokens.astype(np.int32)
+
+
+def _alike(flags: NDArray[np.bool_]) -> bool | None:
+    """Whether all are true, or none is; None if some are."""
+    return True if flags.all() else None if flags.any() else False
 
 
 def _array(name: str, value: ArrayLike) -> NDArray[Any]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
 from .checkpoint.repo import HubRepo, Progress
@@ -42,6 +42,8 @@ _WEIGHT_NAMES = (
     "model.q8.gguf",
 )
 _NOT_LM = re.compile(r"(tokenizer|mimi|lora|adapter|voice)", re.IGNORECASE)
+# Parts that a model can do without: where one is named and missing, it would be another model, and nobody would know.
+_NEEDED = {"lora", "mimi_config"}
 _TOKENIZERS = (DEFAULT_TOKENIZER, "tokenizer_spm_48k_multi6_2.model", "tokenizer.model")
 
 
@@ -136,17 +138,20 @@ class _Folder:
         self.revision: str | None = None
 
     def has(self, name: str) -> bool:
-        return inner_path(self.path, name, self.label).is_file()
+        return os.path.isfile(inner_path(self.path, name, self.label))
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+        try:
+            return sorted(path.name for path in self.path.iterdir() if os.path.isfile(path))
+        except OSError as error:
+            raise CheckpointError(f"{self.label} cannot be read: {error.strerror}") from error
 
     def sizes(self, name: str) -> tuple[int, int]:
         return inner_path(self.path, name, self.label).stat().st_size, 0
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
         paths = {name: inner_path(self.path, name, self.label) for name in names}
-        missing = [name for name, path in paths.items() if not path.is_file()]
+        missing = [name for name, path in paths.items() if not os.path.isfile(path)]
         if missing:
             raise CheckpointError(f"{self.label} lacks {shown(missing)}")
         return paths
@@ -166,6 +171,8 @@ class _Repo:
         return sorted(self.hub.sizes)
 
     def sizes(self, name: str) -> tuple[int, int]:
+        if name not in self.hub.sizes:
+            raise DownloadError(f"{self.label} has no {name[:100]}")
         return self.hub.sizes[name] or 0, self.hub.missing(name)
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
@@ -260,17 +267,25 @@ def _place(
     text = os.fspath(source)
     if isinstance(source, str) and source in builtin_models():
         return _Folder(BUILTIN / text), weights
-    path = Path(text).expanduser()
-    if text and path.is_dir():
+    path = _path(text)
+    if text and os.path.isdir(path):
         return _Folder(path), weights
-    if path.is_file():
+    if os.path.isfile(path):
         return _Folder(path.parent), path.name
     if isinstance(source, str) and (match := _REPO.fullmatch(source)):
         return _Repo(HubRepo(match[1], match[2], **options)), weights
     names = ", ".join(builtin_models()) or "none"
     raise CheckpointError(
-        f"{text!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
+        f"{text[:300]!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
     )
+
+
+def _path(text: str) -> Path:
+    """A path as a person types it. What cannot be one stays as it is: no file is called so."""
+    try:
+        return Path(os.path.expanduser(text))
+    except ValueError:  # a zero, or half of a surrogate pair, behind the ~
+        return Path(text)
 
 
 def fetch_file(
@@ -282,9 +297,9 @@ def fetch_file(
 ) -> Path:
     """One file: a path on this machine, or ``hf://organisation/name/path``."""
     if not reference.startswith("hf://"):
-        path = Path(reference).expanduser()
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+        path = _path(reference)
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{str(path)[:300]}: no such file")
         return path
     repo, name = _split_hub_name(reference)
     return HubRepo(repo, cache=cache, offline=offline, progress=progress).fetch([name])[name]
@@ -327,6 +342,12 @@ def _collect(
     # One call for all, so that disk space is checked for the whole.
     fetched = place.fetch([*here.values(), *shards, *extras])
     paths = {part: fetched[name] for part, name in here.items()}
+    for part in _NEEDED & wanted.keys() - here.keys():
+        if not _is_reference(wanted[part]):
+            raise CheckpointError(
+                f"{place.label}: config.json names {wanted[part][:100]} ({part}_name), which is missing: without it "
+                "this would be another model. Put it there, or take its name out of config.json"
+            )
     for part, name in wanted.items():
         if _is_reference(name):
             paths[part] = _fetch_reference(name, place, options)
@@ -429,9 +450,8 @@ def _fetch_reference(name: str, place: _Place, options: dict[str, Any]) -> Path:
         raise CheckpointError(f"{place.label}: {name[:100]!r} is not understood; hf://organisation/name/path is")
     if not isinstance(place, _Folder):
         raise DownloadError(f"{place.label} names {name[:100]!r}: a repository may not point at files of this machine")
-    parsed = urlparse(name)
-    path = Path(unquote((parsed.netloc or "") + parsed.path))
+    path = Path(unquote(name.removeprefix("file://")))
     path = path if path.is_absolute() else inner_path(place.path, path.as_posix(), place.label)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{place.label} names {name[:100]!r}, but there is no such file")
     return path

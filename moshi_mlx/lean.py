@@ -10,7 +10,9 @@ Both are tested against the PyTorch reference, and against each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,16 +25,18 @@ from .config import LmConfig
 from .layers.attention import Rope
 from .layers.transformer import TransformerLayer
 from .lm import DepthLayer, DepthTransformer, Lm, embed_ids
-from .sampling import Sampling, sample
-from .streaming import State, copy_state, state_arrays
+from .sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
+from .streaming import State, as_mlx, as_numpy, state_arrays
 from .threads import one_blas_thread
 
 __all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
 
 Floats = NDArray[Any]
+Ints = NDArray[Any]
 Array = Any
 """``mx.array`` or numpy array, as the stepper's ``xp`` makes them."""
 
+_KEPT_GRAPHS = 32
 _UNPACKED_BYTES = 2**31
 """Quantized models are unpacked for numpy up to this size in memory."""
 
@@ -40,8 +44,7 @@ _UNPACKED_BYTES = 2**31
 class Stepper:
     """One position at a time, with the model's own modules.
 
-    Everything that changes is in a state that :meth:`open` makes and only this stepper can use; :meth:`export` gives
-    back the model's own kind.
+    Everything that changes is in a state that :meth:`open` makes, of arrays of the stepper's own kind.
 
     Attributes
     ----------
@@ -51,44 +54,95 @@ class Stepper:
 
     xp: Any = mx
 
-    def __init__(self, lm: Lm):
+    def __init__(self, lm: Lm, compiled: bool = False):
         self._lm = lm
+        self._compiled: dict[Any, Callable[..., Any]] | None = {} if compiled else None
 
-    def open(self, state: State) -> Any:
-        """A state to step on, from :meth:`Lm.init_state` or :meth:`export`."""
-        return state
+    def open(self, state: State) -> State:
+        """A state to step on, from :meth:`Lm.init_state` or from any stepper."""
+        return as_mlx(state)
 
-    def export(self, state: Any) -> State:
-        """A copy that later steps leave alone."""
-        return copy_state(state)
+    def computed(self, rows: Ints, total: int) -> Ints:
+        """Which of a state's ``total`` rows are computed where ``rows`` step.
 
-    def wait(self, state: Any, *arrays: mx.array) -> None:
-        """Evaluate ``arrays``, and the state: its graph must not grow."""
+        Here all of them, so that shapes, and with them kernels, are few: those that wait compute what nobody reads.
+        """
+        return np.arange(total)
+
+    def selection(self, rows: Ints, total: int) -> Any:
+        """What :meth:`temporal` takes for ``rows``."""
+        active = np.zeros(total, bool)
+        active[rows] = True
+        return mx.array(active)
+
+    def fetch(self, state: State, *arrays: Array) -> list[NDArray[Any]]:
+        """``arrays`` as numpy's; they are evaluated, and so is the state: its graph must not grow."""
         mx.eval(*arrays, *state_arrays(state))
+        return [np.array(array) for array in arrays]
 
-    def temporal(self, tokens: NDArray[np.int32], state: Any) -> Array:
-        """Output [batch, dim] of the temporal transformer for ``tokens`` [batch, streams]; advances ``state``."""
-        hidden = self._lm.step(mx.array(tokens)[:, :, None], state)[:, 0]
-        mx.async_eval(hidden)  # it runs while the depth transformer's graph is built
+    def launch(self, *arrays: Array) -> None:
+        """Begin to compute ``arrays`` while the graph of what follows is built."""
+        mx.async_eval(*arrays)
+
+    def noise(self, keys: Array, shape: tuple[int, ...]) -> Array:
+        """Noise [rows, *shape] for :meth:`draw`, from a key [2] for each row."""
+        return keyed_noise(keys, shape)
+
+    def drawn(self, noise: Array | None) -> Array | None:
+        """The noise of several draws, before the first of them."""
+        return noise
+
+    def temporal(self, tokens: Array, state: State, rows: Any = None) -> Array:
+        """Output [computed, dim] of the temporal transformer; advances ``state``.
+
+        Parameters
+        ----------
+        tokens : array [computed, streams], int32
+        state : State
+        rows : optional
+            A :meth:`selection`; default: all rows step.
+        """
+        hidden: mx.array = self._lm.step(mx.array(tokens)[:, :, None], state, rows)[:, 0]
         return hidden
 
     def text_logits(self, hidden: Array) -> Array:
-        """[batch, text_out] from ``hidden`` [batch, dim]."""
+        """[computed, text_out] from ``hidden`` [computed, dim]."""
         return self._lm.text_linear(hidden)
 
     def depth(self, index: int, hidden: Array, token: Array, cache: list[Any]) -> Array:
         """As :meth:`DepthTransformer.step`; ``cache`` is an empty list at step 0."""
         return self._lm.depformer.step(index, hidden, token, cache)
 
-    def sample(self, logits: Array, sampling: Sampling, noise: Array | None) -> Array:
-        """As :func:`moshi_mlx.sampling.sample`."""
-        return sample(logits, sampling, noise)
+    def settings(self, rows: RowSampling) -> Any:
+        """What :meth:`draw` takes for rows that draw so."""
+        return {name: mx.array(values) for name, values in rows.arrays.items()}
+
+    def draw(self, logits: Array, kind: SamplingKind, settings: Any, noise: Array | None) -> Array:
+        """A token for each row [rows], int32."""
+        return sample_rows(logits, kind, settings, noise)
+
+    def run(self, function: Callable[..., Any], kind: Hashable, *args: Any) -> Any:
+        """``function(self, lm, kind, *args)``, whose operations depend on ``kind`` and on the shapes of ``args`` alone.
+
+        Building the graph of a step takes Python most of its time, and other threads wait for the interpreter: on a
+        GPU the graph is kept, for each kind and shape.
+        """
+        if self._compiled is None:
+            return function(self, self._lm, kind, *args)
+        known = self._compiled.get((function, kind))
+        if known is None:
+            if len(self._compiled) >= _KEPT_GRAPHS:
+                self._compiled.clear()
+            known = self._compiled[function, kind] = mx.compile(partial(function, self, self._lm, kind))
+        return known(*args)
 
 
 def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
     """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
-    if mx.default_device() != mx.cpu or kv_bits is not None or not NumpyStepper.suits(lm):
-        return Stepper(lm)
+    if mx.default_device() != mx.cpu:
+        return Stepper(lm, compiled=True)
+    if kv_bits is not None or not NumpyStepper.suits(lm):
+        return Stepper(lm)  # what mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds
     known: NumpyStepper | None = getattr(lm, "_stepper", None)
     if known is None or not known.current(lm):
         known = NumpyStepper(lm)
@@ -136,37 +190,83 @@ class NumpyStepper(Stepper):
         mine, its = self._weights, _weights(lm)
         return len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
 
-    def open(self, state: State) -> Any:
-        return _to_numpy(state)
+    def open(self, state: State) -> State:
+        return as_numpy(state)
 
-    def export(self, state: Any) -> State:
-        exported: State = _to_mlx(state)
-        return exported
+    def computed(self, rows: Ints, total: int) -> Ints:
+        return rows
 
-    def wait(self, state: Any, *arrays: mx.array) -> None:
+    def selection(self, rows: Ints, total: int) -> Any:
+        return rows
+
+    def fetch(self, state: State, *arrays: Array) -> list[NDArray[Any]]:
+        return [np.asarray(array) for array in arrays]
+
+    def launch(self, *arrays: Array) -> None:
         pass
 
-    def temporal(self, tokens: NDArray[np.int32], state: Any) -> Floats:
+    def noise(self, keys: Array, shape: tuple[int, ...]) -> Array:
+        noise = keyed_noise(mx.array(keys), shape)
+        mx.async_eval(noise)  # MLX's thread draws it while this one computes
+        return noise
+
+    def drawn(self, noise: Array | None) -> Array | None:
+        return None if noise is None else np.array(noise)
+
+    def temporal(self, tokens: Ints, state: State, rows: Any = None) -> Floats:
         x = self._tables[0](tokens[:, 0])
         for stream, table in enumerate(self._tables[1:], start=1):
             x = x + table(tokens[:, stream])
         extra = state.get("condition_sum")
         if extra is not None:
-            x = x + extra[:, 0]
+            x = x + (extra if rows is None else extra[rows])[:, 0]
         states = state["transformer"]
-        turn = None if self._turn is None else self._turn.at(states["0"]["offset"])
+        window = self._window(states, rows)
         with np.errstate(over="ignore"):  # exp in a SiLU: its limit is right
             for index, layer in enumerate(self._layers):
-                x = layer(x, states[str(index)], turn)
+                x = layer(x, states[str(index)], window)
+        states["offset"][slice(None) if rows is None else rows] += 1
         return self._norm(x)
 
+    def _window(self, states: State, rows: Ints | None) -> _Window:
+        offsets, size = states["offset"], states["0"]["keys"].shape[2]
+        if rows is not None:
+            offsets = offsets[rows]
+        first = int(offsets[0])
+        alike = len(offsets) == 1 or bool((offsets == first).all())
+        position = first if alike else offsets
+        turn = None if self._turn is None else self._turn.at(position)
+        cross = None
+        if "cross_slots" in states:
+            slots = states["cross_slots"] if rows is None else states["cross_slots"][rows]
+            cross = _hide(states["0"]["cross_keys"].shape[2], slots)
+        if rows is None and alike:
+            return _Window(turn, first % size, min(first + 1, size), cross=cross)
+        counts = np.minimum(offsets + 1, size)
+        if rows is None:
+            longest = int(counts.max())
+            return _Window(turn, offsets % size, longest, np.arange(len(counts)), _hide(longest, counts), cross=cross)
+        return _Window(turn, offsets % size, 0, rows, counts=counts.tolist(), cross=cross)
+
     def text_logits(self, hidden: Floats) -> Floats:
-        return hidden @ self._text_linear
+        return _product(hidden, self._text_linear)
 
     def depth(self, index: int, hidden: Floats, token: NDArray[np.int32], cache: list[Any]) -> Floats:
         assert self._depth is not None
         with np.errstate(over="ignore"):
             return self._depth.step(index, hidden, token, cache)
+
+    def settings(self, rows: RowSampling) -> Any:
+        return rows.groups
+
+    def draw(self, logits: Floats, kind: SamplingKind, settings: Any, noise: Array | None) -> Ints:
+        drawn = None if noise is None else np.array(noise)
+        if len(settings) == 1:
+            return self.sample(logits, settings[0][0], drawn)
+        tokens = np.empty(len(logits), np.int32)
+        for sampling, rows in settings:
+            tokens[rows] = self.sample(logits[rows], sampling, None if drawn is None else drawn[rows])
+        return tokens
 
     def sample(self, logits: Floats, sampling: Sampling, noise: Floats | None) -> NDArray[np.int32]:
         if sampling.temperature == 0:
@@ -186,18 +286,6 @@ class NumpyStepper(Stepper):
 def _weights(lm: Lm) -> list[Any]:
     named: Any = tree_flatten(lm.parameters())
     return [value for _, value in named]
-
-
-def _to_numpy(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _to_numpy(value) for key, value in state.items()}
-    return np.array(state) if isinstance(state, mx.array) else state
-
-
-def _to_mlx(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _to_mlx(value) for key, value in state.items()}
-    return mx.array(state) if isinstance(state, np.ndarray) else state
 
 
 def _seen(weight: mx.array) -> Floats:
@@ -222,8 +310,28 @@ def _dense(module: Any) -> Floats:
 
 
 def _matrix(module: Any) -> Floats:
-    """What rows are multiplied with, [inputs, outputs]."""
-    return _dense(module).T
+    """What rows are multiplied with, [inputs, outputs].
+
+    A dense weight is seen as it lies. One that is unpacked anyway is laid out in the order in which it is read, which
+    takes a quarter of the time from one row and half of it from many.
+    """
+    weight = _dense(module).T
+    return np.ascontiguousarray(weight) if isinstance(module, nn.QuantizedLinear) else weight
+
+
+def _product(x: Floats, matrix: Floats) -> Floats:
+    """``x @ matrix`` for rows [batch, inputs]."""
+    if len(x) == 1 or matrix.flags.c_contiguous:
+        return x @ matrix
+    # OpenBLAS packs both factors, and takes half as long again for a weight seen across.
+    return np.ascontiguousarray((matrix.T @ np.ascontiguousarray(x.T)).T)
+
+
+def _hide(count: int, seen: Any) -> Floats | None:
+    """What is added to scores [rows, 1, 1, count] so that each row sees its first ``seen``; None if all."""
+    if (np.asarray(seen) >= count).all():
+        return None
+    return np.where(np.arange(count) < seen[:, None], np.float32(0), np.float32(-np.inf))[:, None, None]
 
 
 def _norm(module: Any) -> Callable[[Floats], Floats]:
@@ -280,10 +388,13 @@ class _Rotation:
     def of(cls, rope: Rope | None, head_dim: int) -> _Rotation | None:
         return None if rope is None else cls(rope, head_dim)
 
-    def at(self, position: int) -> Callable[[Floats], Floats]:
-        """The rotation for ``position``, of heads [batch, heads, head_dim]."""
-        turn = np.exp(1j * (position * self._frequencies)).astype(np.complex64)
-        half = len(turn)
+    def at(self, position: int | Ints) -> Callable[[Floats], Floats]:
+        """The rotation for ``position``, one or one a row, of heads [batch, heads, head_dim]."""
+        angles = np.multiply.outer(position, self._frequencies)
+        turn = np.exp(1j * angles).astype(np.complex64)
+        half = turn.shape[-1]
+        if turn.ndim == 2:
+            turn = turn[:, None]
 
         def interleaved(heads: Floats) -> Floats:
             turned: Floats = (heads.view(np.complex64) * turn).view(np.float32)
@@ -296,6 +407,29 @@ class _Rotation:
         return interleaved if self._interleaved else halves
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Where each row's new position is kept, and what it sees; the same for all layers.
+
+    Where all rows of a state step, ``count`` slots are read, and ``mask`` hides what is not every row's. Where some of
+    them step, ``counts`` says how many slots each of ``rows`` reads, one row after the other: their rings are not
+    copied together.
+    """
+
+    turn: Callable[[Floats], Floats] | None
+    slots: int | Ints
+    count: int
+    rows: Ints | None = None
+    mask: Floats | None = None
+    counts: Sequence[int] | None = None
+    cross: Floats | None = None
+
+    @property
+    def selected(self) -> Any:
+        """Index of the rows that step in a state's leaves."""
+        return slice(None) if self.counts is None else self.rows
+
+
 class _Attention:
     """Attention of one new position per sequence to keys and values [batch, kv_heads, slots, head_dim]."""
 
@@ -304,33 +438,37 @@ class _Attention:
         self._scale = np.float32(head_dim**-0.5)
         self._turned = heads + kv_heads
 
-    def __call__(
-        self,
-        projected: Floats,
-        turn: Callable[[Floats], Floats] | None,
-        keys: Floats,
-        values: Floats,
-        slot: int,
-        count: int,
-    ) -> Floats:
-        """Write ``projected`` [batch, channels] into ``slot``, and attend to the first ``count``: [batch, channels]."""
+    def __call__(self, projected: Floats, window: _Window, keys: Floats, values: Floats) -> Floats:
+        """Write ``projected`` [batch, channels] into the rings, and attend to what they hold: [batch, channels]."""
         batch, heads = len(projected), self._heads
         split = projected.reshape(batch, -1, self._head_dim)
         turned = split[:, : self._turned]
-        if turn is not None:
-            turned = turn(turned)
-        keys[:, :, slot] = turned[:, heads:]
-        values[:, :, slot] = split[:, self._turned :]
+        if window.turn is not None:
+            turned = window.turn(turned)
+        rows = slice(None) if window.rows is None else window.rows
+        keys[rows, :, window.slots] = turned[:, heads:]
+        values[rows, :, window.slots] = split[:, self._turned :]
         queries = (turned[:, :heads] * self._scale).reshape(batch, self._kv_heads, -1, self._head_dim)
-        return attend(queries, keys[:, :, :count].swapaxes(2, 3), values[:, :, :count])
+        if window.counts is None:
+            count = window.count
+            return attend(queries, keys[:, :, :count].swapaxes(2, 3), values[:, :, :count], window.mask)
+        assert window.rows is not None
+        out = np.empty((batch, heads * self._head_dim), np.float32)
+        for index, (row, count) in enumerate(zip(window.rows.tolist(), window.counts, strict=True)):
+            one = slice(row, row + 1)
+            seen = keys[one, :, :count].swapaxes(2, 3), values[one, :, :count]
+            out[index] = attend(queries[index : index + 1], *seen)[0]
+        return out
 
 
-def attend(queries: Floats, keys: Floats, values: Floats) -> Floats:
+def attend(queries: Floats, keys: Floats, values: Floats, mask: Floats | None = None) -> Floats:
     """Softmax attention [batch, channels] of queries [batch, kv_heads, repeat, head_dim], scaled.
 
-    Keys are [batch, kv_heads, head_dim, slots], values [batch, kv_heads, slots, head_dim].
+    Keys are [batch, kv_heads, head_dim, slots], values [batch, kv_heads, slots, head_dim]; ``mask`` is added to scores.
     """
     weights = queries @ keys
+    if mask is not None:
+        weights += mask
     weights -= np.maximum.reduce(weights, axis=-1, keepdims=True)
     np.exp(weights, out=weights)
     out = weights @ values
@@ -346,25 +484,22 @@ class _Gated:
         self._hidden = self._out.shape[0]
 
     def __call__(self, x: Floats) -> Floats:
-        both = x @ self._in
+        both = _product(x, self._in)
         gate, value = both[:, : self._hidden], both[:, self._hidden :]
         spread = np.negative(gate)
         np.exp(spread, out=spread)
         spread += np.float32(1)
         np.divide(gate, spread, out=spread)
         spread *= value
-        out: Floats = spread @ self._out
-        return out
+        return _product(spread, self._out)
 
 
 class _TemporalLayer:
     def __init__(self, layer: TransformerLayer):
         attention = layer.self_attn
-        assert attention.context is not None
         self._norm1, self._norm2 = _norm(layer.norm1), _norm(layer.norm2)
         self._in, self._out = _matrix(attention.in_proj), _matrix(attention.out_proj)
         self._attention = _Attention(attention.num_heads, attention.kv_heads, attention.head_dim)
-        self._context = attention.context
         self._gating = _Gated(layer.gating)
         if "cross_attention" in layer:
             cross = layer.cross_attention
@@ -372,17 +507,15 @@ class _TemporalLayer:
             self._cross_in = _matrix(cross.in_proj)[:, : self._cross_out.shape[0]]
             self._cross_shape, self._cross_scale = (cross.num_heads, 1, cross.head_dim), np.float32(cross.scale)
 
-    def __call__(self, x: Floats, state: dict[str, Any], turn: Callable[[Floats], Floats] | None) -> Floats:
-        offset, context = state["offset"], self._context
-        attended = self._attention(
-            self._norm1(x) @ self._in, turn, state["keys"], state["values"], offset % context, min(offset + 1, context)
-        )
-        state["offset"] = offset + 1
-        x = x + attended @ self._out
+    def __call__(self, x: Floats, state: State, window: _Window) -> Floats:
+        projected = _product(self._norm1(x), self._in)
+        attended = self._attention(projected, window, state["keys"], state["values"])
+        x = x + _product(attended, self._out)
         if "cross_keys" in state:
-            queries = self._norm_cross(x) @ self._cross_in * self._cross_scale
+            keys, values = state["cross_keys"][window.selected], state["cross_values"][window.selected]
+            queries = _product(self._norm_cross(x), self._cross_in) * self._cross_scale
             queries = queries.reshape(len(x), *self._cross_shape)
-            x = x + attend(queries, state["cross_keys"].swapaxes(2, 3), state["cross_values"]) @ self._cross_out
+            x = x + _product(attend(queries, keys.swapaxes(2, 3), values, window.cross), self._cross_out)
         return x + self._gating(self._norm2(x))
 
 
@@ -411,11 +544,14 @@ class _DepthLayer:
 
     def step(self, x: Floats, index: int, weights: int, turn: Any, cache: tuple[Floats, ...]) -> Floats:
         projected, turned, queries, keys, values = cache
-        np.matmul(self._norm1(x), self._in[weights], out=projected[index])
+        if len(x) == 1:
+            np.matmul(self._norm1(x), self._in[weights], out=projected[index])
+        else:
+            projected[index] = _product(self._norm1(x), self._in[weights])
         if turn is not None:
             turned[index] = turn(turned[index])
         attended = attend(queries[index] * self._scale, keys[..., : index + 1], values[:, :, : index + 1])
-        x = x + attended @ self._out[weights]
+        x = x + _product(attended, self._out[weights])
         return x + self._gating[weights](self._norm2(x))
 
 
@@ -434,8 +570,8 @@ class _Depth:
         if not index:
             cache += [layer.new_cache(len(self._schedule), len(hidden)) for layer in self._layers]
         weights = self._schedule[index]
-        x = hidden @ self._in[weights] + self._tables[index](token)
+        x = _product(hidden, self._in[weights]) + self._tables[index](token)
         turn = None if self._turn is None else self._turn.at(index)
         for layer, own in zip(self._layers, cache, strict=True):
             x = layer.step(x, index, weights, turn, own)
-        return (x if self._norms is None else self._norms[index](x)) @ self._out[index]
+        return _product(x if self._norms is None else self._norms[index](x), self._out[index])

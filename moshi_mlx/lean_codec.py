@@ -1,21 +1,24 @@
 """Mimi frame by frame in numpy: what a conversation uses where there is no GPU.
 
 MLX's wheel for Linux brings a matrix product without vector instructions, and takes 9 ns for an exponential; numpy
-brings OpenBLAS and takes one. :class:`LeanEncoder` and :class:`LeanDecoder` compute what
-:meth:`~moshi_mlx.mimi.Mimi.encode_step` and :meth:`~moshi_mlx.mimi.Mimi.decode_step` compute, from the same weights in
-the same memory, for one sequence. Everything here is ``[time, channels]`` in float32; a stage is a function of new rows
-that keeps what it needs of the old ones. The same figures in another order of summation: the tests hold both together.
+brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what
+:meth:`~moshi_mlx.mimi.Mimi.encode_step` and :meth:`~moshi_mlx.mimi.Mimi.decode_step` compute, from the same weights.
+The same figures in another order of summation: the tests hold both together.
+
+Weights are prepared once for each model and shared by all of its streams. What changes is in a state with the names and
+shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state and neither
+reads nor writes the others: threads may advance disjoint rows at the same time. Together rows cost less than one after
+the other, and each computes bit for bit what it computes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from .layers.attention import Attention
@@ -24,55 +27,92 @@ from .layers.rvq import ResidualQuantizer, SplitResidualQuantizer
 from .layers.seanet import ResidualBlock, SEANetDecoder, SEANetEncoder
 from .layers.transformer import Transformer, TransformerLayer
 from .mimi import Mimi
+from .streaming import State, as_numpy, take_rows
 from .threads import one_blas_thread
 
-__all__ = ["LeanDecoder", "LeanEncoder"]
+__all__ = ["Decoder", "Encoder", "Rows"]
 
-Rows = NDArray[np.float32]
-Stage = Callable[[Rows], Rows]
+Floats = NDArray[np.float32]
+Rows = slice | NDArray[np.intp]
+"""Which streams of a state: a slice with both ends, or distinct positions."""
+
 _FEW = 3
-"""Up to this many rows, a product a row is faster than one for all: the matrix is read in order, and not packed."""
+"""Up to this many vectors in a row, a product a vector is faster than one for all: the matrix is not packed."""
+_PANEL = 2**17
+"""Values of a matrix that stay in the cache."""
+_ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
+_NEAR = 3
+"""How many layers near the waveform take one row at a time."""
+_TILE = 16
+"""How often a bias is repeated, so that it is added to long vectors."""
 
 
-class LeanEncoder:
-    """Frames to codes; a new one begins with silence.
+class Encoder:
+    """Frames to codes.
 
     Parameters
     ----------
     mimi : Mimi
-        With its weights evaluated. They are not copied.
+        With its weights evaluated. Those of convolutions and codebooks are not copied.
     """
 
     def __init__(self, mimi: Mimi):
         one_blas_thread()
-        self._stages = [_seanet(mimi.encoder), _transformer(mimi.encoder_transformer)]
-        if "downsample" in mimi:
-            self._stages.append(_Conv(mimi.downsample))
-        self._quantize = _quantize(mimi.quantizer)
+        self._fresh = as_numpy(mimi.init_encoder_state(1))
+        self._seanet = _SEANet(mimi.encoder)
+        self._transformer = _Transformer(mimi.encoder_transformer)
+        self._downsample = _Conv(mimi.downsample, active=False) if "downsample" in mimi else None
+        self._quantize = _Quantizer(mimi.quantizer)
 
-    def __call__(self, pcm: Rows) -> NDArray[np.int32]:
-        """Codes [num_codebooks, frames], int32, of whole frames ``pcm`` [samples]."""
-        x = pcm[:, None]
-        for stage in self._stages:
-            x = stage(x)
-        return self._quantize(x)
+    def init_state(self, batch: int) -> State:
+        """What :meth:`step` carries from call to call for ``batch`` streams that begin with silence."""
+        return take_rows(self._fresh, [0] * batch)
+
+    def step(self, pcm: Floats, state: State, rows: Rows) -> NDArray[np.int32]:
+        """Codes of the next frames of some streams.
+
+        Parameters
+        ----------
+        pcm : array [len(rows), samples], float32
+            Whole frames.
+        state : State
+            From :meth:`init_state`; its ``rows`` advance.
+        rows : slice or array, integer
+            Distinct positions along the state's first axis.
+
+        Returns
+        -------
+        array [len(rows), num_codebooks, frames], int32
+        """
+        x = self._seanet.step(pcm[:, :, None], state["seanet"], rows)
+        x = self._transformer.step(x, state["transformer"], rows)
+        if self._downsample is not None:
+            x = self._downsample.step(x, state["downsample"], rows)
+        return self._quantize.encode(x)
 
 
-class LeanDecoder:
-    """Codes to frames; a new one begins with silence. As :class:`LeanEncoder`."""
+class Decoder:
+    """Codes to frames. The parameters are those of :class:`Encoder`."""
 
     def __init__(self, mimi: Mimi):
         one_blas_thread()
-        self._look_up = _dequantize(mimi.quantizer)
-        self._stages: list[Stage] = [_Overlap(mimi.upsample)] if "upsample" in mimi else []
-        self._stages += [_transformer(mimi.decoder_transformer), _seanet(mimi.decoder)]
+        self._fresh = as_numpy(mimi.init_decoder_state(1))
+        self._quantize = _Quantizer(mimi.quantizer)
+        self._upsample = _Upsample(mimi.upsample) if "upsample" in mimi else None
+        self._transformer = _Transformer(mimi.decoder_transformer)
+        self._seanet = _SEANet(mimi.decoder)
 
-    def __call__(self, codes: NDArray[np.int32]) -> Rows:
-        """Samples [frames * frame_size], float32, of ``codes`` [codebooks, frames]."""
-        x = self._look_up(codes)
-        for stage in self._stages:
-            x = stage(x)
-        return np.ascontiguousarray(x[:, 0])
+    def init_state(self, batch: int) -> State:
+        """As :meth:`Encoder.init_state`."""
+        return take_rows(self._fresh, [0] * batch)
+
+    def step(self, codes: NDArray[np.int32], state: State, rows: Rows) -> Floats:
+        """The next samples [len(rows), frames * frame_size] from ``codes`` [len(rows), codebooks, frames]."""
+        x = self._quantize.decode(codes)
+        if self._upsample is not None:
+            x = self._upsample.step(x, state["upsample"], rows)
+        x = self._transformer.step(x, state["transformer"], rows)
+        return self._seanet.step(x, state["seanet"], rows)[:, :, 0]
 
 
 def _seen(weight: mx.array) -> Any:
@@ -80,31 +120,61 @@ def _seen(weight: mx.array) -> Any:
     return np.array(weight, copy=False)
 
 
-def _matrix(linear: nn.Linear) -> Rows:
-    """What rows are multiplied with, [inputs, outputs], in the order in which it is read."""
+def _matrix(linear: nn.Linear) -> Floats:
+    """What vectors are multiplied with, [inputs, outputs], in the order in which it is read."""
     return np.ascontiguousarray(_seen(linear.weight).T)
 
 
-def _product(x: Rows, matrix: Rows) -> Rows:
-    if len(x) > _FEW:
-        out: Rows = x @ matrix
+def _product(x: Floats, matrix: Floats) -> Floats:
+    """``x`` [rows, time, inputs] times ``matrix`` [inputs, outputs]; a row's result does not depend on the others.
+
+    A library's product of all rows at once would round otherwise for another number of rows, and now and then choose
+    another code. So long rows are multiplied one by one; of short ones, each vector is, but by a panel of the matrix
+    that stays in the cache while all of them go by.
+    """
+    batch, time, inputs = x.shape
+    out = np.empty((batch, time, matrix.shape[1]), np.float32)
+    if time > _FEW:
+        np.matmul(x, matrix, out=out)
         return out
-    out = np.empty((len(x), matrix.shape[1]), np.float32)
-    for row, result in zip(x, out, strict=True):
-        np.dot(row, matrix, out=result)
+    vectors, results = x.reshape(-1, inputs), out.reshape(-1, matrix.shape[1])
+    height = max(1, _PANEL // matrix.shape[1])
+    for vector, result in zip(vectors, results, strict=True):
+        np.dot(vector[:height], matrix[:height], out=result)
+    for start in range(height, inputs, height):
+        panel, rest = matrix[start : start + height], vectors[:, start : start + height]
+        for vector, result in zip(rest, results, strict=True):
+            result += np.dot(vector, panel)
     return out
 
 
-def _elu(x: Rows) -> Rows:
+class _Bias:
+    """A vector that is added to every position."""
+
+    def __init__(self, module: Any):
+        self._bias = _seen(module.bias) if "bias" in module else None
+        self._tiled = None if self._bias is None else np.tile(self._bias, _TILE)
+
+    def add_to(self, y: Floats) -> None:
+        """Add it to ``y`` [rows, time, channels], each row of which is contiguous."""
+        if self._bias is None or self._tiled is None:
+            return
+        if y[0].size % len(self._tiled):
+            y += self._bias
+        else:
+            long = y.reshape(len(y), -1, len(self._tiled))
+            long += self._tiled
+
+
+def _elu(x: Floats, out: Floats) -> Floats:
     """``exp(x) - 1`` below zero, which is never below ``x``; numpy's exp has vector instructions on more machines."""
-    y = np.minimum(x, 0)
-    np.exp(y, out=y)
-    y -= 1
-    out: Rows = np.maximum(x, y, out=y)
-    return out
+    x.clip(_LOWEST, _ZERO, out=out)  # faster than a minimum with a number
+    np.exp(out, out=out)
+    out -= _ONE
+    return np.maximum(x, out, out=out)
 
 
-def _gelu(x: Rows) -> Rows:
+def _gelu(x: Floats) -> Floats:
     y = x * np.float32(0.5**0.5)
     y = _erf(y)
     y += 1
@@ -121,7 +191,7 @@ _ERF_BELOW = np.array([-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697
                        -1.42647390514189e-02], np.float32)  # fmt: skip
 
 
-def _erf(x: Rows) -> Rows:
+def _erf(x: Floats) -> Floats:
     x = np.clip(x, -4, 4)
     square = x * x
     above, below = (_horner(square, powers) for powers in (_ERF_ABOVE, _ERF_BELOW))
@@ -130,8 +200,8 @@ def _erf(x: Rows) -> Rows:
     return above
 
 
-def _horner(x: Rows, powers: Rows) -> Rows:
-    y: Rows = x * powers[0]
+def _horner(x: Floats, powers: Floats) -> Floats:
+    y: Floats = x * powers[0]
     y += powers[1]
     for power in powers[2:]:
         y *= x
@@ -140,213 +210,313 @@ def _horner(x: Rows, powers: Rows) -> Rows:
 
 
 class _Conv:
-    """:class:`~moshi_mlx.layers.conv.CausalConv`, with the last inputs in front of the new ones."""
+    """:class:`~moshi_mlx.layers.conv.CausalConv`, with an ELU before it where ``active``."""
 
-    def __init__(self, conv: CausalConv):
+    def __init__(self, conv: CausalConv, active: bool = True):
         kernel, channels, outputs = conv.weight.shape
         self._kernel, self._stride, self._dilation = kernel, conv.stride, conv.dilation
         self._matrix = _seen(conv.weight).reshape(kernel * channels, outputs)
-        self._bias = _seen(conv.bias) if "bias" in conv else None
-        self._left = np.zeros((conv.context, channels), np.float32)
-        self._repeat_first = conv.replicate
+        self._bias = _Bias(conv)
+        self._context, self._replicate, self._active = conv.context, conv.replicate, active
 
-    def __call__(self, x: Rows) -> Rows:
-        if len(self._left):
-            if self._repeat_first:
-                self._left[:], self._repeat_first = x[0], False
-            x = np.concatenate([self._left, x])
-            self._left = x[len(x) - len(self._left) :].copy()
-        y = _product(self._windows(x), self._matrix)
-        if self._bias is not None:
-            y += self._bias
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        """``x`` [rows, time, channels] to [rows, time / stride, outputs]; advances ``rows`` of ``state``."""
+        batch, time, channels = x.shape
+        padded = np.empty((batch, self._context + time, channels), np.float32)
+        new = padded[:, self._context :]
+        if self._active:
+            _elu(x, new)
+        else:
+            new[...] = x
+        if self._context:
+            left = state["left"][rows]
+            if self._replicate:
+                left = np.where(state["fresh"][rows], new[:, :1], left)
+                state["fresh"][rows] = False
+            padded[:, : self._context] = left
+            state["left"][rows] = padded[:, time:]
+        y = _product(self._windows(padded), self._matrix)
+        self._bias.add_to(y)
         return y
 
-    def _windows(self, x: Rows) -> Rows:
+    def _windows(self, x: Floats) -> Floats:
+        """What each output reads, [rows, outputs, kernel * channels]."""
+        batch, time, channels = x.shape
         if self._kernel == 1 and self._stride == 1:
             return x
-        rows, channels = x.shape
-        count = (rows - (self._kernel - 1) * self._dilation - 1) // self._stride + 1
-        along, across = x.strides
-        shape, steps = (count, self._kernel, channels), (along * self._stride, along * self._dilation, across)
-        windows: Rows = as_strided(x, shape, steps, writeable=False).reshape(count, self._kernel * channels)
-        return windows
+        count = (time - self._context) // self._stride
+        if channels == 1:  # long vectors are copied faster than short ones
+            steps = (x.strides[0], self._dilation * x.itemsize, self._stride * x.itemsize)
+            taps: Floats = np.ndarray((batch, self._kernel, count), np.float32, x, 0, steps)
+            return taps.copy().swapaxes(1, 2)
+        across = x.itemsize * channels
+        strides = (x.strides[0], self._stride * across, self._dilation * across, x.itemsize)
+        windows: Floats = np.ndarray((batch, count, self._kernel, channels), np.float32, x, 0, strides)
+        return windows.copy().reshape(batch, count, -1)  # a copy, since BLAS takes no windows that overlap
 
 
-class _Overlap:
-    """A transposed convolution, of all channels or within each: sums that later inputs still change are kept back."""
+class _Upsample:
+    """:class:`~moshi_mlx.layers.conv.DepthwiseConvTranspose` with a kernel of two strides."""
 
     def __init__(self, conv: CausalConvTranspose | DepthwiseConvTranspose):
-        self._stride, self._bias, self._matrix = conv.stride, None, None
-        self._weight = _seen(conv.weight)
-        if isinstance(conv, CausalConvTranspose):
-            channels, kernel, self._outputs = conv.weight.shape
-            self._matrix = self._weight.reshape(channels, kernel * self._outputs)
-            self._bias = _seen(conv.bias) if "bias" in conv else None
-        else:
-            kernel, self._outputs = conv.weight.shape
-        self._kernel, self._blocks = kernel, -(-kernel // conv.stride)
-        self._late = np.zeros((self._blocks - 1, conv.stride * self._outputs), np.float32)
+        kernel = conv.weight.shape[-2]
+        assert kernel == 2 * conv.stride
+        self._stride, self._weight, self._outputs = conv.stride, _seen(conv.weight), conv.weight.shape[-1]
 
-    def __call__(self, x: Rows) -> Rows:
-        time, wide = len(x), self._stride * self._outputs
-        if self._matrix is not None:
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        """``x`` [rows, time, channels] to [rows, time * stride, outputs]; advances ``rows`` of ``state``.
+
+        Each input adds to the outputs of its own time and to those of the next one.
+        """
+        batch, time, _ = x.shape
+        wide = self._stride * self._outputs
+        total = np.empty((batch, time + 1, wide), np.float32)
+        total[:, 0] = state["partial"][rows].reshape(batch, wide)
+        self._contribute(x, total)
+        state["partial"][rows] = total[:, time].reshape(batch, self._stride, self._outputs)
+        return total[:, :time].reshape(batch, time * self._stride, self._outputs)
+
+    def _contribute(self, x: Floats, total: Floats) -> None:
+        y = (x[:, :, None] * self._weight).reshape(*x.shape[:2], -1)
+        wide = total.shape[2]
+        total[:, 1:] = y[:, :, wide:]
+        total[:, :-1] += y[:, :, :wide]
+
+
+class _ConvTranspose(_Upsample):
+    """An ELU and a :class:`~moshi_mlx.layers.conv.CausalConvTranspose` with a kernel of two strides."""
+
+    def __init__(self, conv: CausalConvTranspose):
+        super().__init__(conv)
+        self._matrix = self._weight.reshape(len(self._weight), -1)
+        self._bias = _Bias(conv)
+
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        y = super().step(_elu(x, np.empty(x.shape, np.float32)), state, rows)
+        self._bias.add_to(y)
+        return y
+
+    def _contribute(self, x: Floats, total: Floats) -> None:
+        wide = total.shape[2]
+        if x.shape[1] <= _FEW:
             y = _product(x, self._matrix)
+            total[:, 1:] = y[:, :, wide:]
+            total[:, :-1] += y[:, :, :wide]
         else:
-            y = (x[:, None] * self._weight).reshape(time, -1)
-        if self._blocks * wide > y.shape[1]:
-            y = np.pad(y, ((0, 0), (0, self._blocks * wide - y.shape[1])))
-        total = np.zeros((time + self._blocks - 1, wide), np.float32)
-        total[: len(self._late)] = self._late
-        for block in range(self._blocks):
-            total[block : block + time] += y[:, block * wide : (block + 1) * wide]
-        self._late = total[time:].copy()
-        out = total[:time].reshape(time * self._stride, self._outputs)
-        if self._bias is not None:
-            out += self._bias
-        return out
+            np.matmul(x, self._matrix[:, wide:], out=total[:, 1:])
+            total[:, :-1] += x @ self._matrix[:, :wide]
 
 
-def _chain(stages: list[Stage]) -> Stage:
-    def run(x: Rows) -> Rows:
-        for stage in stages:
-            x = stage(x)
-        return x
+class _Residual:
+    def __init__(self, block: ResidualBlock):
+        self._narrow, self._widen = _Conv(block.narrow), _Conv(block.widen)
 
-    return run
-
-
-def _residual(block: ResidualBlock) -> Stage:
-    narrow, widen = _Conv(block.narrow), _Conv(block.widen)
-
-    def run(x: Rows) -> Rows:
-        y = widen(_elu(narrow(_elu(x))))
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        y = self._widen.step(self._narrow.step(x, state["narrow"], rows), {}, rows)
         y += x
         return y
 
-    return run
+
+class _Stage:
+    def __init__(self, stage: Any):
+        self._residuals = [_Residual(block) for block in stage.residuals]
+        self._first = stage.resample_first
+        self._resample: Any = (_ConvTranspose if self._first else _Conv)(stage.resample)
+
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        if self._first:
+            x = self._resample.step(x, state["resample"], rows)
+        for index, block in enumerate(self._residuals):
+            x = block.step(x, state[str(index)], rows)
+        return x if self._first else self._resample.step(x, state["resample"], rows)
 
 
-def _seanet(net: SEANetEncoder | SEANetDecoder) -> Stage:
-    stages: list[Stage] = [_Conv(net.first)]
-    for stage in net.stages:
-        residuals = [_residual(block) for block in stage.residuals]
-        make: Any = _Overlap if stage.resample_first else _Conv
-        resample = [_elu, make(stage.resample)]
-        stages += resample + residuals if stage.resample_first else residuals + resample
-    return _chain([*stages, _elu, _Conv(net.last)])
+class _SEANet:
+    """Layers near the waveform take one row after the other, whose values stay in the cache; the rest all at once."""
+
+    def __init__(self, net: SEANetEncoder | SEANetDecoder):
+        layers: list[tuple[str, Any]] = [("first", _Conv(net.first, active=False))]
+        layers += [(str(index), _Stage(stage)) for index, stage in enumerate(net.stages)]
+        layers.append(("last", _Conv(net.last)))
+        encodes = isinstance(net, SEANetEncoder)
+        near = min(_NEAR, len(layers))
+        split = near if encodes else len(layers) - near
+        self._parts = [(layers[:split], encodes), (layers[split:], not encodes)]
+
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        for layers, singly in self._parts:
+            if singly and len(x) > 1:
+                each = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+                singles = [slice(int(row), int(row) + 1) for row in each]
+                x = np.concatenate([_chain(layers, x[i : i + 1], state, row) for i, row in enumerate(singles)])
+            else:
+                x = _chain(layers, x, state, rows)
+        return x
 
 
-def _layer_norm(norm: Any) -> Stage:
-    weight, bias, epsilon = _seen(norm.weight), _seen(norm.bias), np.float32(norm.eps)
+def _chain(layers: Sequence[tuple[str, Any]], x: Floats, state: State, rows: Rows) -> Floats:
+    for name, layer in layers:
+        x = layer.step(x, state[name], rows)
+    return x
 
-    def run(x: Rows) -> Rows:
-        y: Rows = x - x.mean(axis=1, keepdims=True)
-        variance = np.einsum("ij,ij->i", y, y)[:, None] / np.float32(y.shape[1])
-        y *= 1 / np.sqrt(variance + epsilon)
-        y *= weight
-        y += bias
+
+class _LayerNorm:
+    def __init__(self, norm: Any):
+        self._weight, self._bias, self._epsilon = _seen(norm.weight), _seen(norm.bias), np.float32(norm.eps)
+
+    def __call__(self, x: Floats) -> Floats:
+        share = np.float32(1 / x.shape[-1])
+        y: Floats = np.subtract(x, np.add.reduce(x, axis=-1, keepdims=True) * share)
+        variance = np.einsum("...i,...i->...", y, y)[..., None] * share
+        y *= 1 / np.sqrt(variance + self._epsilon)
+        y *= self._weight
+        y += self._bias
         return y
-
-    return run
 
 
 class _Attention:
     """:class:`~moshi_mlx.layers.attention.Attention`: each new position is written into the ring, then reads it."""
 
     def __init__(self, attention: Attention):
-        assert attention.context is not None and attention.rope is not None and attention.rope.interleaved
-        self._heads, self._context = attention.num_heads, attention.context
-        size = attention.head_dim
+        self._heads = attention.num_heads
         self._in, self._out = _matrix(attention.in_proj), _matrix(attention.out_proj)
         self._scale = np.float32(attention.scale)
-        self._keys = np.zeros((self._heads, self._context, size), np.float32)
-        self._values = np.zeros_like(self._keys)
-        self._frequencies = attention.rope.max_period ** (-np.arange(0, size, 2) / size)
-        self._offset = 0
 
-    def __call__(self, x: Rows) -> Rows:
-        projected = _product(x, self._in).reshape(len(x), 3, self._heads, -1)
-        out = np.empty((len(x), self._heads, 1, projected.shape[-1]), np.float32)
-        for (query, key, value), result in zip(projected, out, strict=True):
-            turn = np.exp(1j * (self._offset * self._frequencies)).astype(np.complex64)
-            slot, seen = self._offset % self._context, min(self._offset + 1, self._context)
-            self._keys[:, slot] = (key.view(np.complex64) * turn).view(np.float32)
-            self._values[:, slot] = value
-            turned = (query.view(np.complex64) * turn).view(np.float32)
-            turned *= self._scale
-            scores = self._keys[:, :seen] @ turned[:, :, None]
-            scores -= scores.max(axis=1, keepdims=True)
-            np.exp(scores, out=scores)
-            scores /= scores.sum(axis=1, keepdims=True)
-            np.matmul(scores.swapaxes(1, 2), self._values[:, :seen], out=result)
-            self._offset += 1
-        merged: Rows = _product(out.reshape(len(x), -1), self._out)
-        return merged
+    def step(self, x: Floats, state: State, plan: _Plan) -> Floats:
+        batch, time, dim = x.shape
+        projected = _product(x, self._in).reshape(batch, time, 3, self._heads, -1)
+        turned = (projected[:, :, :2].view(np.complex64) * plan.turn).view(np.float32)
+        queries = turned[:, :, 0] * self._scale
+        keys, values = state["keys"], state["values"]
+        out = np.empty((batch, time, self._heads, 1, projected.shape[-1]), np.float32)
+        for now in range(time):
+            keys[plan.writes[now]] = turned[:, now, 1]
+            values[plan.writes[now]] = projected[:, now, 2]
+            for here, there, count in plan.runs[now]:
+                scores = keys[there, :, :count] @ queries[here, now, :, :, None]
+                scores -= np.maximum.reduce(scores, axis=2, keepdims=True)
+                np.exp(scores, out=scores)
+                scores /= np.add.reduce(scores, axis=2, keepdims=True)
+                np.matmul(scores.swapaxes(2, 3), values[there, :, :count], out=out[here, now])
+        return _product(out.reshape(batch, time, dim), self._out)
 
 
-def _layer(layer: TransformerLayer) -> Stage:
-    norm1, norm2, attend = _layer_norm(layer.norm1), _layer_norm(layer.norm2), _Attention(layer.self_attn)
-    up, down = _matrix(layer.gating.linear1), _matrix(layer.gating.linear2)
-    scales = [_seen(layer[name].scale) if name in layer else None for name in ("layer_scale_1", "layer_scale_2")]
+class _Plan:
+    """Where the new positions of some rows are written, and what they then read: the same in every layer.
 
-    def run(x: Rows) -> Rows:
-        y = attend(norm1(x))
-        if scales[0] is not None:
-            y *= scales[0]
+    Attributes
+    ----------
+    turn : array [rows, time, 1, 1, head_dim / 2], complex
+        Rotation of each position's queries and keys.
+    writes : list of tuples
+        By time, the index of the rows' slots in a ring [batch, heads, context, head_dim].
+    runs : list of lists of (slice, slice, int)
+        By time: rows of the input, the same in the state, and how many slots they see. Rows that lie side by side and
+        see equally many are read together.
+    """
+
+    def __init__(self, offset: NDArray[Any], rows: NDArray[Any], time: int, context: int, frequencies: NDArray[Any]):
+        positions = offset[:, None].astype(np.int64) + np.arange(time)
+        self.turn = np.exp(1j * (positions[..., None] * frequencies)).astype(np.complex64)[:, :, None, None]
+        slots, whole = (positions % context).T, slice(None)
+        where = slice(int(rows[0]), int(rows[0]) + 1)  # of a single row, which is written faster
+        self.writes: list[Any] = (
+            [(where, whole, slot) for slot in slots[:, 0].tolist()]
+            if len(rows) == 1
+            else [(rows, whole, slot) for slot in slots]
+        )
+        self.runs = [_runs(rows, counts) for counts in np.minimum(positions + 1, context).T.tolist()]
+
+
+def _runs(rows: NDArray[Any], counts: list[int]) -> list[tuple[slice, slice, int]]:
+    runs, start, where = [], 0, rows.tolist()
+    for index in range(1, len(where) + 1):
+        if index == len(where) or where[index] != where[index - 1] + 1 or counts[index] != counts[start]:
+            runs.append((slice(start, index), slice(where[start], where[index - 1] + 1), counts[start]))
+            start = index
+    return runs
+
+
+class _Layer:
+    def __init__(self, layer: TransformerLayer):
+        self._norm1, self._norm2 = _LayerNorm(layer.norm1), _LayerNorm(layer.norm2)
+        self._attention = _Attention(layer.self_attn)
+        self._up, self._down = _matrix(layer.gating.linear1), _matrix(layer.gating.linear2)
+        self._scale1, self._scale2 = (
+            _seen(layer[name].scale) if name in layer else None for name in ("layer_scale_1", "layer_scale_2")
+        )
+
+    def step(self, x: Floats, state: State, plan: _Plan) -> Floats:
+        y = self._attention.step(self._norm1(x), state, plan)
+        if self._scale1 is not None:
+            y *= self._scale1
         y += x
-        z = _product(_gelu(_product(norm2(y), up)), down)
-        if scales[1] is not None:
-            z *= scales[1]
+        z = _product(_gelu(_product(self._norm2(y), self._up)), self._down)
+        if self._scale2 is not None:
+            z *= self._scale2
         z += y
         return z
 
-    return run
+
+class _Transformer:
+    def __init__(self, transformer: Transformer):
+        attention = transformer.layers[0].self_attn
+        assert attention.context is not None and attention.rope is not None and attention.rope.interleaved
+        size = attention.head_dim
+        self._context = attention.context
+        self._frequencies = attention.rope.max_period ** (-np.arange(0, size, 2) / size)
+        self._layers = [_Layer(layer) for layer in transformer.layers]
+
+    def step(self, x: Floats, state: State, rows: Rows) -> Floats:
+        time = x.shape[1]
+        each = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        plan = _Plan(state["offset"][rows], each, time, self._context, self._frequencies)
+        for index, layer in enumerate(self._layers):
+            x = layer.step(x, state[str(index)], plan)
+        state["offset"][rows] += time
+        return x
 
 
-def _transformer(transformer: Transformer) -> Stage:
-    return _chain([_layer(layer) for layer in transformer.layers])
+class _Quantizer:
+    def __init__(self, quantizer: SplitResidualQuantizer):
+        groups: list[ResidualQuantizer] = [quantizer.rvq_first]
+        if "rvq_rest" in quantizer:
+            groups.append(quantizer.rvq_rest)
+        self._groups = [
+            (
+                _matrix(group.input_proj),
+                _matrix(group.output_proj),
+                [(_seen(book.embedding), np.array(book.half_norms())) for book in group.codebooks],
+            )
+            for group in groups
+        ]
 
-
-def _groups(quantizer: SplitResidualQuantizer) -> list[ResidualQuantizer]:
-    return [quantizer.rvq_first, *([quantizer.rvq_rest] if "rvq_rest" in quantizer else [])]
-
-
-def _quantize(quantizer: SplitResidualQuantizer) -> Callable[[Rows], NDArray[np.int32]]:
-    groups = []
-    for group in _groups(quantizer):
-        books = [(_seen(book.embedding), np.array(book.half_norms())) for book in group.codebooks]
-        groups.append((_matrix(group.input_proj), books))
-
-    def run(x: Rows) -> NDArray[np.int32]:
+    def encode(self, x: Floats) -> NDArray[np.int32]:
+        """Codes [rows, codebooks, frames] of a latent ``x`` [rows, frames, dim]."""
         codes = []
-        for matrix, books in groups:
-            residual = _product(x, matrix)
+        for matrix, _, books in self._groups:
+            residual = _product(x, matrix).reshape(-1, matrix.shape[1])
+            scores = np.empty((len(residual), len(books[0][0])), np.float32)
+            height = max(1, _PANEL // residual.shape[1])
             for entries, half_norms in books:
-                scores = np.stack([entries @ row for row in residual])
+                for start in range(0, len(entries), height):
+                    panel = entries[start : start + height]
+                    for vector, result in zip(residual, scores[:, start : start + height], strict=True):
+                        np.dot(panel, vector, out=result)
                 scores -= half_norms
                 nearest = scores.argmax(axis=1)
                 residual -= entries[nearest]
-                codes.append(nearest)
-        return np.stack(codes).astype(np.int32)
+                codes.append(nearest.reshape(x.shape[:2]))
+        return np.stack(codes, axis=1).astype(np.int32)
 
-    return run
-
-
-def _dequantize(quantizer: SplitResidualQuantizer) -> Callable[[NDArray[np.int32]], Rows]:
-    groups = [
-        (_matrix(group.output_proj), [_seen(book.embedding) for book in group.codebooks])
-        for group in _groups(quantizer)
-    ]
-
-    def run(codes: NDArray[np.int32]) -> Rows:
-        rest, out = list(codes), None
-        for matrix, books in groups:
+    def decode(self, codes: NDArray[np.int32]) -> Floats:
+        """A latent [rows, frames, dim] of ``codes`` [rows, codebooks, frames]; there may be fewer than books."""
+        rest, total = codes.swapaxes(0, 1), None
+        for _, matrix, books in self._groups:
             here, rest = rest[: len(books)], rest[len(books) :]
-            if not here:
+            if not len(here):
                 break
-            part = _product(sum(entries[ids] for entries, ids in zip(books, here, strict=False)), matrix)
-            out = part if out is None else out + part
-        assert out is not None
-        return out
-
-    return run
+            part = _product(sum(entries[ids] for (entries, _), ids in zip(books, here, strict=False)), matrix)
+            total = part if total is None else total + part
+        assert total is not None
+        return total

@@ -108,17 +108,17 @@ class DepthLayer(nn.Module):
 
     def split_queries(self, heads: mx.array) -> tuple[mx.array, mx.array]:
         """Queries [batch, heads, steps, head_dim]; keys and values [2, batch, kv_heads, steps, head_dim]."""
-        keys_values = mx.unflatten(heads[:, self._heads :], 1, (2, self._kv_heads)).swapaxes(0, 1)
-        return heads[:, : self._heads], keys_values
+        queries, rest = mx.split(heads, [self._heads], axis=1)
+        return queries, mx.unflatten(rest, 1, (2, self._kv_heads)).swapaxes(0, 1)
 
     def split_values(self, heads: mx.array) -> tuple[mx.array, mx.array]:
         """Query and key heads together, and those of values."""
-        middle = self._heads + self._kv_heads
-        return heads[:, :middle], heads[:, middle:]
+        queries_keys, values = mx.split(heads, [self._heads + self._kv_heads], axis=1)
+        return queries_keys, values
 
     def attend(self, queries: mx.array, keys_values: mx.array, mask: str | None) -> mx.array:
         """[batch, heads, steps, head_dim] from what :meth:`split_queries` gives."""
-        keys, values = keys_values
+        keys, values = (part.squeeze(0) for part in mx.split(keys_values, 2))
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._head_dim**-0.5, mask=mask)
 
 
@@ -300,7 +300,14 @@ class Lm(nn.Module):
         condition: Condition = provider(rows)
         return condition
 
-    def init_state(self, batch: int = 1, *, condition: Condition | None = None, kv_bits: int | None = None) -> State:
+    def init_state(
+        self,
+        batch: int = 1,
+        *,
+        condition: Condition | None = None,
+        kv_bits: int | None = None,
+        slots: int | None = None,
+    ) -> State:
         """The state of ``batch`` sequences at position 0: rings, and what the conditions add.
 
         Parameters
@@ -310,10 +317,14 @@ class Lm(nn.Module):
             From :meth:`condition`, with as many rows.
         kv_bits : {None, 8}
             Precision of the cache.
+        slots : int, optional
+            Slots of the rings, the context by default: :func:`~moshi_mlx.layers.attention.resize_rings`.
         """
         self._check_condition(condition, batch)
         source = None if condition is None or condition.cross is None else condition.cross.astype(self.dtype)
-        state: State = {"transformer": self.transformer.init_state(batch, self.dtype, kv_bits, source)}
+        counts = None if condition is None else condition.cross_slots
+        rings = self.transformer.init_state(batch, self.dtype, kv_bits, source, counts, slots)
+        state: State = {"transformer": rings}
         if condition is not None and condition.sum is not None:
             state["condition_sum"] = condition.sum.astype(self.dtype)
         return state
@@ -335,7 +346,7 @@ class Lm(nn.Module):
         text = embed_ids(self.text_emb, tokens[:, 0]).astype(self.dtype)
         return text if total is None else total + text
 
-    def step(self, tokens: mx.array, state: State) -> mx.array:
+    def step(self, tokens: mx.array, state: State, active: mx.array | None = None) -> mx.array:
         """Advance the temporal transformer.
 
         Parameters
@@ -344,20 +355,22 @@ class Lm(nn.Module):
             What each stream holds at the new positions, delays applied; -1 embeds to zeros.
         state : State
             Advanced in place.
+        active : mx.array [batch], bool, optional
+            Rows that advance; see :meth:`Transformer.step`.
 
         Returns
         -------
         mx.array [batch, time, dim]
             Normed output: what both heads and the depth transformer read.
         """
-        return self.step_embedded(self.embed(tokens), state)
+        return self.step_embedded(self.embed(tokens), state, active)
 
-    def step_embedded(self, x: mx.array, state: State) -> mx.array:
+    def step_embedded(self, x: mx.array, state: State, active: mx.array | None = None) -> mx.array:
         """Like :meth:`step`, from summed embeddings [batch, time, dim] (PersonaPlex keeps voices in this form)."""
         extra = state.get("condition_sum")
         if extra is not None:
             x = x + extra
-        hidden: mx.array = self.out_norm(self.transformer.step(x, state["transformer"]))
+        hidden: mx.array = self.out_norm(self.transformer.step(x, state["transformer"], active))
         return hidden
 
     def extra_head_logits(self, hidden: mx.array) -> mx.array:
@@ -386,13 +399,13 @@ class Lm(nn.Module):
         starts = (config.text_start_id,) + (config.audio_start_id,) * config.n_q
         delayed = delay_tokens(tokens, config.delays, starts)
         x = self.embed(delayed[:, :, :-1])
-        source = None
+        source = counts = None
         if condition is not None:
             if condition.sum is not None:
                 x = x + condition.sum.astype(x.dtype)
             if condition.cross is not None:
-                source = condition.cross.astype(x.dtype)
-        hidden = self.out_norm(self.transformer(x, source))
+                source, counts = condition.cross.astype(x.dtype), condition.cross_slots
+        hidden = self.out_norm(self.transformer(x, source, counts))
         text_logits, text_mask = undelay(self.text_linear(hidden)[:, None], config.delays[:1])
         text_mask = text_mask & (tokens[:, :1] != -1)
         dep_q = config.dep_q

@@ -12,7 +12,7 @@ import mlx.core as mx
 from .checkpoint.files import read_json, read_safetensors
 from .checkpoint.finite import check_finite
 from .checkpoint.repo import Progress
-from .codec import Codec, MimiCodec, RustMimi, make_codec
+from .codec import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
 from .errors import CheckpointError, CodecError, ConfigError
 from .hub import BUILTIN, CheckpointFiles, resolve
@@ -22,7 +22,7 @@ from .model import Moshi
 from .text import TextTokenizer
 from .weights import load_config, load_lm
 
-__all__ = ["load"]
+__all__ = ["load", "measure_codec"]
 
 _UNTRAINED_SEED = 0
 
@@ -31,7 +31,7 @@ def load(
     source: str | os.PathLike[str] = "small",
     *,
     weights: str | None = None,
-    codec: Literal["auto", "rust", "mlx"] = "auto",
+    codec: Literal["auto", "rust", "mlx", "numpy"] = "auto",
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
@@ -45,8 +45,8 @@ def load(
         A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
     weights : str, optional
         Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
-    codec : {"auto", "rust", "mlx"}
-        ``auto`` takes the Rust codec for the published Mimi where its package is installed, MLX otherwise.
+    codec : {"auto", "rust", "mlx", "numpy"}
+        What computes the codec; see :func:`moshi_mlx.codec.make_codec`.
     lora : path, optional
         ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
     lora_scaling : float, optional
@@ -92,11 +92,38 @@ def load(
     return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and voice_trained)
 
 
-def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin: bool) -> tuple[Codec | None, bool]:
+def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:
+    """How long a frame in and a frame out take here with every codec that a checkpoint can have.
+
+    In two or three seconds for the published codec, half a second for the built-in one. What is the fastest once is so
+    until machine or versions change: keep it, and give it to :func:`load` as ``codec``.
+
+    Parameters
+    ----------
+    source, weights
+        As for :func:`load`.
+
+    Returns
+    -------
+    dict of str to float
+        See :func:`moshi_mlx.codec.measure_codecs`; empty if the checkpoint has no codec.
+
+    Raises
+    ------
+    DownloadError, CheckpointError, ConfigError
+        As :func:`load`.
+    """
+    files = resolve(source, weights=weights)
+    sizes, codebooks = _codec_sizes(load_config(files.config, files.weights), files)
+    return measure_codecs(files.mimi, sizes, codebooks) if codebooks and files.mimi is not None else {}
+
+
+def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfig, int]:
+    """Sizes of a checkpoint's codec, and how many codebooks the model uses; 0 if it has no use for a codec."""
     lm = config.lm
     codebooks = max(lm.own_q, lm.user_q)
     if not codebooks:
-        return None, True
+        return MimiConfig(), 0
     if lm.own_q not in (0, codebooks):
         raise ConfigError(f"{lm.own_q} own and {lm.user_q} user codebooks: one codec cannot serve both")
     if files.mimi_config is None and "mimi_config" in files.names:
@@ -109,6 +136,13 @@ def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin:
         raise ConfigError(
             f"the codec has {sizes.quantizer.bins} entries per codebook, the language model {lm.card}{unnamed}"
         )
+    return sizes, codebooks
+
+
+def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin: bool) -> tuple[Codec | None, bool]:
+    sizes, codebooks = _codec_sizes(config, files)
+    if not codebooks:
+        return None, True
     if files.mimi is not None:
         made = make_codec(files.mimi, sizes, codebooks, kind)
         if isinstance(made, RustMimi):  # which reads the file by itself, and does not look
@@ -117,8 +151,8 @@ def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin:
     if not builtin:
         raise _lacking(files, "mimi", "the weights of its codec")
     if kind == "rust":
-        raise CodecError("the Rust codec knows the published Mimi only: use codec='mlx' for this model")
-    return MimiCodec(_random_mimi(sizes, codebooks)), False
+        raise CodecError("the Rust codec knows the published Mimi only: choose the codec mlx or numpy for this model")
+    return mimi_codec(_random_mimi(sizes, codebooks), kind), False
 
 
 def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:

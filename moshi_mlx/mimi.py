@@ -65,8 +65,13 @@ class SEANetConfig:
         _positive("seanet", self, "disable_norm_outer_blocks", "n_residual_layers")
         if not self.ratios or any(type(ratio) is not int or ratio < 1 for ratio in self.ratios):
             raise ConfigError(f"seanet.ratios must be a list of positive integers, not {list(self.ratios)}")
+        _at_most("the number of seanet.ratios", len(self.ratios), 16)
+        _at_most("the largest of seanet.ratios", max(self.ratios), 1024)
         if self.n_filters % self.compress:
             raise ConfigError(f"seanet.n_filters {self.n_filters} must be a multiple of compress {self.compress}")
+        _at_most("the channels that seanet.n_filters and seanet.ratios make", self.n_filters << len(self.ratios), 2**16)
+        reach = self.dilation_base ** (self.n_residual_layers - 1) if self.n_residual_layers else 0
+        _at_most("the dilation that seanet.n_residual_layers and seanet.dilation_base make", reach, 2**16)
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class MimiConfig:
             if value != self.seanet.dimension:
                 raise ConfigError(f"{name} {value} differs from seanet.dimension {self.seanet.dimension}")
         exact = self.sample_rate / self.frame_rate
+        _at_most("the samples of a frame, sample_rate / frame_rate,", exact, 2**20)
         if exact != self.frame_size or self.frame_size % self.hop_length:
             raise ConfigError(
                 f"a frame of sample_rate {self.sample_rate} / frame_rate {self.frame_rate} = {exact:g} samples must be "
@@ -226,7 +232,7 @@ def _value(name: str, value: Any, default: Any, section: type | None) -> Any:
         return tuple(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in ("frame_rate", "transformer.max_period", "transformer.layer_scale"):
-        good, wanted = number and math.isfinite(value), "number"
+        good, wanted = number and abs(value) < math.inf, "number"
     else:
         good, wanted = type(value) is type(default), _WORDS[type(default)]
     if not good:
@@ -245,13 +251,39 @@ def _only(name: str, value: Any, *supported: Any) -> None:
         raise ConfigError(f"{name} {value!r} is not supported; use {' or '.join(repr(one) for one in supported)}")
 
 
+# Sizes far beyond those of any codec: a file that says more is broken, or made to exhaust the machine.
+_MOST = {
+    "sample_rate": 768_000,
+    "channels": 64,
+    "n_residual_layers": 64,
+    "dilation_base": 1024,
+    "disable_norm_outer_blocks": 1024,
+    "kernel_size": 1024,
+    "residual_kernel_size": 1024,
+    "last_kernel_size": 1024,
+    "n_q": 1024,
+    "bins": 2**20,
+    "num_layers": 256,
+    "context": 100_000,
+    "max_period": 1e12,
+    "layer_scale": 1e6,
+    "dim_feedforward": 2**18,
+}
+
+
 def _positive(where: str, config: Any, *zero_allowed: str) -> None:
     for entry in fields(config):
-        value = getattr(config, entry.name)
+        value, name = getattr(config, entry.name), f"{where and where + '.'}{entry.name}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             least = 0 if entry.name in zero_allowed else 1
             if (value < least) if isinstance(value, int) else (value <= 0):
-                raise ConfigError(f"{where and where + '.'}{entry.name} must be at least {least}, not {value}")
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
+            _at_most(name, value, _MOST.get(entry.name, 2**16))
+
+
+def _at_most(name: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise ConfigError(f"{name} must be at most {most:g}, found {value}")
 
 
 class Mimi(nn.Module):

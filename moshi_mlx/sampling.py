@@ -13,12 +13,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import ConfigError
 
-__all__ = ["AUDIO_SAMPLING", "GREEDY", "TEXT_SAMPLING", "Sampling", "filter_logits", "gumbel_noise", "sample"]
+__all__ = [
+    "AUDIO_SAMPLING",
+    "GREEDY",
+    "TEXT_SAMPLING",
+    "RowSampling",
+    "Sampling",
+    "SamplingKind",
+    "filter_logits",
+    "gumbel_noise",
+    "keyed_noise",
+    "keys_at",
+    "noise_key",
+    "sample",
+    "sample_rows",
+]
+
+Keys = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -65,22 +84,29 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
     """Tempered float32 logits [..., n] with every token that the filters drop at -inf."""
     logits = logits.astype(mx.float32) / sampling.temperature
     count = logits.shape[-1]
-    drop = mx.array(-mx.inf, mx.float32)
     if 0 < sampling.top_k < count:
         rank = count - sampling.top_k
         filtered = _at_least(logits, mx.partition(logits, rank, axis=-1)[..., rank, None])
     else:
         filtered = logits
     if 0 < sampling.top_p < 1:
-        order = mx.argsort(-logits, axis=-1)
-        probabilities = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-        before = mx.cumsum(probabilities, axis=-1) - probabilities
-        keep = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before <= sampling.top_p, axis=-1)
-        filtered = mx.where(keep, filtered, drop)
+        filtered = _within(logits, filtered, sampling.top_p)
     if sampling.min_p > 0:
-        floor = logits.max(axis=-1, keepdims=True) + mx.log(mx.array(sampling.min_p, mx.float32))
-        filtered = mx.where(logits >= floor, filtered, drop)
+        filtered = _likely(logits, filtered, mx.array(sampling.min_p, mx.float32))
     return filtered
+
+
+def _within(logits: mx.array, filtered: mx.array, top_p: float | mx.array) -> mx.array:
+    order = mx.argsort(-logits, axis=-1)
+    probabilities = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
+    keep = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before <= top_p, axis=-1)
+    return mx.where(keep, filtered, mx.array(-mx.inf, mx.float32))
+
+
+def _likely(logits: mx.array, filtered: mx.array, min_p: mx.array) -> mx.array:
+    floor = logits.max(axis=-1, keepdims=True) + mx.log(min_p)
+    return mx.where(logits >= floor, filtered, mx.array(-mx.inf, mx.float32))
 
 
 @partial(mx.compile, shapeless=True)
@@ -89,13 +115,31 @@ def _at_least(logits: mx.array, kth: mx.array) -> mx.array:
     return mx.where(logits >= kth, logits, mx.array(-mx.inf, mx.float32))
 
 
+def noise_key(seed: int, stream: int) -> Keys:
+    """The key [2] of a row's noise in one stream, for position 0."""
+    key = mx.random.split(mx.random.key((seed << 1 | stream) & 0xFFFFFFFFFFFFFFFF), 2)[0]
+    return np.array(key, np.uint32)
+
+
+def keys_at(keys: Keys, positions: ArrayLike) -> Keys:
+    """Keys [rows, 2] for other positions, one or one a row, from those for position 0."""
+    position = np.asarray(positions, np.int64)
+    words = np.stack([position & 0xFFFFFFFF, position >> 32], axis=-1).astype(np.uint32)
+    return keys + words  # modulo 2**32
+
+
+def keyed_noise(keys: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Gumbel noise [rows, *shape], each row from its own key."""
+    if len(keys) == 1:
+        return mx.random.gumbel(shape, key=keys[0])[None]
+    noise: mx.array = mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys)
+    return noise
+
+
 def gumbel_noise(seeds: Sequence[int], position: int, shape: tuple[int, ...], stream: int) -> mx.array:
     """Noise [len(seeds), *shape] that depends on each row's seed, the position and the stream alone."""
-    rows = []
-    for seed in seeds:
-        key = mx.random.split(mx.random.key((seed << 1 | stream) & 0xFFFFFFFFFFFFFFFF), 2)[0]
-        rows.append(mx.random.gumbel(shape, key=key + mx.array([position & 0xFFFFFFFF, position >> 32], mx.uint32)))
-    return rows[0][None] if len(rows) == 1 else mx.stack(rows)
+    keys = np.stack([noise_key(seed, stream) for seed in seeds])
+    return keyed_noise(mx.array(keys_at(keys, position)), shape)
 
 
 def sample(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.array:
@@ -116,3 +160,94 @@ def sample(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.a
         return mx.argmax(logits.astype(mx.float32), axis=-1).astype(mx.int32)
     assert noise is not None
     return mx.argmax(filter_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
+
+
+class SamplingKind(NamedTuple):
+    """What is true of all rows: decides which operations are there at all.
+
+    Attributes
+    ----------
+    greedy : bool or None
+        Whether rows take the likeliest token; None where some do.
+    top_k : int or None
+        That of all rows; None where they differ.
+    top_p, min_p : bool
+        Whether any row has it.
+    """
+
+    greedy: bool | None
+    top_k: int | None
+    top_p: bool
+    min_p: bool
+
+
+class RowSampling:
+    """How to draw for several rows, each in its own way.
+
+    Attributes
+    ----------
+    kind : SamplingKind
+    arrays : dict of str to array [rows]
+        What :func:`sample_rows` needs beside it.
+    groups : list of (Sampling, array [n] or None)
+        Rows that draw in one way; None: all of them.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]):
+        drawing = [row for row in rows if row.temperature]
+        ranks = {row.top_k for row in drawing} or {0}
+        greedy = None if 0 < len(drawing) < len(rows) else not drawing
+        self.kind = SamplingKind(
+            greedy,
+            ranks.pop() if len(ranks) == 1 else None,
+            any(0 < row.top_p < 1 for row in drawing),
+            any(row.min_p > 0 for row in drawing),
+        )
+        self.arrays = {
+            "temperature": np.array([row.temperature or 1.0 for row in rows], np.float32),
+            "greedy": np.array([not row.temperature for row in rows]),
+            "top_k": np.array([row.top_k for row in rows], np.int32),
+            "top_p": np.array([row.top_p if 0 < row.top_p < 1 else 2.0 for row in rows], np.float32),
+            "min_p": np.array([row.min_p for row in rows], np.float32),
+        }
+        kinds = list(dict.fromkeys(rows))
+        self.groups: list[tuple[Sampling, NDArray[np.intp] | None]] = [(kinds[0], None)]
+        if len(kinds) > 1:
+            self.groups = [(kind, np.array([index for index, row in enumerate(rows) if row == kind])) for kind in kinds]
+
+
+def sample_rows(logits: mx.array, kind: SamplingKind, rows: dict[str, mx.array], noise: mx.array | None) -> mx.array:
+    """Draw one token per row, each row with its own settings: what :func:`sample` draws with them.
+
+    Parameters
+    ----------
+    logits : mx.array [rows, n]
+    kind : SamplingKind
+    rows : dict of str to mx.array [rows]
+        :attr:`RowSampling.arrays`.
+    noise : mx.array [rows, n] or None
+
+    Returns
+    -------
+    mx.array [rows], int32
+    """
+    logits = logits.astype(mx.float32)
+    if kind.greedy:
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
+    assert noise is not None
+    count = logits.shape[-1]
+    logits = logits / rows["temperature"][:, None]
+    filtered = logits
+    if kind.top_k is None:
+        kept = mx.where((rows["top_k"] > 0) & (rows["top_k"] < count), rows["top_k"], count)
+        filtered = _at_least(logits, mx.take_along_axis(mx.sort(logits, axis=-1), (count - kept)[:, None], axis=-1))
+    elif 0 < kind.top_k < count:
+        rank = count - kind.top_k
+        filtered = _at_least(logits, mx.partition(logits, rank, axis=-1)[..., rank, None])
+    if kind.top_p:
+        filtered = _within(logits, filtered, rows["top_p"][:, None])
+    if kind.min_p:
+        filtered = _likely(logits, filtered, rows["min_p"][:, None])
+    if kind.greedy is None:
+        noise = mx.where(rows["greedy"][:, None], mx.array(0, mx.float32), noise)
+    return mx.argmax(filtered + noise, axis=-1).astype(mx.int32)

@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import codecs
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, TokenError
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CheckpointError, StateError, TokenError
+from .streaming import State
 
 __all__ = ["EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
 
@@ -34,6 +39,7 @@ SILENT_IDS = frozenset({EPAD, BOS, EOS, PAD})
 
 FRAME_SECONDS = 0.08
 SPACE = "▁"
+_UTF8_PENDING = 3  # bytes of a character that is not whole yet
 
 
 class TextTokenizer:
@@ -175,14 +181,24 @@ class Detokenizer:
         """True while a byte piece has begun a character that is not whole yet."""
         return bool(self._utf8.getstate()[0])
 
-    def save(self) -> dict[str, Any]:
-        """The stream's state as plain values; :meth:`restore` takes it back."""
-        return {"pending": self._utf8.getstate()[0], "at_start": self._at_start}
+    def snapshot(self) -> State:
+        """The stream's state, one row; :meth:`restore` takes it back."""
+        return {"pending": _padded(self._utf8.getstate()[0], _UTF8_PENDING), "at_start": _number(self._at_start)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`save` was called, in this stream or another one over the same tokenizer."""
-        self._utf8.setstate((bytes(state["pending"]), 0))
-        self._at_start = bool(state["at_start"])
+    def restore(self, snapshot: State) -> None:
+        """Continue where :meth:`snapshot` was called, in this stream or another one over the same tokenizer.
+
+        Raises
+        ------
+        StateError
+            If it is no snapshot of a stream; the stream is unchanged then.
+        """
+        pending, at_start = _values(snapshot["pending"], 0, 255), _boolean(snapshot["at_start"])
+        try:
+            self._utf8.setstate((bytes(pending), 0))
+        except (TypeError, ValueError) as error:
+            raise StateError(f"the snapshot of a text is damaged: {error}") from error
+        self._at_start = at_start
 
     def _emit(self, text: str) -> str:
         if text and self._at_start:
@@ -235,6 +251,37 @@ class WordTracker:
         self._frame = -1  # the frame of the last pair
         self._hint: int | None = None  # where the word of the next letter began, if before the letter itself
         self._marked = False
+
+    def snapshot(self) -> State:
+        """The stream's state, one row; :meth:`restore` takes it back."""
+        return {
+            "stream": self._stream.snapshot(),
+            "word": _padded(map(ord, self._text), self.MAX_LETTERS),
+            "start": _number(self._start),
+            "last": _number(self._last),
+            "frame": _number(self._frame),
+            "hint": _number(-1 if self._hint is None else self._hint),
+            "marked": _number(self._marked),
+        }
+
+    def restore(self, snapshot: State) -> None:
+        """Continue where :meth:`snapshot` was called, in this stream or another one over the same tokenizer.
+
+        Raises
+        ------
+        StateError
+            If it is no snapshot of a stream; the stream is unchanged then.
+        """
+        letters = _values(snapshot["word"], 0, sys.maxunicode)
+        start, last, frame, hint = (_scalar(snapshot[name]) for name in ("start", "last", "frame", "hint"))
+        if not (0 <= start and 0 <= last and -1 <= frame and -1 <= hint):
+            raise StateError("the snapshot of a text is damaged: a frame is negative")
+        marked = _boolean(snapshot["marked"])
+        self._stream.restore(snapshot["stream"])
+        self._text = "".join(map(chr, letters))
+        self._start, self._last, self._frame = start, last, frame
+        self._hint = None if hint < 0 else hint
+        self._marked = marked
 
     def step(self, frame: int, token: int) -> list[Word]:
         """Words that this token ends: none or one, rarely more. Frames left out count as padding.
@@ -300,3 +347,38 @@ class WordTracker:
 
     def _seconds(self, frame: int) -> float:
         return round(frame * self.frame_seconds, 6)
+
+
+def _padded(values: Iterable[int], length: int) -> NDArray[np.int32]:
+    """``values`` as one row [1, length], -1 behind them."""
+    row = np.full((1, length), -1, np.int32)
+    given = list(values)
+    row[0, : len(given)] = given
+    return row
+
+
+def _number(value: int) -> NDArray[np.int32]:
+    return np.array([value], np.int32)
+
+
+def _values(row: Any, lowest: int, highest: int) -> list[int]:
+    """What :func:`_padded` was given."""
+    values = np.asarray(row).reshape(-1)
+    count = int((values >= 0).sum())
+    if (values[count:] != -1).any() or ((values[:count] < lowest) | (values[:count] > highest)).any():
+        raise StateError("the snapshot of a text is damaged: it holds what is no letter")
+    return [int(value) for value in values[:count]]
+
+
+def _scalar(leaf: Any) -> int:
+    value = np.asarray(leaf)
+    if value.shape != (1,):
+        raise StateError(f"the snapshot of a text is one row, found shape {list(value.shape)}")
+    return int(value[0])
+
+
+def _boolean(leaf: Any) -> bool:
+    value = _scalar(leaf)
+    if value not in (0, 1):
+        raise StateError(f"the snapshot of a text is damaged: {value} is neither true nor false")
+    return bool(value)

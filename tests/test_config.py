@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from dataclasses import fields
@@ -14,9 +13,9 @@ import pytest
 from moshi_mlx.config import ConditionerConfig, FuserConfig, LmConfig, ModelConfig, gated_hidden
 from moshi_mlx.errors import ConfigError
 
+from .fuzz.configs import GOLDEN, PUBLISHED, broken
+
 TESTS = Path(__file__).parent
-PUBLISHED = sorted((TESTS / "data" / "configs").glob("*.json"))
-GOLDEN = sorted((TESTS / "golden" / "lm").glob("*/config.json"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -349,31 +348,6 @@ def test_fuser_and_conditioners_are_read() -> None:
     assert lm.fuser == FuserConfig(("control", "cfg"), ("speaker_wavs",), True, 1.0)
     assert lm.conditioners["speaker_wavs"] == ConditionerConfig("tensor", 12)
     assert lm.conditioners["cfg"].possible_values[2] == "2.0"
-
-
-VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 0.5, 1e308, float("nan"), float("inf"), 10**400, 2**40, -(2**70), "", "x",
-    "silu", "rope", [], [1], [0, 0], ["a"], [[1]], [None], {}, {"a": 1}, {"type": "lut"}, {"a": {"type": "lut"}},
-    {"type": "tensor", "tensor": {}}, {"a": {"type": "lut", "lut": {}}},
-]  # fmt: skip
-
-
-def broken(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """One to three random entries, at any depth, replaced or removed."""
-    config = copy.deepcopy(config)
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        node: Any = config
-        while keys := list(node) if isinstance(node, dict) else list(range(len(node))):
-            key = rng.choice(keys)
-            if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.6:
-                node = node[key]
-            elif isinstance(node, dict) and rng.random() < 0.1:
-                del node[key]
-                break
-            else:
-                node[key] = copy.deepcopy(rng.choice(VALUES))
-                break
-    return config
 
 
 def test_broken_configs_raise_config_errors_only() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
+import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.utils._http
 import pytest
 
@@ -121,7 +127,7 @@ def test_ambiguous_weights_need_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "", "hf://only", "ftp://x/y"]
+    "name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "", "hf://only", "ftp://x/y", "file://[x"]
 )
 @pytest.mark.parametrize("key", ["moshi_name", "mimi_name", "tokenizer_name"])
 def test_names_do_not_leave_the_folder(tmp_path: Path, key: str, name: str) -> None:
@@ -131,7 +137,7 @@ def test_names_do_not_leave_the_folder(tmp_path: Path, key: str, name: str) -> N
     if name == "":  # as good as absent
         assert resolve(folder).weights[0].name == "model.safetensors"
         return
-    with pytest.raises(CheckpointError, match=r"outside its folder|should read hf://|not understood"):
+    with pytest.raises(CheckpointError, match=r"outside its folder|should read hf://|not understood|no such file"):
         resolve(folder)
 
 
@@ -183,7 +189,9 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fetches_only_what_is_needed(server: FakeHub, cache: Path) -> None:
     """Broken: loading a model downloads whole repositories, or asks again for what is in the cache."""
-    server.repos[NAME] = FakeRepo(dict(FILES))
+    server.repos[NAME] = FakeRepo(FILES | {"empty": b""})
+    assert fetch_file(f"hf://{NAME}/empty", cache=cache).read_bytes() == b""
+    server.requests.clear()
     files = resolve(NAME, cache=cache)
     assert files.weights[0].read_bytes() == FILES["weights.safetensors"]
     assert files.mimi is not None and files.mimi.read_bytes() == FILES[MIMI]
@@ -318,18 +326,16 @@ def test_full_disk_while_writing(server: FakeHub, cache: Path, monkeypatch: pyte
     """Broken: a disk that fills up meanwhile ends in a traceback."""
     server.repos[NAME] = FakeRepo(dict(FILES))
 
-    def full(*_: Any, **__: Any) -> str:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    monkeypatch.setattr(repo_module._Hashed, "update", full)
     with pytest.raises(DownloadError, match="the disk is full.*HF_HOME"):
         resolve(NAME, cache=cache)
 
 
-def test_broken_connection_is_resumed(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_connection_is_resumed(server: FakeHub, cache: Path) -> None:
     """Broken: a dropped connection starts a large download again from zero, or fails it."""
-    monkeypatch.setattr(repo_module, "RESUMABLE_BYTES", 1000)
-    # huggingface_hub writes pieces of 10 MB: the second one is lost, the first is kept.
     weights = bytes(range(256)) * 100_000
     server.repos[NAME] = FakeRepo(FILES | {"weights.safetensors": weights}, break_after=15_000_000, breaks=1)
     seen: list[tuple[str, int, int]] = []
@@ -341,12 +347,8 @@ def test_broken_connection_is_resumed(server: FakeHub, cache: Path, monkeypatch:
     assert ("weights.safetensors", len(weights), len(weights)) in seen
 
 
-def test_interrupted_download_goes_on_in_the_next_run(
-    server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_download_goes_on_in_the_next_run(server: FakeHub, cache: Path) -> None:
     """Broken: Ctrl-C during a long download loses what was fetched."""
-    monkeypatch.setattr(repo_module, "RESUMABLE_BYTES", 1000)
-    # More than one of huggingface_hub's pieces of 10 MB, so that there is something to keep.
     weights = bytes(range(256)) * 100_000
     server.repos[NAME] = FakeRepo(FILES | {"weights.safetensors": weights})
 
@@ -391,9 +393,8 @@ def test_survey_of_what_is_here(server: FakeHub, cache: Path, tmp_path: Path, mo
     assert time.monotonic() - began < 0.9
 
 
-def test_damaged_partial_download_is_noticed(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_partial_download_is_noticed(server: FakeHub, cache: Path) -> None:
     """Broken: a resumed download whose first half is wrong becomes a checkpoint full of noise."""
-    monkeypatch.setattr(repo_module, "RESUMABLE_BYTES", 1000)
     server.repos[NAME] = FakeRepo(dict(FILES))
     resolve(NAME, cache=cache, progress=lambda *_: None)
     weights = next(cache.rglob("weights.safetensors"))
@@ -404,3 +405,303 @@ def test_damaged_partial_download_is_noticed(server: FakeHub, cache: Path, monke
     with pytest.raises(DownloadError, match="damaged and was thrown away"):
         resolve(NAME, cache=cache, progress=lambda *_: None)
     assert resolve(NAME, cache=cache).weights[0].read_bytes() == FILES["weights.safetensors"]
+
+
+# ------------------------------------------------------------------------------------- what is not to be trusted
+
+
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "etag",
+    ["../../../../evil/x.pth", "..", "a/b", "/evil", "main", "A" * 64, "a" * 63, "0" * 39 + "g", "W/../x", None],
+)
+def test_an_etag_is_a_hash_or_refused(server: FakeHub, tmp_path: Path, etag: str | None) -> None:
+    """If this fails, a repository, or a mirror, writes any file of this machine, with any contents."""
+    cache = tmp_path / "a" / "b" / "c" / "cache"
+    server.repos[NAME] = FakeRepo({"config.json": b"{}", "model.safetensors": b"w" * 9000}, headers={"ETag": etag})
+    with pytest.raises(DownloadError, match="ETag .* which is not the hash"):
+        resolve(NAME, cache=cache)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("sha", ["../../../../small", "/etc", "main", "", None, 3, "a" * 39, "A" * 40, ["a" * 40]])
+def test_a_commit_is_a_hash_or_refused(server: FakeHub, cache: Path, sha: Any) -> None:
+    """If this fails, a repository makes the program load a folder of this machine as if it were the repository."""
+    (cache / "models--someone--model" / "snapshots").mkdir(parents=True)
+    make_folder(cache.parent / "small", {"config.json": "{}", "model.safetensors": b"here"})
+    server.repos[NAME] = FakeRepo(dict(FILES), info={"sha": sha})
+    with pytest.raises(DownloadError, match="which commit"):
+        resolve(NAME, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "siblings",
+    [
+        [{"rfilename": "config.json", "size": "60"}],
+        [{"rfilename": "config.json", "size": -1}],
+        [{"rfilename": "config.json", "size": True}],
+        [{"rfilename": "config.json", "size": 1e300}],
+        [{"rfilename": 3, "size": 3}],
+        [{"size": 3}],
+        ["config.json"],
+        "config.json",
+        {"config.json": 3},
+    ],
+)
+def test_a_list_of_files_that_cannot_be_read(server: FakeHub, cache: Path, siblings: Any) -> None:
+    """If this fails, a hub that says nonsense ends in a traceback."""
+    server.repos[NAME] = FakeRepo(dict(FILES), info={"siblings": siblings})
+    with pytest.raises(DownloadError, match=r"list of files for someone/model that cannot be read"):
+        resolve(NAME, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "a/../../b", "x" * 300, "a\\b", "\ud800"])
+def test_names_in_a_repository_stay_inside(server: FakeHub, cache: Path, name: str) -> None:
+    """If this fails, a name in a list of files or in a configuration leads out of the cache, or to a traceback."""
+    config = json.dumps({"moshi_name": name}).encode()
+    listed = [{"rfilename": "config.json", "size": len(config)}, {"rfilename": name, "size": 5}]
+    server.repos[NAME] = FakeRepo({"config.json": config, name: b"evil!"}, info={"siblings": listed})
+    with pytest.raises(MoshiError):
+        resolve(NAME, cache=cache)
+    assert not {"evil", "b"} & {path.name for path in cache.parent.rglob("*")}
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_every_file_is_hashed(server: FakeHub, cache: Path, size: int) -> None:
+    """If this fails, wrong bytes of the right size are taken for the model."""
+    server.repos[NAME] = FakeRepo(FILES | {"weights.safetensors": b"w" * size}, body=lambda data: [b"?" * len(data)])
+    with pytest.raises(DownloadError, match="arrived damaged and was thrown away"):
+        resolve(NAME, cache=cache)
+    assert not list(cache.rglob("blobs/*"))
+
+
+def test_small_files_have_the_hash_that_git_gives_them(server: FakeHub, cache: Path) -> None:
+    """If this fails, every configuration of the real hub is called damaged, or none is ever checked."""
+    data = b'{"moshi_name": "w.safetensors"}'
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    repo = server.repos[NAME] = FakeRepo({"config.json": data}, headers={"ETag": f'"{git}"'})
+    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert (cache / "models--someone--model" / "blobs" / git).read_bytes() == data
+    repo.sha, repo.files["config.json"] = "b" * 40, data.replace(b"w", b"v")
+    (cache / "models--someone--model" / "blobs" / git).unlink()
+    with pytest.raises(DownloadError, match="arrived damaged"):
+        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+
+
+def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> None:
+    """If this fails, a mirror that makes ETags of its own is believed about contents that the hub has described."""
+    repo = server.repos[NAME] = FakeRepo(dict(FILES), body=lambda data: [b"?" * len(data)])
+    repo.headers["ETag"] = f'"{hashlib.sha256(b"?" * 5000).hexdigest()}"'
+    with pytest.raises(DownloadError, match="arrived damaged"):
+        fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache)
+    repo.body = None
+    assert fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache).read_bytes() == FILES["weights.safetensors"]
+    assert [path.name for path in cache.rglob("blobs/*")] == [hashlib.sha256(FILES["weights.safetensors"]).hexdigest()]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """If this fails, a small file fills the disk, or an error's explanation the memory."""
+    monkeypatch.setattr(repo_module, "_TRIES", 1)
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 200e6:
+            sent += 100_000
+            yield bytes(100_000)
+
+    def lie(handler: Any) -> bool:
+        if handler.command == "GET" and "/resolve/" in handler.path:
+            handler.pour(endless(), status)
+            return True
+        return False
+
+    server.repos[NAME] = FakeRepo(dict(FILES), lie=lie)
+    with pytest.raises(DownloadError, match="arrived damaged" if status == 200 else "cannot be reached"):
+        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+    assert sent < 40e6 and not list(cache.rglob("blobs/*"))
+
+
+def test_a_list_without_an_end(server: FakeHub, cache: Path) -> None:
+    """If this fails, a hub fills the memory before the first file is asked for."""
+
+    def endless(handler: Any) -> bool:
+        handler.pour(bytes(10**5) for _ in range(300))
+        return True
+
+    server.repos[NAME] = FakeRepo(dict(FILES), lie=endless)
+    with pytest.raises(DownloadError, match="without end"):
+        resolve(NAME, cache=cache)
+
+
+@pytest.mark.parametrize("what", ["body", "header of a file", "list", "header of the list"])
+def test_what_comes_a_byte_at_a_time(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """If this fails, a hub keeps the program waiting for ever, without ever being late for a socket."""
+    for name, value in (("_WINDOW", 0.5), ("_TIMEOUT", 0.4), ("_PAUSE", 0.0)):
+        monkeypatch.setattr(repo_module, name, value)
+    ended = threading.Event()
+
+    def drops() -> Iterator[bytes]:
+        while not ended.wait(0.05):
+            yield b"w"
+
+    def lie(handler: Any) -> bool:
+        if ("/resolve/" in handler.path) != (what in ("body", "header of a file")) or "config" in handler.path:
+            return False
+        if what in ("body", "list"):
+            if handler.command == "HEAD":
+                return False
+            handler.pour(drops())
+            return True
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        with contextlib.suppress(OSError):
+            for drop in drops():
+                handler.wfile.write(drop)
+        return True
+
+    server.repos[NAME] = FakeRepo(dict(FILES), lie=lie)
+    began = time.monotonic()
+    try:
+        with pytest.raises(DownloadError, match=r"bytes a second come|cannot be reached \(TimeoutError"):
+            resolve(NAME, cache=cache)
+    finally:
+        ended.set()
+    assert time.monotonic() - began < 5
+
+
+class Answer:
+    """Headers that came with requests, answered by a script instead of a server."""
+
+    def __init__(self, answers: dict[tuple[str, str], tuple[int, dict[str, str], bytes]]):
+        network = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+        self.tokens: dict[str, str | None] = {}
+
+        def answer(request: Any) -> Any:
+            self.tokens[f"{request.method} {request.url}"] = request.headers.get("authorization")
+            status, headers, body = answers[request.method, str(request.url).partition("?")[0]]
+            return network.Response(status, headers=headers, content=iter([body]))
+
+        self.client = network.Client(transport=network.MockTransport(answer))
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["http://hub.example/cdn", "https://hub.example:8443/cdn", "https://cdn.example/x", "//cdn.example/x"]
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_token_goes_to_the_hub_only(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str, late: bool
+) -> None:
+    """If this fails, a redirect carries the user's token to another host, to another port, or in clear."""
+    data = b"{}"
+    etag = f'"{hashlib.sha256(data).hexdigest()}"'
+    told = {"ETag": etag, "X-Repo-Commit": "a" * 40}
+    here = f"https://hub.example/{NAME}/resolve/{'a' * 40}/config.json"
+    absolute = elsewhere if elsewhere.startswith("http") else f"https:{elsewhere}"
+    listing = {"sha": "a" * 40, "siblings": [{"rfilename": "config.json", "size": 2}]}
+    answers = {
+        ("GET", f"https://hub.example/api/models/{NAME}"): (200, {}, json.dumps(listing).encode()),
+        ("HEAD", here): (200 if late else 302, told | ({} if late else {"Location": elsewhere}), b""),
+        ("GET", here): (302, {"Location": elsewhere}, b""),
+        ("GET", absolute): (200, told, data),
+    }
+    answer = Answer(answers)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: answer.client)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: answer.client)
+    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert answer.tokens[f"HEAD {here}"] == "Bearer hf_secret"
+    assert answer.tokens[f"GET {absolute}"] is None
+
+
+def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, each step of loading a model that is here waits anew for a hub that does not answer."""
+    server.repos[NAME] = FakeRepo(dict(FILES))
+    files = resolve(NAME, cache=cache)
+    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    server.repos[NAME].delay = 1.0
+    server.requests.clear()
+    assert survey(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files
+    assert len(server.requests) == 1
+
+
+def test_two_downloads_of_one_file(server: FakeHub, cache: Path) -> None:
+    """If this fails, two runs at once fetch everything twice, spoil each other's file, or wait without a word."""
+    server.repos[NAME] = FakeRepo(FILES | {"weights.safetensors": bytes(30_000)}, body=slowly)
+    told: list[int] = []
+    with ThreadPoolExecutor(4) as pool:
+        runs = [
+            pool.submit(resolve, NAME, cache=cache, progress=lambda name, here, size: told.append(here))
+            for _ in range(4)
+        ]
+        found = {run.result().weights[0].read_bytes() for run in runs}
+    assert found == {bytes(30_000)} and server.fetched().count("weights.safetensors") == 1 and 0 < len(told)
+    assert not list(cache.rglob("*.incomplete"))
+
+
+def slowly(data: bytes) -> Iterator[bytes]:
+    for start in range(0, len(data), 10_000):
+        yield data[start : start + 10_000]
+        time.sleep(0.5 if len(data) > 10_000 else 0)
+
+
+# ---------------------------------------------------------------------------------------------- what is missing
+
+
+@pytest.mark.parametrize("key", ["lora_name", "mimi_config_name"])
+def test_a_part_that_is_named_and_missing(tmp_path: Path, key: str) -> None:
+    """If this fails, a checkpoint silently loads as another model: without its LoRA, or with another codec's sizes."""
+    folder = make_folder(tmp_path / "m", {"config.json": json.dumps({key: "part"}), "model.safetensors": b"x"})
+    with pytest.raises(CheckpointError, match=f"config.json names part .{key}., which is missing.*take its name out"):
+        resolve(folder)
+    make_folder(folder, {"part": b"x"})
+    assert resolve(folder).lora == (folder / "part" if key == "lora_name" else None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 300,
+        "~nobody-of-that-name/x",
+        "~nobody",
+        "~a\0b",
+        "~\ud800",
+        "a/" * 2000 + "b",
+        "a\0b",
+        "a/b" * 50,
+        "a/b--c",
+    ],
+)
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    """If this fails, a slip on the command line, or a strange configuration, ends in the system's error."""
+    with pytest.raises(MoshiError):
+        resolve(name, offline=True)
+    with pytest.raises(MoshiError):
+        fetch_file(name, offline=True)
+    contents = {"config.json": json.dumps({"moshi_name": name, "mimi_name": name}), "model.safetensors": b"x"}
+    with pytest.raises(MoshiError):
+        resolve(make_folder(tmp_path / "m", contents))  # type: ignore[arg-type]
+    with pytest.raises(MoshiError):
+        resolve("a/b@" + name, offline=True)
+
+
+@pytest.mark.parametrize("token", ["hf_\x1b[31m", "hf é", "hf_a\nX-Evil: 1", "\x7f"])
+def test_a_token_that_is_none(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """If this fails, a slip in HF_TOKEN is a traceback, is printed for all to see, or writes headers of its own."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.repos[NAME] = FakeRepo(dict(FILES))
+    with pytest.raises(DownloadError, match="characters that no token has") as caught:
+        resolve(NAME, cache=cache)
+    assert token not in str(caught.value) and not server.requests
+
+
+def test_the_hub_is_asked_for_the_model_only(server: FakeHub, cache: Path) -> None:
+    """If this fails, huggingface_hub tells, or asks, the hub things that have nothing to do with the model."""
+    server.repos[NAME] = FakeRepo(dict(FILES))
+    resolve(NAME, cache=cache)
+    assert all("/api/models/" in path or "/resolve/" in path for _, path, _ in server.requests)

@@ -1,7 +1,8 @@
 """Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
-config, errors <- streaming <- layers <- mimi, lm <- lean <- generate <- model <- realtime, loading
+config, errors <- streaming <- layers <- mimi, lm <- lean <- choose <- rows
+rows <- generate <- engine <- model <- realtime, loading
 text, sampling, delays, audio, checkpoint, weights, hub, codec stand beside them
 """
 
@@ -33,22 +34,25 @@ ALLOWED: dict[str, set[str]] = {
     "printable": set(),
     "config": {"errors"},
     "delays": {"errors", "config"},
-    "text": {"errors"},
+    "text": {"errors", "streaming"},
     "threads": set(),
     "sampling": {"errors"},
     "streaming": {"errors"},
     "layers": {"errors", "config", "streaming"},
     "mimi": {"errors", "config", "streaming", "layers"},
     "lm": {"errors", "config", "streaming", "layers", "delays"},
-    "checkpoint": {"errors", "config"},
+    "checkpoint": {"errors", "config", "printable"},
     "mimi_weights": {"errors", "checkpoint", "mimi"},
     "weights": {"errors", "config", "checkpoint", "layers", "lm", "mimi", "mimi_weights"},
     "hub": {"errors", "config", "checkpoint"},
-    "lean_codec": {"layers", "mimi", "threads"},
-    "codec": {"errors", "config", "streaming", "mimi", "mimi_weights", "lean_codec"},
+    "lean_codec": {"streaming", "layers", "mimi", "threads"},
+    "codec": {"errors", "streaming", "mimi", "mimi_weights", "lean_codec"},
     "lean": {"errors", "config", "streaming", "sampling", "layers", "lm", "threads"},
-    "generate": {"errors", "config", "streaming", "delays", "sampling", "lm", "lean"},
-    "model": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "choose": {"errors", "config", "streaming", "sampling", "lm", "lean"},
+    "rows": {"errors", "config", "streaming", "sampling", "layers", "lm", "lean", "choose"},
+    "generate": {"errors", "config", "streaming", "sampling", "lm", "lean", "choose", "rows"},
+    "engine": {"errors", "audio", "config", "streaming", "sampling", "text", "lm", "codec", "generate"},
+    "model": {"errors", "audio", "config", "text", "lm", "codec", "generate", "engine"},
     "loading": {
         "errors",
         "config",
@@ -62,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "codec",
         "model",
     },
-    "realtime": {"errors", "audio", "config", "streaming", "sampling", "text", "codec", "generate", "model"},
+    "realtime": {"errors", "audio", "streaming", "text", "generate", "engine", "model"},
 }
 HEAVY = {"huggingface_hub", "mlx_lm", "rustymimi", "sentencepiece", "sounddevice", "soundfile", "torch", "transformers"}
 

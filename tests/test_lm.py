@@ -16,10 +16,11 @@ from moshi_mlx.delays import delay_tokens
 from moshi_mlx.errors import ConfigError, TokenError
 from moshi_mlx.layers.conditioning import TensorCondition
 from moshi_mlx.lm import DepthCache, Lm
-from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_bytes
+from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_arrays, state_bytes
 
 from .helpers import golden_lm
 from .helpers.golden_lm import HELIUM, MOSHI, relative_error, small_model
+from .helpers.rings import fill_rings
 
 TOLERANCE = 1e-4  # what is promised; 2e-6 was measured
 
@@ -261,17 +262,13 @@ def test_batch_equals_singles(kv_bits: int | None) -> None:
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_unwritten_slots_are_invisible(kv_bits: int | None) -> None:
-    """NaN in ring slots that hold nothing yet reaches an output."""
+    """What is in ring slots that hold nothing yet, NaN or a value that only a weight of zero hides, is heard."""
     lm = small_model()
     tokens = draw_tokens(lm, 2, 17)
     clean = stream(lm, tokens, [1] * 17, lm.init_state(2, kv_bits=kv_bits))
     for cut in ([1] * 17, [5, 12], [17]):
         state = lm.init_state(2, kv_bits=kv_bits)
-        for layer in state["transformer"].values():
-            for name, leaf in layer.items():
-                if isinstance(leaf, mx.array):
-                    full = 0xFFFFFFFF if leaf.dtype == mx.uint32 else mx.nan
-                    layer[name] = mx.full(leaf.shape, full, leaf.dtype)
+        fill_rings(state["transformer"])
         assert relative_error(stream(lm, tokens, cut, state), clean) < TOLERANCE
 
 
@@ -297,7 +294,9 @@ def test_state_is_counted_and_fixed() -> None:
     """The size of a session is reported wrongly, or grows with time."""
     lm = small_model(kv_repeat=2, depformer_kv_repeat=1)
     state = lm.init_state(3)
-    assert state_bytes(state) == 2 * (3 * 1 * 12 * 32) * 4 * 2  # keys and values, float32, two layers
+    assert (
+        state_bytes(state) == 2 * (3 * 1 * 12 * 32) * 4 * 2 + 3 * 4
+    )  # keys and values, float32, two layers; positions
     schema = describe_state(state)
     stream(lm, draw_tokens(lm, 3, 30), [1] * 15 + [15], state)
     assert describe_state(state) == schema
@@ -311,13 +310,18 @@ def test_state_has_the_type_of_the_weights() -> None:
     state = lm.init_state(1)
     hidden = stream(lm, draw_tokens(lm, 1, 20), [1] * 5 + [15], state)
     assert hidden.dtype == mx.bfloat16
-    assert {entry.dtype for entry in describe_state(state)} == {"bfloat16", "int"}
+    assert {entry.dtype for entry in describe_state(state)} == {"bfloat16", "int32"}
 
 
 def kl(reference: mx.array, other: mx.array) -> float:
     """Mean Kullback-Leibler divergence in nats."""
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (reference, other))
     return float((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
+
+
+def ring_bytes(state: State) -> int:
+    """Bytes of keys and values, without the positions."""
+    return sum(array.nbytes for array in state_arrays(state) if array.ndim == 4)
 
 
 def test_8_bit_cache_stays_close() -> None:
@@ -331,7 +335,8 @@ def test_8_bit_cache_stays_close() -> None:
     assert 0 < kl(lm.text_linear(full), lm.text_linear(small)) < 1e-4
     assert state_bytes(lm.init_state(2, kv_bits=8)) < 0.4 * state_bytes(lm.init_state(2))
     lm.set_dtype(mx.bfloat16)
-    assert state_bytes(lm.init_state(2, kv_bits=8)) == state_bytes(lm.init_state(2)) * (8 + 2 * 16 / 64) / 16
+    small, full = (ring_bytes(lm.init_state(2, kv_bits=bits)) for bits in (8, None))
+    assert small == full * (8 + 2 * 16 / 64) / 16
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -18,6 +18,7 @@ from moshi_mlx.mimi import Mimi, MimiConfig
 from moshi_mlx.mimi_weights import load_mimi, mimi_weights, published_mimi_weights
 from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_bytes
 from tests.helpers.mimi import TINY, tiny_mimi, unproven_differences
+from tests.helpers.rings import fill_rings
 from tests.helpers.signal import speechlike
 
 GOLDEN = Path(__file__).parent / "golden" / "mimi"
@@ -186,9 +187,7 @@ def test_unwritten_keys_are_never_read(mimi: Mimi, pcm: np.ndarray) -> None:
     """If this fails, the first seconds of a conversation attend to whatever lay in memory."""
 
     def poison(state: State) -> State:
-        for layer in state["transformer"].values():
-            for name in ("keys", "values"):
-                layer[name] = mx.full(layer[name].shape, mx.nan)
+        fill_rings(state["transformer"])
         return state
 
     encoder, decoder = poison(mimi.init_encoder_state(1)), poison(mimi.init_decoder_state(1))
@@ -325,6 +324,22 @@ def test_the_default_is_the_published_codec() -> None:
         ("frame_rate", float("nan"), "frame_rate must be a number"),
         ("frame_rate", 0, "frame_rate must be at least 1"),
         ("frame_rate", 149.0, "24000 / frame_rate 149.0"),
+        ("frame_rate", 10**400, "frame_rate must be at most 65536"),
+        ("frame_rate", 5e-324, "the samples of a frame, sample_rate / frame_rate, must be at most 1.04858e+06"),
+        ("sample_rate", 2**62, "sample_rate must be at most 768000"),
+        ("seanet.n_filters", 2**31, "seanet.n_filters must be at most 65536"),
+        ("seanet.n_filters", 2**15, "the channels that seanet.n_filters and seanet.ratios make must be at most 65536"),
+        ("seanet.n_residual_layers", 10**9, "seanet.n_residual_layers must be at most 64"),
+        ("seanet.n_residual_layers", 60, "the dilation that seanet.n_residual_layers and seanet.dilation_base make"),
+        ("seanet.kernel_size", 10**9, "seanet.kernel_size must be at most 1024"),
+        ("seanet.ratios", [1] * 100, "the number of seanet.ratios must be at most 16"),
+        ("seanet.ratios", [2**70], "the largest of seanet.ratios must be at most 1024"),
+        ("quantizer.n_q", 10**9, "quantizer.n_q must be at most 1024"),
+        ("quantizer.bins", 2**40, "quantizer.bins must be at most 1.04858e+06"),
+        ("transformer.num_layers", 10**9, "transformer.num_layers must be at most 256"),
+        ("transformer.context", 2**31, "transformer.context must be at most 100000"),
+        ("transformer.dim_feedforward", 2**31, "transformer.dim_feedforward must be at most 262144"),
+        ("transformer.max_period", 10**400, "transformer.max_period must be at most 1e+12"),
     ],
 )
 def test_what_a_configuration_says_wrongly_is_named(path: str, value: Any, message: str) -> None:

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.sampling import GREEDY, Sampling, filter_logits, gumbel_noise, sample
+from moshi_mlx.sampling import (
+    AUDIO_SAMPLING,
+    GREEDY,
+    TEXT_SAMPLING,
+    RowSampling,
+    Sampling,
+    filter_logits,
+    gumbel_noise,
+    sample,
+    sample_rows,
+)
 
 GOLDEN: dict[str, Any] = dict(mx.load(str(Path(__file__).parent / "golden" / "lm" / "sampling.safetensors")))
 SETTINGS = list(zip(*(GOLDEN[key].tolist() for key in ("temp", "top_k", "top_p"))))
@@ -181,3 +191,43 @@ def test_refused_settings(settings: dict[str, Any], said: str) -> None:
     """A setting that means nothing is taken, and fails at the first frame."""
     with pytest.raises(ConfigError, match=said):
         Sampling(**settings)
+
+
+MANY = [GREEDY, TEXT_SAMPLING, AUDIO_SAMPLING, Sampling(1.3), Sampling(0.9, top_p=0.8), Sampling(0.7, 9, 0.9, 0.05)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        MANY * 8,
+        [GREEDY] * 5,
+        [GREEDY, Sampling(1.0)] * 9,
+        [AUDIO_SAMPLING] * 9,
+        [Sampling(1.1, 0, 0.7), Sampling(0.9)] * 9,
+    ],
+    ids=["many", "greedy", "some greedy", "alike", "top-p"],
+)
+def test_rows_draw_as_they_draw_alone(rows: list[Sampling]) -> None:
+    """If this fails, a conversation's temperature or filter is another's in the batch."""
+    logits = mx.random.normal((len(rows), 300), key=mx.random.key(0)) * 3
+    how = RowSampling(rows)
+    arrays = {name: mx.array(values) for name, values in how.arrays.items()}
+    for position in range(20):
+        noise = None if how.kind.greedy else gumbel_noise(range(len(rows)), position, (300,), 0)
+        drawn = sample_rows(logits, how.kind, arrays, noise)
+        for row, sampling in enumerate(rows):
+            own = None if noise is None else noise[row : row + 1]
+            assert drawn[row].item() == sample(logits[row : row + 1], sampling, own).item()
+
+
+def test_what_all_rows_have_in_common() -> None:
+    """If this fails, a step has operations that no row needs, or lacks one."""
+    assert RowSampling([GREEDY] * 3).kind == (True, 0, False, False)
+    assert RowSampling([GREEDY, Sampling(1.0, 5)]).kind == (None, 5, False, False)
+    assert RowSampling([Sampling(1.0, 4, 1.0), Sampling(1.0, 5, min_p=0.1)]).kind == (False, None, False, True)
+    groups = RowSampling([GREEDY, Sampling(1.0), GREEDY]).groups
+    assert [(kind, rows is not None and rows.tolist()) for kind, rows in groups] == [
+        (GREEDY, [0, 2]),
+        (Sampling(1.0), [1]),
+    ]
+    assert RowSampling([GREEDY] * 3).groups == [(GREEDY, None)]

@@ -15,65 +15,145 @@ from moshi_mlx.errors import StateError
 from moshi_mlx.streaming import (
     State,
     StateEntry,
+    as_mlx,
+    as_numpy,
+    concatenate_rows,
     copy_state,
+    count_rows,
     describe_state,
     load_state,
+    put_rows,
     save_state,
     state_arrays,
     state_bytes,
+    take_rows,
     update_state,
 )
 
 
 def example() -> State:
     return {
-        "layer": {"keys": mx.random.normal((2, 3), key=mx.random.key(1)), "offset": 7},
-        "half": mx.ones((4,), mx.bfloat16),
+        "layer": {"keys": mx.random.normal((2, 3), key=mx.random.key(1)), "offset": mx.array([7, 9], mx.int32)},
+        "half": mx.ones((2, 2), mx.bfloat16),
         "bits": mx.array([1, 2**32 - 1], mx.uint32),
-        "position": 2**40,
+        "position": np.array([2**30, 5], np.int32),
     }
 
 
+def numbered(rows: int, start: int = 0, kind: str = "mlx") -> State:
+    """A state whose every row is told from the others."""
+    offset = np.arange(start, start + rows, dtype=np.int32)
+    state: State = {
+        "layer": {"keys": (offset[:, None, None] + np.ones((rows, 2, 3))).astype(np.float32)},
+        "offset": offset,
+    }
+    return state if kind == "numpy" else as_mlx(state)
+
+
+def numbers(state: State) -> list[int]:
+    """The numbers of a numbered state's rows, after a look at every leaf."""
+    offset, keys = np.array(state["offset"]), np.array(state["layer"]["keys"])
+    assert (keys == offset[:, None, None] + 1).all() and keys.shape[1:] == (2, 3)
+    found: list[int] = offset.tolist()
+    return found
+
+
 def test_schema_and_bytes() -> None:
-    """A state's size or schema is reported wrongly."""
+    """If this fails, a state's size or schema is reported wrongly."""
     state = example()
-    assert state_bytes(state) == 2 * 3 * 4 + 4 * 2 + 2 * 4
-    assert len(state_arrays(state)) == 3
+    assert state_bytes(state) == 2 * 3 * 4 + 2 * 4 + 4 * 2 + 2 * 4 + 2 * 4
+    assert len(state_arrays(state)) == 5 and count_rows(state) == 2
     assert describe_state(state) == [
         StateEntry("layer.keys", "float32", (2, 3)),
-        StateEntry("layer.offset", "int", ()),
-        StateEntry("half", "bfloat16", (4,)),
+        StateEntry("layer.offset", "int32", (2,)),
+        StateEntry("half", "bfloat16", (2, 2)),
         StateEntry("bits", "uint32", (2,)),
-        StateEntry("position", "int", ()),
+        StateEntry("position", "int32", (2,)),
     ]
 
 
-def test_only_arrays_and_ints() -> None:
-    """A leaf that cannot be saved is found when it is too late to name it."""
-    with pytest.raises(StateError, match=r"'a\.b' is a float"):
-        describe_state({"a": {"b": 0.5}})
+@pytest.mark.parametrize("leaf", [0.5, 3, mx.array(3), np.array(3)], ids=str)
+def test_only_arrays_with_a_batch(leaf: Any) -> None:
+    """If this fails, a leaf without rows, such as a counter, is found when it is too late to name it."""
+    with pytest.raises(StateError, match=r"'a\.b' is a"):
+        describe_state({"a": {"b": leaf}})
+
+
+def test_rows_must_agree() -> None:
+    """If this fails, a state whose leaves have different batches is taken for one with rows."""
+    with pytest.raises(StateError, match=r"\[2, 3\]"):
+        count_rows({"a": mx.zeros((2, 3)), "b": mx.zeros((3,))})
+    with pytest.raises(StateError, match="batch axis"):
+        count_rows({})
+
+
+@pytest.mark.parametrize("kind", ["mlx", "numpy"])
+def test_rows_are_taken_put_and_joined(kind: str) -> None:
+    """If this fails, a conversation that joins, leaves or moves gets another one's state."""
+    state = numbered(4, kind=kind)
+    part = take_rows(state, [2, 0])
+    assert numbers(part) == [2, 0] and numbers(state) == [0, 1, 2, 3]
+    assert isinstance(part["offset"], mx.array if kind == "mlx" else np.ndarray)
+    kept = copy_state(state)
+    for other_kind in ("mlx", "numpy"):
+        put_rows(state, [3, 1], numbered(2, 10, other_kind))
+        assert numbers(state) == [0, 11, 2, 10] and numbers(kept) == [0, 1, 2, 3]
+        assert type(state["offset"]) is type(part["offset"])
+        joined = concatenate_rows([part, numbered(1, 7, other_kind), kept])
+        assert numbers(joined) == [2, 0, 7, 0, 1, 2, 3] and type(joined["offset"]) is type(part["offset"])
+    assert numbers(part) == [2, 0]
+    assert count_rows(take_rows(state, [])) == 0
+
+
+def test_rows_that_do_not_fit() -> None:
+    """If this fails, a row of another model is put among the others, or half of it."""
+    state = numbered(3)
+    short = {"layer": {"keys": mx.zeros((1, 2, 2))}, "offset": mx.array([5], mx.int32)}
+    with pytest.raises(StateError, match=r"'layer\.keys' should be float32 \[1, 2, 3\]"):
+        put_rows(state, [0], short)
+    with pytest.raises(StateError, match=r"\[2, 2, 3\]"):
+        put_rows(state, [0, 1], numbered(1))
+    with pytest.raises(StateError, match=r"'layer\.keys'"):
+        concatenate_rows([state, short])
+    with pytest.raises(StateError, match="no states"):
+        concatenate_rows([])
+    assert numbers(state) == [0, 1, 2]
+
+
+def test_numpy_and_mlx_have_one_schema() -> None:
+    """If this fails, a conversation of the numpy path cannot go on in MLX, or the other way round."""
+    numpy_one, mlx_one = numbered(2, kind="numpy"), numbered(2, 5)
+    assert describe_state(numpy_one) == describe_state(mlx_one) == describe_state(as_numpy(mlx_one))
+    update_state(numpy_one, mlx_one)
+    assert numbers(numpy_one) == [5, 6] and isinstance(numpy_one["offset"], np.ndarray)
+    numpy_one["offset"][0] = 1
+    assert numbers(mlx_one) == [5, 6]
+    flags = {"fresh": mx.array([[True], [False]])}
+    assert describe_state(as_numpy(flags)) == describe_state(flags)
 
 
 def test_copy_is_a_snapshot() -> None:
-    """Writing into a ring changes a snapshot taken before, or the other way round."""
+    """If this fails, writing into a ring changes a snapshot taken before, or the other way round."""
     state = example()
     kept = copy_state(state)
     before = state["layer"]["keys"].tolist()
     state["layer"]["keys"][:, 0] = 9.0
-    state["layer"]["offset"] = 8
-    assert kept["layer"]["keys"].tolist() == before and kept["layer"]["offset"] == 7
+    state["layer"]["offset"][0] = 8
+    state["position"][1] = 6
+    assert kept["layer"]["keys"].tolist() == before and kept["layer"]["offset"].tolist() == [7, 9]
+    assert kept["position"].tolist() == [2**30, 5]
     kept["half"][0] = 5.0
-    assert state["half"].tolist() == [1.0] * 4
+    assert state["half"].tolist() == [[1.0] * 2] * 2
 
 
 def test_update_in_place() -> None:
-    """Restoring does not reach the state that the session holds, or ties it to the snapshot."""
+    """If this fails, restoring does not reach the state that the session holds, or ties it to the snapshot."""
     state, other = example(), example()
     inner = state["layer"]
     other["layer"]["keys"] = mx.zeros((2, 3))
-    other["layer"]["offset"] = 1
+    other["layer"]["offset"] = mx.array([1, 2], mx.int32)
     update_state(state, other)
-    assert inner["offset"] == 1 and inner["keys"].tolist() == [[0.0] * 3] * 2
+    assert inner["offset"].tolist() == [1, 2] and inner["keys"].tolist() == [[0.0] * 3] * 2
     state["layer"]["keys"][0, 0] = 1.0
     assert other["layer"]["keys"].tolist() == [[0.0] * 3] * 2
 
@@ -94,23 +174,30 @@ def test_misfits_are_named(what: str) -> None:
         other["layer"]["keys"] = 3
     with pytest.raises(StateError, match=r"'layer\.keys"):
         update_state(state, other)
-    assert state["layer"]["offset"] == 7 and state["layer"]["keys"].tolist() == example()["layer"]["keys"].tolist()
+    assert (
+        state["layer"]["offset"].tolist() == [7, 9]
+        and state["layer"]["keys"].tolist() == example()["layer"]["keys"].tolist()
+    )
 
 
 def equal(a: State, b: State) -> bool:
     assert describe_state(a) == describe_state(b)
     arrays = zip(state_arrays(a), state_arrays(b))
-    return all(mx.array_equal(x, y).item() for x, y in arrays)
+    return all(mx.array_equal(mx.array(x), mx.array(y)).item() for x, y in arrays)
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    """A saved session comes back with other numbers, types or counters."""
+    """If this fails, a saved session comes back with other numbers or types."""
     state = example()
     save_state(tmp_path / "state.safetensors", state, {"note": "kept"})
     like = example()
-    like["position"] = 0
+    like["position"][:] = 0
     loaded = load_state(tmp_path / "state.safetensors", like)
-    assert equal(loaded, state) and loaded["position"] == 2**40 and like["position"] == 0
+    assert equal(loaded, state) and loaded["position"].tolist() == [2**30, 5] and like["position"].tolist() == [0, 0]
+    assert isinstance(loaded["position"], np.ndarray) and isinstance(loaded["half"], mx.array)
+    alone = load_state(tmp_path / "state.safetensors")
+    update_state(like, alone)
+    assert equal(like, state)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
@@ -129,11 +216,11 @@ def test_loading_into_another_model(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_state(path, example())
     with pytest.raises(StateError, match="'extra' is missing"):
-        load_state(path, {**example(), "extra": 1})
+        load_state(path, {**example(), "extra": mx.zeros((2,))})
     with pytest.raises(StateError, match="'position' is not part"):
         load_state(path, {key: value for key, value in example().items() if key != "position"})
     with pytest.raises(StateError, match=r"'layer\.keys'"):
-        load_state(path, {**example(), "layer": {"keys": mx.zeros((1, 3)), "offset": 0}})
+        load_state(path, {**example(), "layer": {**example()["layer"], "keys": mx.zeros((1, 3))}})
 
 
 def rewrite(path: Path, change: Any) -> None:
@@ -145,23 +232,54 @@ def rewrite(path: Path, change: Any) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
 
 
-def set_counters(text: str | None) -> Any:
+def set_metadata(name: str, text: str | None) -> Any:
     def change(header: dict[str, Any]) -> None:
-        header["__metadata__"].pop("counters")
+        header["__metadata__"].pop(name)
         if text is not None:
-            header["__metadata__"]["counters"] = text
+            header["__metadata__"][name] = text
 
     return change
 
 
-@pytest.mark.parametrize("counters", [None, "", "garbled", "[]", "3", "{}", '{"layer.offset": "x", "position": 1}'])
-def test_broken_counters(tmp_path: Path, counters: str | None) -> None:
-    """A damaged header ends in a traceback from the JSON reader."""
+@pytest.mark.parametrize("digest", [None, "", "garbled", "0" * 64])
+def test_broken_digest(tmp_path: Path, digest: str | None) -> None:
+    """If this fails, a damaged header is trusted."""
     path = tmp_path / "state.safetensors"
     save_state(path, example())
-    rewrite(path, set_counters(counters))
-    with pytest.raises(StateError):
+    rewrite(path, set_metadata("digest", digest))
+    with pytest.raises(StateError, match=r"state\.safetensors is damaged"):
         load_state(path, example())
+
+
+def test_other_versions_are_named(tmp_path: Path) -> None:
+    """If this fails, a file of the format with counters is called damaged, or read."""
+    path = tmp_path / "state.safetensors"
+    save_state(path, example())
+    rewrite(path, set_metadata("format", "moshi-mlx-local state 1"))
+    with pytest.raises(StateError, match=r"state\.safetensors was written by another version"):
+        load_state(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """If this fails, a conversation goes on from values that a disk or a network has changed."""
+    path = tmp_path / "state.safetensors"
+    save_state(path, example())
+    whole = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", whole[:8])[0]
+    for at in range(8 + size, len(whole), 5):
+        damaged = whole.copy()
+        damaged[at] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(StateError, match=r"state\.safetensors is damaged"):
+            load_state(path, example())
+
+
+def test_a_name_below_an_array(tmp_path: Path) -> None:
+    """If this fails, a file whose names contradict one another ends in a traceback."""
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"a": mx.zeros((1,)), "a.b": mx.zeros((1,))})
+    with pytest.raises(StateError, match=r"'a\.b'"):
+        load_state(path)
 
 
 def test_broken_files(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moshi_mlx.errors import CheckpointError, TokenError
+from moshi_mlx.errors import CheckpointError, StateError, TokenError
+from moshi_mlx.streaming import load_state, save_state
 from moshi_mlx.text import BOS, EOS, EPAD, PAD, TextTokenizer, Word, WordTracker
 from tests.helpers.tokenizer import CORPUS, tokenizer_bytes, train_tokenizer
 
@@ -188,11 +190,42 @@ def test_save_restore_replay(tokenizer: TextTokenizer) -> None:
     for cut in range(len(ids)):
         first, second = tokenizer.detokenizer(), tokenizer.detokenizer()
         head = "".join(map(first.step, ids[:cut]))
-        state = first.save()
+        state = first.snapshot()
         second.step(ids[-1])
         second.restore(state)
         for stream in (first, second):
             assert head + "".join(map(stream.step, ids[cut:])) == "a 🎉 party for 12 €"
+
+
+def test_words_go_on_in_another_process(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """If this fails, a conversation that was saved loses or splits the word that was being said."""
+    ids = [EPAD, *tokenizer.encode("a 🎉 party for 12 €"), PAD, PAD, EPAD, *tokenizer.encode("extraordinarily")]
+    whole = track(tokenizer, ids)
+    for cut in range(len(ids)):
+        first, second = WordTracker(tokenizer), WordTracker(tokenizer)
+        head = [word for frame in range(cut) for word in first.step(frame, ids[frame])]
+        save_state(tmp_path / "text.safetensors", first.snapshot())
+        second.restore(load_state(tmp_path / "text.safetensors", second.snapshot()))
+        rest = [word for frame in range(cut, len(ids)) for word in second.step(frame, ids[frame])]
+        assert head + rest + second.flush() == whole
+
+
+def test_a_damaged_snapshot_of_text_is_refused(tokenizer: TextTokenizer) -> None:
+    """If this fails, a file that was changed puts nonsense into a conversation, or ends it with a traceback."""
+    tracker = WordTracker(tokenizer)
+    tracker.step(3, ids_of(tokenizer, "▁The")[0])
+    good = tracker.snapshot()
+    changes = {
+        "word": np.array([[-1, 65] + [-1] * 62]),
+        "start": np.array([-5]),
+        "marked": np.array([7]),
+        "frame": np.array([1, 2]),
+        "stream": {**good["stream"], "pending": np.array([[300, -1, -1]])},
+    }
+    for name, value in changes.items():
+        with pytest.raises(StateError, match="snapshot of a text"):
+            tracker.restore({**good, name: value})
+    assert tracker.flush() == [Word("The", 0.24, 0.8)]
 
 
 # --- ids to words ----------------------------------------------------------------------------------------------------

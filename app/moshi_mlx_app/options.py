@@ -49,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
     )
     group.add_argument(
         "--codec",
-        choices=("auto", "rust", "mlx"),
+        choices=("auto", "rust", "mlx", "numpy"),
         default="auto",
         help="implementation of the audio codec: auto takes Rust where it can (default: %(default)s)",
     )

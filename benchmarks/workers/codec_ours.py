@@ -19,14 +19,9 @@ ask = json.loads(sys.argv[1])
 if ask["blas"]:  # MLX looks for the function in what the process has loaded for everybody
     ctypes.CDLL(ask["blas"], ctypes.RTLD_GLOBAL).openblas_set_num_threads(1)
 
-from moshi_mlx.codec import Codec, MimiCodec, RustMimi  # noqa: E402
-from moshi_mlx.mimi_weights import load_mimi  # noqa: E402
+from moshi_mlx.codec import make_codec  # noqa: E402
 
-codec: Codec
-if ask["kind"] == "rust":
-    codec = RustMimi(ask["path"], ask["codebooks"])
-else:
-    codec = MimiCodec(load_mimi(ask["path"], None, ask["codebooks"]), lean=ask["kind"] == "numpy")
+codec = make_codec(ask["path"], num_codebooks=ask["codebooks"], kind=ask["kind"])
 encoder, decoder = codec.encoder(), codec.decoder()
 rng = np.random.default_rng(0)
 

@@ -75,6 +75,32 @@ class Recorder:
         self._eval(*arrays)  # else a graph that is half done would be counted
 
 
+def python_time(generator: Generator, steps: int) -> list[float]:
+    """Milliseconds of this thread for steps that are built and not evaluated: so long others wait for the interpreter.
+
+    Norm, rotation and attention are one kernel each, as on a GPU, which would evaluate while this thread sleeps. Here
+    the evaluation would take the processor's caches as well.
+    """
+    batch, users, rng = generator.batch, generator.lm.config.user_q, np.random.default_rng(0)
+    stepper: Any = generator._stepper
+    if stepper._compiled is not None:
+        stepper._compiled.clear()  # graphs of this machine's kernels
+    took, built = [], []
+
+    def fetch(state: Any, *arrays: mx.array) -> list[np.ndarray]:
+        built.append(arrays)  # evaluation would take the graph apart while others run
+        return [np.zeros(array.shape, np.int32) for array in arrays]
+
+    stepper.launch, stepper.fetch = lambda *arrays: None, fetch
+    with graph.fused():
+        for _ in range(steps + 3):  # the first ones draw the graph that is kept
+            codes = rng.integers(0, generator.lm.config.card, size=(batch, users))
+            began = time.thread_time()
+            generator.step(codes)
+            took.append((time.thread_time() - began) * 1e3)
+    return took[3:]
+
+
 def products(generator: Generator) -> float:
     """Milliseconds of processor time of a step's products of a row with a weight, alone."""
     stepper: Any = generator._stepper
@@ -97,10 +123,10 @@ def products(generator: Generator) -> float:
 
 def skip(generator: Generator, frames: int) -> None:
     """Set the counters of a full cache ahead, by a multiple of its length: what would be there after so many frames."""
-    assert frames % generator.lm.config.context == 0 and frames % generator._columns == 0
-    for layer in generator._state["transformer"].values():
-        layer["offset"] += frames
-    generator._position += frames
+    assert frames % generator.lm.config.context == 0 and frames % generator._rows.columns == 0
+    rings = generator._rows.state["transformer"]
+    rings["offset"] = rings["offset"] + frames
+    generator._rows.book["position"] += frames
 
 
 def main() -> None:
@@ -114,7 +140,7 @@ def main() -> None:
     if ask.get("greedy"):
         config = GenerationConfig(GREEDY, GREEDY)
     if ask.get("modules"):
-        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm)
+        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm, compiled=bool(ask.get("compiled")))
     generator = Generator(lm, config, seeds=range(batch), kv_bits=ask.get("kv_bits"))
     rng = np.random.default_rng(0)
     users = lm.config.user_q
@@ -140,6 +166,8 @@ def main() -> None:
             answer["kernels"] = recorder.kernels
         if question.get("products"):
             answer["products"] = [products(generator) for _ in range(question["products"])]
+        if question.get("python"):
+            answer["python"] = python_time(generator, question["python"])
         answer["position"] = generator.position
         print(json.dumps(answer), flush=True)
 

@@ -19,12 +19,14 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from .gguf import read_gguf, read_gguf_header
+from .opening import open_file
 
 __all__ = [
     "INDEX_SUFFIX",
     "TensorInfo",
     "expand_shards",
     "inner_path",
+    "parse_object",
     "read_json",
     "read_safetensors",
     "read_safetensors_header",
@@ -36,10 +38,13 @@ __all__ = [
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
-MAX_HEADER = 32 * 2**20
-"""Longest header in bytes; the largest published one is 160 kB."""
-MAX_JSON = 16 * 2**20
+MAX_HEADER = 4 * 2**20
+"""Longest header in bytes; the largest published one is 160 kB. JSON takes up to thirty times its size in memory."""
+MAX_JSON = 2 * 2**20
+MAX_TENSORS = 20_000
 MAX_AXES = 8
+MAX_NAME = 255
+"""Longest name of a file, in bytes, that file systems allow."""
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
@@ -80,15 +85,21 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     CheckpointError
         If the file is missing, too large, not UTF-8, not JSON, nested too deeply, or not an object.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, which is too much for a configuration")
-    return _parse_object(path.read_bytes(), str(path))
+    with open_file(path) as (file, size):
+        if size > MAX_JSON:
+            raise CheckpointError(f"{path} has {size} bytes, which is too much for a configuration")
+        return parse_object(file.read(MAX_JSON), str(path))
 
 
-def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from bytes that are not trusted; ``where`` is what to call them in messages.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`read_json`.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
@@ -122,12 +133,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Ten
     CheckpointError
         Names the file, the tensor and what to do.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    size = path.stat().st_size
     again = "the file is incomplete or damaged: fetch it again"
-    with path.open("rb") as file:
+    with open_file(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(
@@ -137,7 +144,9 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Ten
             )
         if length > MAX_HEADER:
             raise CheckpointError(f"{path}: a header of {length} bytes is not believable: {again}")
-        header = _parse_object(file.read(length), f"{path}: the header")
+        header = parse_object(file.read(length), f"{path}: the header")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: {len(header)} tensors are not believable: {again}")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ should map names to strings")
@@ -226,11 +235,13 @@ def inner_path(folder: Path, name: str, where: str) -> Path:
     Raises
     ------
     CheckpointError
-        If the name is absolute or climbs out.
+        If the name is absolute or climbs out, or no file can be called so.
     """
     parts = PurePosixPath(name).parts
-    if not name or name.startswith("/") or ".." in parts or re.search(r"[\\:\0]", name):
+    if not parts or name.startswith("/") or ".." in parts or re.search(r"[\\:\0]", name):
         raise CheckpointError(f"{where} names the file {name[:100]!r}, which is outside its folder: refused")
+    if any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in parts):
+        raise CheckpointError(f"{where} names the file {name[:100]!r}, which is longer than a name can be")
     return folder.joinpath(*parts)
 
 
@@ -262,7 +273,7 @@ def read_tensors(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     for path in _listed(paths):
         wanted: dict[str, str] | None = _weight_map(path) if path.name.endswith(INDEX_SUFFIX) else None
         for file in expand_shards(path):
-            if wanted is not None and not file.is_file():
+            if wanted is not None and not os.path.isfile(file):
                 raise CheckpointError(f"{path} names the file {file.name}, which is missing: fetch it")
             loaded = read_gguf(file) if file.suffix == ".gguf" else read_safetensors(file)[0]
             twice = tensors.keys() & loaded.keys()

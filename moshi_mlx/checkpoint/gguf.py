@@ -18,12 +18,15 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from .opening import open_file
 
 __all__ = ["GgufTensor", "iterate_gguf", "read_gguf", "read_gguf_header"]
 
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000
 MAX_STRING = 1 << 20
 MAX_HEADER = 64 * 2**20
+MAX_AXIS = 2**31 - 1
+"""Longest axis that MLX has."""
 
 _BLOCK = 32
 _CHUNK = 16 * 2**20
@@ -94,10 +97,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> tuple[list[GgufTensor], in
         If the header is broken or uses a type other than F32, F16, BF16 and Q8_0.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as (file, size):
         reader = _Reader(file, path)
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file")
@@ -147,7 +147,7 @@ def _read_entry(reader: _Reader) -> GgufTensor:
     items = 1
     for axis in shape:
         items *= axis
-    if items > 2**48 or (block > 1 and (not shape or shape[-1] % block)):
+    if items > 2**48 or max(shape, default=0) > MAX_AXIS or (block > 1 and (not shape or shape[-1] % block)):
         raise CheckpointError(f"{where} has an impossible shape for {label}: {list(shape)}")
     return GgufTensor(name, label, shape, offset, items // block * block_bytes)
 
@@ -164,7 +164,7 @@ def iterate_gguf(path: str | os.PathLike[str]) -> Iterator[tuple[str, mx.array]]
     """Like :func:`read_gguf`, tensor by tensor: nothing is kept between two of them."""
     tensors, _ = read_gguf_header(path)
     try:
-        with Path(path).open("rb") as file:
+        with open_file(path) as (file, _):
             for tensor in tensors:
                 file.seek(tensor.start)
                 if tensor.kind == "Q8_0":
@@ -174,7 +174,7 @@ def iterate_gguf(path: str | os.PathLike[str]) -> Iterator[tuple[str, mx.array]]
                         yield stem + part, array
                 else:
                     yield tensor.name, _read_plain(file, tensor)
-    except (OSError, ValueError) as error:
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import os
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from .opening import open_file
 
 __all__ = ["read_torch_tensors"]
 
@@ -30,6 +31,7 @@ MAX_PICKLE = 2**20
 MAX_TENSORS = 1024
 _END_RECORD = 22
 _LONGEST_COMMENT = 65535
+_ENCRYPTED = 0x1
 
 _STORAGES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": np.uint16,
@@ -90,12 +92,10 @@ def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None
     """
     where = where or ("the file" if isinstance(source, bytes) else str(source))
     if not isinstance(source, bytes):
-        path = Path(source)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
-        if path.stat().st_size > MAX_FILE:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, which is too much for a voice")
-        source = path.read_bytes()
+        with open_file(source) as (file, size):
+            if size > MAX_FILE:
+                raise CheckpointError(f"{where} has {size} bytes, which is too much for a voice")
+            source = file.read(MAX_FILE)
     try:
         return _read(BytesIO(source), len(source))
     except _Refused as error:
@@ -105,11 +105,13 @@ def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None
     except (
         zipfile.BadZipFile,
         ValueError,
-        KeyError,
-        IndexError,
+        LookupError,
         OverflowError,
         TypeError,
-        NotImplementedError,
+        RuntimeError,  # an encrypted part, or a kind of compression that Python does not have
+        EOFError,  # a part that ends early
+        struct.error,
+        MemoryError,
     ) as error:
         raise CheckpointError(f"{where} is damaged or not a file of torch.save: {str(error)[:200]}") from None
 
@@ -127,6 +129,8 @@ def _read(file: BinaryIO, size: int) -> dict[str, mx.array]:
             info = members.get(prefix + name)
             if info is None:
                 raise _Refused(f"its part {name[:60]!r} is missing")
+            if info.flag_bits & _ENCRYPTED:
+                raise _Refused(f"its part {name[:60]!r} is encrypted, which torch never does")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise _Refused(f"its part {name[:60]!r} is compressed, which torch never does")
             if info.file_size > limit:

@@ -1,7 +1,11 @@
 """A repository on a model hub: what it holds, and its files brought into the shared cache.
 
-Everything goes through huggingface_hub and its cache. One thing is added: an interrupted download of a large file
-goes on where it stopped, also in another run, because losing most of 15 GB to a dropped connection is no small matter.
+The cache is huggingface_hub's, and so are the session, the token and the errors. The bytes are fetched here, because
+a hub, or a mirror named by ``HF_ENDPOINT``, is not trusted: huggingface_hub names a file of the cache after whatever
+ETag it is sent, and bounds neither what comes nor how long it takes. Here nothing is named after an answer that is not
+a plain hash, every file is hashed before it gets its name, no body is read beyond the size announced, and a transfer
+that hardly moves ends. An interrupted download goes on where it stopped, also in another run, because losing most of
+15 GB to a dropped connection is no small matter.
 """
 
 from __future__ import annotations
@@ -9,27 +13,45 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import queue
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, urljoin, urlsplit
 
-from ..errors import DownloadError
-from .files import shown
+from ..errors import CheckpointError, DownloadError
+from ..printable import printable
+from .files import inner_path, parse_object, shown
 
 __all__ = ["HubRepo", "Progress"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes of it that are here, and its size."""
 
-RESUMABLE_BYTES = 16 * 2**20
-"""Files from this size on are fetched in a way that can be resumed."""
 SPARE_BYTES = 256 * 2**20
 """Disk space that a download must leave free."""
+MAX_LISTING = 4 * 2**20
+"""Longest list of files, in bytes; a model's has a few thousand."""
+SLOWEST = 1000
+"""Bytes a second below which a download is given up."""
+_WINDOW = 60.0  # seconds over which that is measured
 _TIMEOUT = 15.0
+_TRIES, _PAUSE = 5, 1.0  # connections that may bring next to nothing, one after the other; seconds between them
+_ADVANCE = 2**20  # bytes that a connection must bring to be more than that
+_REDIRECTS = 10
+_REMEMBERED = 60.0  # seconds for which a hub that did not answer is not asked again, if the cache will do
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+_silent: dict[str, float] = {}  # by endpoint: when it did not answer
+
+T = TypeVar("T")
 
 
 class HubRepo:
@@ -47,7 +69,7 @@ class HubRepo:
     offline : bool, optional
         Never ask the network. By default as ``HF_HUB_OFFLINE`` says.
     progress : callable, optional
-        Replaces huggingface_hub's progress bars.
+        Without it huggingface_hub's progress bars are shown.
     timeout : float, optional
         Seconds to wait for the hub's list of files.
     """
@@ -65,6 +87,12 @@ class HubRepo:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
+        if revision is not None and (revision.startswith("/") or ".." in PurePosixPath(revision).parts):
+            raise DownloadError(f"{revision!r} is not a revision of {repo}")
+        try:
+            folder = repo_folder_name(repo_id=repo, repo_type="model")
+        except ValueError as error:
+            raise DownloadError(f"{repo[:100]!r} is not the name of a repository: {error}") from error
         self.repo = repo
         self.revision = revision
         self.progress = progress
@@ -72,7 +100,7 @@ class HubRepo:
         self.offline = environment if offline is None else offline
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.cache = Path(cache or constants.HF_HUB_CACHE)
-        self._root = self.cache / repo_folder_name(repo_id=repo, repo_type="model")
+        self._root = self.cache / folder
         self._timeout = _TIMEOUT if timeout is None else timeout
         self._hashes: dict[str, str] = {}  # of large files: the names of their contents in the cache
         self.commit, self.sizes = self._list_cached() if self.offline else self._list()
@@ -81,30 +109,66 @@ class HubRepo:
 
     def _list(self) -> tuple[str, dict[str, int | None]]:
         """The commit and the files with their sizes; from the cache if the network fails."""
-        from huggingface_hub import HfApi
-
-        try:
-            info = HfApi(endpoint=self.endpoint).model_info(
-                self.repo, revision=self.revision, files_metadata=True, timeout=self._timeout
-            )
-        except Exception as error:
-            if not _is_network(error) or self._cached_commit() is None:
-                raise self._explain(error, None) from error
+        cached = self._cached_commit()
+        if cached is not None and time.monotonic() < _silent.get(self.endpoint, -_REMEMBERED) + _REMEMBERED:
             self.offline = True
             return self._list_cached()
-        if not info.sha:
-            raise DownloadError(f"{self.endpoint} does not say which commit {self._label} is at")
-        siblings = info.siblings or []
-        self._hashes = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None}
-        return info.sha, {file.rfilename: file.size for file in siblings}
+        try:
+            return self._read_listing(self._describe())
+        except DownloadError:
+            raise
+        except CheckpointError as error:  # not JSON
+            raise DownloadError(f"cannot fetch {self._label}: {error}") from error
+        except Exception as error:
+            if not _is_network(error) or cached is None:
+                raise self._explain(error, None) from error
+            _silent[self.endpoint] = time.monotonic()
+            self.offline = True
+            return self._list_cached()
+
+    def _describe(self) -> dict[str, Any]:
+        """The hub's description of the repository."""
+        path = f"/revision/{quote(self.revision, safe='')}" if self.revision else ""
+        data = bytearray()
+        with self._ask(f"{self.endpoint}/api/models/{self.repo}{path}?blobs=true", self._timeout) as response:
+            until = time.monotonic() + self._timeout
+            for chunk in response.iter_raw():
+                data += chunk
+                if len(data) > MAX_LISTING:
+                    raise DownloadError(f"{self.endpoint} sends a list of files without end for {self._label}")
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the list of files has not come within {self._timeout:g} s")
+        return parse_object(bytes(data), f"the answer of {self.endpoint}")
+
+    def _read_listing(self, info: Mapping[str, Any]) -> tuple[str, dict[str, int | None]]:
+        """Commit, sizes and hashes from the hub's answer: whatever becomes a path is checked."""
+        commit, listed = info.get("sha"), info.get("siblings") or []
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise DownloadError(f"{self.endpoint} does not say which commit {self._label} is at: {str(commit)[:80]!r}")
+        sizes: dict[str, int | None] = {}
+        for file in listed if isinstance(listed, list) else [listed]:
+            file = file if isinstance(file, dict) else {"rfilename": None}
+            name, size = file.get("rfilename"), file.get("size")
+            if not isinstance(name, str) or (size is not None and (type(size) is not int or size < 0)):
+                raise DownloadError(
+                    f"{self.endpoint} sends a list of files for {self._label} that cannot be read: {str(file)[:100]!r}"
+                )
+            sizes[name] = size
+            large = file.get("lfs")
+            digest = large.get("sha256") if isinstance(large, dict) else file.get("blobId")
+            if isinstance(digest, str) and _HASH.fullmatch(digest):
+                self._hashes[name] = digest
+        return commit, sizes
 
     def _cached_commit(self) -> str | None:
-        wanted = self.revision or "main"
-        if (self._root / "snapshots" / wanted).is_dir():
-            return wanted
-        reference = self._root / "refs" / wanted
-        commit = reference.read_text().strip() if reference.is_file() else None
-        return commit if commit and (self._root / "snapshots" / commit).is_dir() else None
+        commit = self.revision or "main"
+        if not _COMMIT.fullmatch(commit):
+            try:
+                with (self._root / "refs" / commit).open("rb") as file:
+                    commit = file.read(100).decode("ascii", "replace").strip()
+            except OSError:
+                return None
+        return commit if _COMMIT.fullmatch(commit) and (self._root / "snapshots" / commit).is_dir() else None
 
     def _list_cached(self) -> tuple[str, dict[str, int | None]]:
         commit = self._cached_commit()
@@ -124,42 +188,48 @@ class HubRepo:
 
         Raises
         ------
+        CheckpointError
+            If a name leads out of the repository.
         DownloadError
-            Says what failed (network, access, space, a missing file) and what can be done.
+            Says what failed (network, access, space, a missing or a damaged file) and what can be done.
         """
-        names = list(dict.fromkeys(names))
-        folder = self._root / "snapshots" / self.commit
-        missing = [name for name in names if not (folder / name).is_file()]
+        places = {name: self._pointer(name) for name in names}
+        missing = [name for name, path in places.items() if not os.path.isfile(path)]
         absent = [name for name in missing if name not in self.sizes]
         if absent:
             hint = "is not in the cache" if self.offline else "has no such file"
             raise DownloadError(f"{self._label} {hint}: {shown(absent)}. It has {shown(self.sizes, 12) or 'no files'}")
         if not self.offline:
             self._check_space(missing)
-        with self._bars():
-            for name in missing:
-                try:
-                    self._download(name)
-                except DownloadError:
-                    raise
-                except Exception as error:
-                    raise self._explain(error, name) from error
+        for name in missing:
+            try:
+                self._download(name)
+            except DownloadError:
+                raise
+            except Exception as error:
+                raise self._explain(error, name) from error
         if missing and self.revision != self.commit:
             reference = self._root / "refs" / (self.revision or "main")  # so that offline use finds the commit
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(self.commit)
-        return {name: folder / name for name in names}
+            try:
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                reference.write_text(self.commit)
+            except OSError as error:
+                raise self._explain(error, None) from error
+        return places
 
     def missing(self, name: str) -> int:
         """Bytes of a file that are not in the cache; an interrupted download counts as far as it came."""
         size = self.sizes[name] or 0
-        if (self._root / "snapshots" / self.commit / name).is_file():
+        if os.path.isfile(self._pointer(name)):
             return 0
         blob = self._root / "blobs" / self._hashes.get(name, "unknown")
         if blob.is_file():
             return 0
-        partial = blob.with_name(f"{blob.name}.incomplete")
-        return max(size - (partial.stat().st_size if partial.is_file() else 0), 0)
+        return max(size - _length(_partial(blob)), 0)
+
+    def _pointer(self, name: str) -> Path:
+        """Where the cache shows a file by its name."""
+        return inner_path(self._root / "snapshots" / self.commit, name, self._label)
 
     def _check_space(self, names: list[str]) -> None:
         needed = sum(self.missing(name) for name in names)
@@ -174,76 +244,133 @@ class HubRepo:
             )
 
     def _download(self, name: str) -> None:
-        from huggingface_hub import hf_hub_download
+        """Put a file's bytes where the cache keeps them (``blobs/<hash>``), and a link to them under its name."""
+        from huggingface_hub import hf_hub_url
 
-        if (self.sizes[name] or 0) >= RESUMABLE_BYTES:
-            self._download_resumably(name)
-        path = hf_hub_download(
-            self.repo, name, revision=self.commit, cache_dir=self.cache, endpoint=self.endpoint, etag_timeout=_TIMEOUT
-        )
-        if self.progress is not None:
-            size = Path(path).stat().st_size
-            self.progress(name, size, size)
-
-    def _download_resumably(self, name: str) -> None:
-        """Put the file's bytes where the cache keeps them (``blobs/<etag>``), going on with what is there already."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        utils = _hub_utils()
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
-        remote = get_hf_file_metadata(url, timeout=_TIMEOUT)
-        if not remote.etag or not remote.size or not remote.etag.isalnum():
-            return  # hf_hub_download will fetch it in one go, or say what is wrong
-        blob = self._root / "blobs" / remote.etag
-        partial = blob.with_name(f"{remote.etag}.incomplete")
+        with self._ask(url, _TIMEOUT, method="HEAD") as response:  # sent on to where the bytes are, or the file's own
+            told, url = response.headers, str(response.request.url)
+        etag = (told.get("x-linked-etag") or told.get("etag") or "").removeprefix("W/").strip('"')
+        length = told.get("x-linked-size") or ("" if "location" in told else told.get("content-length", ""))
+        size = self.sizes[name]
+        if size is None and not length.isdecimal():
+            raise DownloadError(f"{self.endpoint} does not say how large {name} of {self._label} is")
+        size = int(length) if size is None else size
+        if not _HASH.fullmatch(etag):
+            raise DownloadError(
+                f"{self.endpoint} gives {name} of {self._label} the ETag {etag[:80]!r}, which is not the hash that "
+                "a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
+            )
+        digest = self._hashes.get(name, etag)
+        blob = self._root / "blobs" / digest
         locks = self.cache / ".locks" / self._root.name
         for folder in (blob.parent, locks):
             folder.mkdir(parents=True, exist_ok=True)
-        headers = utils.build_hf_headers()
-        if urlparse(remote.location).netloc != urlparse(url).netloc:
-            headers.pop("authorization", None)  # the storage host must not see the token
-        with utils.WeakFileLock(locks / f"{remote.etag}.resumable.lock"):
-            if blob.exists():
-                return
-            resumed = partial.stat().st_size if partial.exists() else 0
-            if resumed > remote.size:
-                resumed = 0
-            with partial.open("r+b" if resumed else "wb") as file:
-                self._get(remote.location, file, remote.size, name, headers)
-            broken = partial.stat().st_size != remote.size or (resumed and not _matches(partial, remote.etag))
-            if broken:
-                partial.unlink()
-                raise DownloadError(f"{name} of {self._label} arrived damaged and was thrown away: start it again")
-            os.replace(partial, blob)
-
-    def _get(self, url: str, file: Any, size: int, name: str, headers: dict[str, str]) -> None:
-        """Fetch to the end of the file; after a broken connection again, as long as every try brings something."""
-        from huggingface_hub.file_download import http_get
-
-        target: Any = file if self.progress is None else _Counted(file, name, size, self.progress)
-        while True:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                http_get(
-                    url, target, resume_size=start, headers=headers, expected_size=size, displayed_filename=name
-                )  # fmt: skip
-                return
-            except Exception as error:
-                if not _is_network(error) or file.seek(0, os.SEEK_END) <= start:
-                    raise
+        with ExitStack() as stack:
+            tell = stack.enter_context(self._telling(name, _length(_partial(blob)), size))
+            stack.enter_context(_locked(locks / f"{digest}.lock", lambda: tell(_length(_partial(blob)))))
+            if not blob.is_file():
+                self._receive(name, urljoin(url, told.get("location", "")), blob, size, tell)
+            _link(self._pointer(name), blob)
+            tell(size)
 
     @contextmanager
-    def _bars(self) -> Iterator[None]:
-        """Silence huggingface_hub's bars while a callback shows progress."""
-        utils = _hub_utils()
-        quiet = self.progress is not None and not utils.are_progress_bars_disabled()
-        if quiet:
-            utils.disable_progress_bars()
+    def _telling(self, name: str, here: int, size: int) -> Iterator[Callable[[int], None]]:
+        """What takes a file's bytes that are here: the caller's progress, or a bar."""
+        progress = self.progress
+        if progress is not None:
+            yield lambda at: progress(name, at, size)
+            return
+        with _hub_utils().tqdm(desc=printable(name), total=size, initial=here, unit="B", unit_scale=True) as bar:
+            yield lambda at: bar.update(at - bar.n)
+
+    def _receive(self, name: str, url: str, blob: Path, size: int, tell: Callable[[int], None]) -> None:
+        """Fetch a file to its end, going on with what is here of it; after a broken connection again.
+
+        What is not the file announced is thrown away.
+        """
+        partial = _partial(blob)
+        hashed = _Hashed(size, blob.name)
+        tries, farthest, pace = _TRIES, 0, _Pace(f"{name} of {self._label}")
         try:
-            yield
+            with partial.open("r+b" if _length(partial) <= size and partial.exists() else "w+b") as file:
+                while block := file.read(2**22):
+                    hashed.update(block)
+                while file.tell() < size:
+                    try:
+                        self._receive_on(url, file, size, hashed, pace, tell)
+                    except Exception as error:
+                        tries = _TRIES if file.tell() >= farthest + _ADVANCE else tries - 1
+                        if not _is_network(error) or not tries:
+                            raise
+                        farthest = max(farthest, file.tell())
+                        time.sleep(_PAUSE)
+                good = file.tell() == size and hashed.matches()
         finally:
-            if quiet:
-                utils.enable_progress_bars()
+            if size and not _length(partial):  # nothing came
+                partial.unlink(missing_ok=True)
+        if not good:
+            partial.unlink(missing_ok=True)
+            raise DownloadError(f"{name} of {self._label} arrived damaged and was thrown away: start it again")
+        os.replace(partial, blob)
+
+    def _receive_on(
+        self, url: str, file: BinaryIO, size: int, hashed: _Hashed, pace: _Pace, tell: Callable[[int], None]
+    ) -> None:
+        """One connection's part of a file; one byte more than ``size`` at most is taken."""
+        here = file.tell()
+        with self._ask(url, _TIMEOUT, **({"Range": f"bytes={here}-"} if here else {})) as response:
+            if response.status_code != 206 and here:  # the server cannot go on in the middle
+                file.seek(0)
+                file.truncate()
+                hashed.restart()
+            for chunk in response.iter_raw():
+                pace(len(chunk))
+                file.write(chunk[: size + 1 - file.tell()])
+                hashed.update(chunk)
+                tell(min(file.tell(), size))
+                if file.tell() > size:
+                    return
+        if file.tell() < size:
+            raise ConnectionError(f"the connection ended after {file.tell()} of {size} bytes")
+
+    @contextmanager
+    def _ask(self, url: str, timeout: float, method: str = "GET", **headers: str) -> Iterator[Any]:
+        """The answer to a request, its body unread: one whose end is not in sight must not be read at once.
+
+        The token goes to the hub itself only. httpx takes it out of what is redirected to another scheme, host or port.
+        A HEAD is not sent on from the hub: what is asked is in its own answer.
+        """
+        import huggingface_hub
+
+        ours = _origin(self.endpoint)
+        request = huggingface_hub.get_session().build_request(
+            method, url, headers=_headers(with_token=_origin(url) == ours) | headers, timeout=timeout
+        )
+
+        def follow() -> Any:
+            following = request
+            for _ in range(_REDIRECTS):
+                response = huggingface_hub.get_session().send(following, stream=True, follow_redirects=False)
+                onward = response.next_request
+                if onward is None or (method == "HEAD" and _origin(str(onward.url)) != ours):
+                    return response
+                response.close()
+                following = onward
+            raise ConnectionError(f"{url} is redirected again and again")
+
+        response = _within(2 * timeout, follow)
+        try:
+            # As huggingface_hub explains it, but without the body, which it would read to the end.
+            told = {key: value for key, value in response.headers.items() if key.startswith("x-error")}
+            bare = type(response)(response.status_code, headers=told, request=response.request)
+            _hub_utils().hf_raise_for_status(bare)
+            good = response.status_code in (200, 206) or method == "HEAD"
+            if not good or "content-encoding" in response.headers:
+                raise ConnectionError(f"{urlsplit(url).hostname} does not send what was asked for")
+            yield response
+        finally:
+            response.close()
 
     # -------------------------------------------------------------------------------------------- errors
 
@@ -285,6 +412,20 @@ class HubRepo:
         return DownloadError(f"cannot fetch {what}: {_short(error)}")
 
 
+def _headers(with_token: bool) -> dict[str, str]:
+    """Of a request. huggingface_hub's own would first ask the hub which programs to tell it of, without a bound."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    headers = {"User-Agent": f"moshi-mlx-local; hf_hub/{huggingface_hub.__version__}", "Accept-Encoding": "identity"}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else huggingface_hub.get_token()
+    if not token or not with_token:
+        return headers
+    if not re.fullmatch(r"[!-~]+", token):
+        raise DownloadError("the token (HF_TOKEN, or of `hf auth login`) has characters that no token has: set it anew")
+    return headers | {"Authorization": f"Bearer {token}"}
+
+
 def _hub_utils() -> Any:
     """huggingface_hub's helpers, which its type hints do not export."""
     from huggingface_hub import utils
@@ -292,30 +433,100 @@ def _hub_utils() -> Any:
     return utils
 
 
-class _Counted:
-    """A file that tells how far it has come."""
+class _Hashed:
+    """A file's hash as it comes: SHA-256, or Git's hash of a blob, which is what a hub calls small files by."""
 
-    def __init__(self, file: Any, name: str, size: int, progress: Progress):
-        self._file, self._name, self._size, self._progress = file, name, size, progress
+    def __init__(self, size: int, wanted: str):
+        self._size, self._wanted = size, wanted
+        self.restart()
 
-    def write(self, data: bytes) -> int:
-        written: int = self._file.write(data)
-        self._progress(self._name, self._file.tell(), self._size)
-        return written
+    def restart(self) -> None:
+        git = hashlib.sha1(b"blob %d\0" % self._size, usedforsecurity=False)
+        self._hash = hashlib.sha256() if len(self._wanted) == 64 else git
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def update(self, data: bytes) -> None:
+        self._hash.update(data)
+
+    def matches(self) -> bool:
+        return self._hash.hexdigest() == self._wanted
 
 
-def _matches(path: Path, etag: str) -> bool:
-    """Whether a large file has the hash that is its etag (other etags say nothing about the content)."""
-    if len(etag) != 64:
-        return True
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest() == etag
+class _Pace:
+    """Ends a transfer that hardly moves: a byte now and then would keep it open for ever."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._since, self._came = time.monotonic(), 0
+
+    def __call__(self, count: int) -> None:
+        self._came += count
+        now = time.monotonic()
+        if now - self._since < _WINDOW:
+            return
+        if self._came < SLOWEST * _WINDOW:
+            raise DownloadError(
+                f"cannot fetch {self._what}: only {self._came / _WINDOW:.0f} bytes a second come. Start it again when "
+                "the connection is better: what is here already will be used"
+            )
+        self._since, self._came = now, 0
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns, or a TimeoutError: a server that sends a byte now and then is never late for a socket."""
+    answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((call(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=run, name="moshi hub", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+@contextmanager
+def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a file's download; ``wait`` is called while another process downloads it."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(_hub_utils().WeakFileLock(path, timeout=1.0))
+                break
+            except TimeoutError:
+                wait()
+        yield
+
+
+def _link(pointer: Path, blob: Path) -> None:
+    """Make the name point at its contents, as huggingface_hub does; without symbolic links the contents move there."""
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=pointer.parent, prefix=".link.") as folder:
+        made = Path(folder, "link")
+        try:
+            made.symlink_to(os.path.relpath(blob, pointer.parent))
+        except OSError:
+            made = blob
+        os.replace(made, pointer)
+
+
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _is_network(error: BaseException) -> bool:

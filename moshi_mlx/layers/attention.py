@@ -1,12 +1,18 @@
 """Causal self-attention over a fixed ring of past keys, and attention to a conditioning sequence.
 
-The ring has exactly ``context`` slots: position p is kept in slot ``p % context``, rotated by its absolute position,
+A full ring has exactly ``context`` slots: position p is kept in slot ``p % context``, rotated by its absolute position,
 and overwritten ``context`` positions later. The order of keys does not matter to a softmax, so a full ring is read
-as it lies; nothing is trimmed or moved.
+as it lies; nothing is trimmed or moved. While all conversations are short the ring may have fewer slots, of which
+position p takes slot p: :func:`resize_rings` gives it more, and takes them back.
+
+Every row of a batch has a position of its own. What is computed has the same shape for all of them: a mask hides the
+slots that a row has not written, or may no longer see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +22,16 @@ import numpy as np
 from ..errors import ConfigError, StateError
 from ..streaming import State
 
-__all__ = ["Attention", "CrossAttention", "Rope", "window_mask"]
+__all__ = [
+    "Attention",
+    "CrossAttention",
+    "Rope",
+    "Window",
+    "resize_rings",
+    "resize_sources",
+    "trim_rings",
+    "window_mask",
+]
 
 
 class Rope:
@@ -34,8 +49,8 @@ class Rope:
         self.interleaved = interleaved
         self.max_period = float(max_period)
 
-    def __call__(self, x: mx.array, offset: int) -> mx.array:
-        """Rotate ``x`` [batch, heads, time, head_dim], whose first position is ``offset``."""
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """Rotate ``x`` [batch, heads, time, head_dim], whose first position is ``offset``, one or one a row."""
         return mx.fast.rope(
             x, x.shape[-1], traditional=self.interleaved, base=self.max_period, scale=1.0, offset=offset
         )
@@ -53,6 +68,64 @@ def window_mask(query_positions: np.ndarray, key_positions: np.ndarray, context:
     if context is not None:
         mask &= delta < context
     return mx.array(mask)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where the new positions of each row are kept, and what they see: the same for all layers of a stack.
+
+    Attributes
+    ----------
+    offset : mx.array [batch], int32
+        The first new position of each row.
+    slots : mx.array [batch, kv_heads, kept, width], int32
+        Slots of the last ``kept`` new positions, the same along heads and width: as keys are written.
+    mask : mx.array [batch, 1, time, keys], bool
+        Keys that each new position sees: the ring's, after it is written if ``time`` is 1; the ring's before that and
+        the new ones otherwise, since earlier queries of a chunk still need keys that later ones overwrite.
+    active : mx.array [batch, 1, 1, 1], bool, or None
+        Rows whose chunk counts. None: all, or a single position, for which nothing needs to be kept out.
+    """
+
+    offset: mx.array
+    slots: mx.array
+    mask: mx.array
+    active: mx.array | None = None
+
+    @classmethod
+    def make(cls, offset: mx.array, time: int, keys: mx.array, context: int, active: mx.array | None = None) -> Window:
+        """For ``time`` new positions and rings as that of ``keys``.
+
+        Parameters
+        ----------
+        offset : mx.array [batch], int32
+        time, context : int
+        keys : mx.array [batch, kv_heads, size, width]
+            A ring with fewer slots than ``context`` must hold all positions so far and the new ones.
+        active : mx.array [batch], bool, or None
+            Rows that advance. Another row computes something that nobody reads. Of a single position it also writes
+            that, into the slot of its next position, which no query sees before it is written again: the slot holds
+            nothing yet, or the position ``context`` before, which is out of the window. A chunk would write over
+            slots that are still seen, so there the rows that wait keep theirs.
+        """
+        batch, heads, size, width = keys.shape
+        if size < context and time > size:
+            raise StateError(f"a ring of {size} slots cannot take {time} positions at once")
+        index = mx.arange(size, dtype=mx.int32)
+        if time == 1:
+            mask = index <= offset[:, None]  # true everywhere once the ring is full
+            slots = mx.broadcast_to((offset % size)[:, None, None, None], (batch, heads, 1, width))
+            return cls(offset, slots, mask[:, None, None])
+        kept = min(time, size)
+        new = offset[:, None] + mx.arange(time, dtype=mx.int32)
+        # Slot s holds the last position before `offset` that is congruent to it, or a negative one: nothing.
+        last = offset[:, None] - 1
+        positions = mx.concatenate([last - (last - index) % size, new], axis=1)[:, None]
+        delta = new[:, :, None] - positions
+        mask = (delta >= 0) & (delta < context) & (positions >= 0)
+        slots = (new[:, time - kept :] % size)[:, None, :, None]
+        slots = mx.broadcast_to(slots, (batch, heads, kept, width))
+        return cls(offset, slots, mask[:, None], None if active is None else active[:, None, None, None])
 
 
 class Attention(nn.Module):
@@ -87,7 +160,21 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(dim, dim + 2 * self.kv_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def init_state(self, batch: int, dtype: mx.Dtype = mx.float32, kv_bits: int | None = None) -> State:
+    def init_state(
+        self, batch: int, dtype: mx.Dtype = mx.float32, kv_bits: int | None = None, slots: int | None = None
+    ) -> State:
+        """An empty ring, and the position that comes next.
+
+        Parameters
+        ----------
+        batch, dtype, kv_bits, slots
+            As for :meth:`init_ring`.
+        """
+        return {**self.init_ring(batch, dtype, kv_bits, slots), "offset": mx.zeros((batch,), mx.int32)}
+
+    def init_ring(
+        self, batch: int, dtype: mx.Dtype = mx.float32, kv_bits: int | None = None, slots: int | None = None
+    ) -> State:
         """An empty ring.
 
         Parameters
@@ -98,12 +185,14 @@ class Attention(nn.Module):
             Type of the stored keys and values (of their scales if quantized).
         kv_bits : {None, 8}
             8: keep keys and values in 8 bits (affine, groups along the head dimension).
+        slots : int, optional
+            Fewer than ``context`` (the default) as long as no row has more positions: see :func:`resize_rings`.
         """
         if self.context is None:
             raise ConfigError("streaming needs a limited context: set `context` in the configuration")
-        shape = (batch, self.kv_heads, self.context, self.head_dim)
+        shape = (batch, self.kv_heads, min(slots or self.context, self.context), self.head_dim)
         if kv_bits is None:
-            return {"keys": mx.zeros(shape, dtype), "values": mx.zeros(shape, dtype), "offset": 0}
+            return {"keys": mx.zeros(shape, dtype), "values": mx.zeros(shape, dtype)}
         if kv_bits != 8:
             raise ConfigError(f"kv_bits is None or 8, not {kv_bits}")
         group = _kv_group(self.head_dim)
@@ -112,7 +201,7 @@ class Attention(nn.Module):
             state[name] = mx.zeros((*shape[:3], self.head_dim // 4), mx.uint32)
             for part in ("scales", "biases"):
                 state[f"{name}_{part}"] = mx.zeros((*shape[:3], self.head_dim // group), dtype)
-        return {**state, "offset": 0}
+        return state
 
     def __call__(self, x: mx.array) -> mx.array:
         """Attend over a whole sequence ``x`` [batch, time, dim] that starts at position 0."""
@@ -125,101 +214,96 @@ class Attention(nn.Module):
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
         return self._merge(out)
 
-    def step(self, x: mx.array, state: State) -> mx.array:
-        """Attend from new positions ``x`` [batch, time, dim] to the ring and to themselves; advance ``state``."""
-        offset: int = state["offset"]
-        time = x.shape[1]
-        assert self.context is not None
-        if state["keys"].shape[0] != x.shape[0]:
-            raise StateError(f"state holds {state['keys'].shape[0]} sequences, the input {x.shape[0]}")
-        queries, keys, values = self._project(x, offset)
+    def step(self, x: mx.array, state: State, window: Window | None = None) -> mx.array:
+        """Attend from new positions ``x`` [batch, time, dim] to the ring and to themselves.
+
+        Parameters
+        ----------
+        x : mx.array [batch, time, dim]
+        state : State
+            Its ring is written; its position advances if there is no ``window``.
+        window : Window, optional
+            From somebody who keeps the positions of several layers.
+        """
+        held = state["keys"].shape[0]
+        if held != x.shape[0]:
+            raise StateError(f"state holds {held} sequences, the input {x.shape[0]}")
+        if window is None:
+            assert self.context is not None
+            offset = mx.array(state["offset"])
+            window = Window.make(offset, x.shape[1], state["keys"], self.context)
+            state["offset"] = offset + x.shape[1]
+        queries, keys, values = self._project(x, window.offset)
         if "keys_scales" in state:
-            out = self.attend_quantized(queries * self.scale, keys, values, state)
-        elif time == 1:
-            ring_keys, ring_values = self.remember(keys, values, state)
-            out = mx.fast.scaled_dot_product_attention(queries, ring_keys, ring_values, scale=self.scale)
-        else:
-            # Earlier queries of the chunk still need keys that later ones overwrite: read before writing.
-            filled = min(offset, self.context)
-            all_keys = mx.concatenate([state["keys"][:, :, :filled], keys], axis=2)
-            all_values = mx.concatenate([state["values"][:, :, :filled], values], axis=2)
-            mask = self._chunk_mask(offset, time)
-            out = mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=self.scale, mask=mask)
-            _write(state, "keys", keys, offset, self.context)
-            _write(state, "values", values, offset, self.context)
-        state["offset"] = offset + time
+            return self._merge(self._attend_quantized(queries * self.scale, keys, values, state, window))
+        all_keys = self.update_and_fetch(state, "keys", keys, window)
+        all_values = self.update_and_fetch(state, "values", values, window)
+        out = mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=self.scale, mask=window.mask)
         return self._merge(out)
 
-    def remember(self, keys: mx.array, values: mx.array, state: State) -> tuple[mx.array, mx.array]:
-        """Put one position's keys and values [batch, kv_heads, 1, head_dim] into the ring; all that it now sees."""
-        offset: int = state["offset"]
-        assert self.context is not None
-        slot = offset % self.context
-        ring_keys, ring_values = state["keys"], state["values"]
-        ring_keys[:, :, slot : slot + 1] = keys
-        ring_values[:, :, slot : slot + 1] = values
-        if offset + 1 >= self.context:
-            return ring_keys, ring_values
-        return ring_keys[:, :, : offset + 1], ring_values[:, :, : offset + 1]
+    def update_and_fetch(self, state: State, name: str, new: mx.array, window: Window) -> mx.array:
+        """Put ``new`` [batch, kv_heads, time, ...] into the ring ``state[name]``; all that ``window.mask`` is about."""
+        ring = state[name]
+        new = new.astype(ring.dtype)
+        kept = new[:, :, new.shape[2] - window.slots.shape[2] :]
+        slots = window.slots
+        if slots.shape[3] != kept.shape[3]:
+            slots = mx.broadcast_to(slots[..., :1], kept.shape)
+        if window.active is not None:
+            kept = mx.where(window.active, kept, mx.take_along_axis(ring, slots, axis=2))
+        state[name] = mx.put_along_axis(ring, slots, kept, axis=2)
+        return state[name] if new.shape[2] == 1 else mx.concatenate([ring, new], axis=2)
 
-    def _project(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array, mx.array]:
+    def _project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         batch, time, _ = x.shape
         heads, kv_heads = self.num_heads, self.kv_heads
-        projected = self.in_proj(x).reshape(batch, time, heads + 2 * kv_heads, self.head_dim)
-        projected = projected.transpose(0, 2, 1, 3)
-        if self.rope is None:
-            rotated = projected[:, : heads + kv_heads]
+        projected, all_heads = self.in_proj(x), heads + 2 * kv_heads
+        if time == 1:  # the same memory, by one operation less
+            projected = projected.reshape(batch, all_heads, 1, self.head_dim)
         else:
-            rotated = self.rope(projected[:, : heads + kv_heads], offset)
-        return rotated[:, :heads], rotated[:, heads:], projected[:, heads + kv_heads :]
+            projected = projected.reshape(batch, time, all_heads, self.head_dim).transpose(0, 2, 1, 3)
+        rotated, values = mx.split(projected, [heads + kv_heads], axis=1)
+        if self.rope is not None:
+            rotated = self.rope(rotated, offset)
+        queries, keys = mx.split(rotated, [heads], axis=1)
+        return queries, keys, values
 
     def _merge(self, out: mx.array) -> mx.array:
         batch, _, time, _ = out.shape
-        merged: mx.array = self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, time, -1))
+        if time > 1:
+            out = out.transpose(0, 2, 1, 3)
+        merged: mx.array = self.out_proj(out.reshape(batch, time, -1))
         return merged
 
-    def _chunk_mask(self, offset: int, time: int) -> mx.array:
-        assert self.context is not None
-        new = np.arange(offset, offset + time)
-        slots = np.arange(min(offset, self.context))
-        # Slot s holds the last position before `offset` that is congruent to it.
-        stored = offset - 1 - (offset - 1 - slots) % self.context
-        return window_mask(new, np.concatenate([stored, new]), self.context)
-
-    def attend_quantized(self, queries: mx.array, keys: mx.array, values: mx.array, state: State) -> mx.array:
-        """From new positions (queries scaled) to a ring in 8 bits and to themselves; writes, but does not advance.
+    def _attend_quantized(
+        self, queries: mx.array, keys: mx.array, values: mx.array, state: State, window: Window
+    ) -> mx.array:
+        """From new positions (queries scaled) to a ring in 8 bits and to themselves.
 
         New positions are quantized first, so that every cut gives one result.
         """
-        assert self.context is not None
-        offset, time = state["offset"], queries.shape[2]
-        group = _kv_group(self.head_dim)
-        filled = min(offset + 1, self.context) if time == 1 else min(offset, self.context)
-        rings: list[list[mx.array]] = []
-        for name, new in (("keys", keys), ("values", values)):
-            names = (name, f"{name}_scales", f"{name}_biases")
-            parts = mx.quantize(new, group_size=group, bits=8)
-            past = [state[key][:, :, :filled] for key in names]
-            for key, part in zip(names, parts, strict=True):
-                _write(state, key, part, offset, self.context)
-            if time == 1:
-                rings.append([state[key][:, :, :filled] for key in names])
-            else:
-                rings.append([mx.concatenate([a, b], axis=2) for a, b in zip(past, parts, strict=True)])
-        (kw, ks, kb), (vw, vs, vb) = rings
+        time, group = queries.shape[2], _kv_group(self.head_dim)
+        (kw, ks, kb), (vw, vs, vb) = (
+            [
+                self.update_and_fetch(state, key, part, window)
+                for key, part in zip(
+                    (name, f"{name}_scales", f"{name}_biases"), mx.quantize(new, group_size=group, bits=8), strict=True
+                )
+            ]
+            for name, new in (("keys", keys), ("values", values))
+        )
         batch, repeat = queries.shape[0], self.num_heads // self.kv_heads
         grouped = queries.reshape(batch, self.kv_heads, repeat * time, self.head_dim)
         scores = mx.quantized_matmul(grouped, kw, ks, kb, transpose=True, group_size=group, bits=8)
-        if time > 1:
-            mask = mx.tile(self._chunk_mask(offset, time), (repeat, 1))
-            scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
+        mask = window.mask if time == 1 else mx.tile(window.mask, (1, 1, repeat, 1))
+        scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
         weights = mx.softmax(scores, axis=-1, precise=True)
         out = mx.quantized_matmul(weights, vw, vs, vb, transpose=False, group_size=group, bits=8)
         return out.reshape(batch, self.num_heads, time, self.head_dim)
 
 
 class CrossAttention(nn.Module):
-    """Attention from every position to one fixed conditioning sequence: no mask, no position embedding.
+    """Attention from every position to one fixed conditioning sequence: no causal mask, no position embedding.
 
     Keys and values of the source are computed once, by :meth:`project_source`.
     """
@@ -239,11 +323,14 @@ class CrossAttention(nn.Module):
         keys, values = mx.split(projected, 2, axis=-1)
         return {"cross_keys": self._heads(keys), "cross_values": self._heads(values)}
 
-    def __call__(self, x: mx.array, source: State) -> mx.array:
-        """Attend from ``x`` [batch, time, dim] to a projected source."""
+    def __call__(self, x: mx.array, source: State, mask: mx.array | None = None) -> mx.array:
+        """Attend from ``x`` [batch, time, dim] to a projected source.
+
+        ``mask`` [batch, 1, 1, slots], bool, tells the slots of each row from padding. None: all are real.
+        """
         queries = self._heads(self._linear(x, 0, x.shape[-1]))
         out = mx.fast.scaled_dot_product_attention(
-            queries, source["cross_keys"], source["cross_values"], scale=self.scale
+            queries, source["cross_keys"], source["cross_values"], scale=self.scale, mask=mask
         )
         batch, _, time, _ = out.shape
         merged: mx.array = self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, time, -1))
@@ -279,18 +366,50 @@ def _kv_group(head_dim: int) -> int:
     raise ConfigError(f"an 8-bit cache needs a head dimension that is a multiple of 32, not {head_dim}")
 
 
-def _write(state: State, name: str, new: mx.array, offset: int, context: int) -> None:
-    """Put ``new`` [batch, heads, time, ...] into the ring ``state[name]``; its first position is ``offset``."""
-    time = new.shape[2]
-    ring = state[name]
-    new = new.astype(ring.dtype)
-    if time >= context:
-        shift = (offset + time) % context  # slot of the oldest of the last `context` positions
-        last = new[:, :, time - context :]
-        state[name] = mx.concatenate([last[:, :, context - shift :], last[:, :, : context - shift]], axis=2)
-        return
-    start = offset % context
-    head = min(time, context - start)
-    ring[:, :, start : start + head] = new if head == time else new[:, :, :head]
-    if head < time:
-        ring[:, :, : time - head] = new[:, :, head:]
+def resize_rings(state: State, slots: int) -> None:
+    """Give the rings of a transformer's state, in place, another number of slots.
+
+    Slots that are added hold zeros. Those taken away must hold nothing: no row has as many positions as ``slots``, or
+    the rings keep all of their context. Leaves may be of either kind of array.
+    """
+    _change(state, ("keys", "values"), lambda leaf: _fit(leaf, slots))
+
+
+def resize_sources(state: State, slots: int) -> None:
+    """The same for conditioning sequences, whose slots beyond each row's own are padding."""
+    _change(state, ("cross_keys", "cross_values"), lambda leaf: _fit(leaf, slots))
+
+
+def trim_rings(state: State, positions: np.ndarray) -> None:
+    """Set a transformer's state, in place, to ``positions`` [batch]; slots that hold nothing then are set to zero.
+
+    What is masked is multiplied by zero, which hides all but infinity and NaN.
+    """
+
+    def trim(leaf: Any) -> Any:
+        written = (np.arange(leaf.shape[2]) < positions[:, None])[:, None, :, None]
+        if isinstance(leaf, mx.array):
+            return mx.where(mx.array(written), leaf, mx.array(0, leaf.dtype))
+        return np.where(written, leaf, np.zeros((), leaf.dtype))
+
+    _change(state, ("keys", "values"), trim)
+    offset = positions.astype(np.int32)
+    state["offset"] = mx.array(offset) if isinstance(state["offset"], mx.array) else offset
+
+
+def _change(state: State, names: tuple[str, str], change: Callable[[Any], Any]) -> None:
+    """Replace the leaves of each layer whose names begin so."""
+    for layer in state.values():
+        for name in [name for name in layer if name.startswith(names)] if isinstance(layer, dict) else ():
+            layer[name] = change(layer[name])
+
+
+def _fit(leaf: Any, slots: int) -> Any:
+    """``leaf`` [batch, heads, n, ...] with ``slots`` instead of n entries: cut, or filled with zeros."""
+    more = slots - leaf.shape[2]
+    if not more:
+        return leaf
+    if isinstance(leaf, mx.array):  # a slice would keep all of the memory
+        index = mx.arange(slots)
+        return mx.take(leaf, index, axis=2) if more < 0 else mx.pad(leaf, [(0, 0), (0, 0), (0, more), (0, 0)])
+    return leaf[:, :, :slots].copy() if more < 0 else np.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0)))

@@ -14,7 +14,7 @@ import numpy as np
 from ..config import ConditionerConfig, FuserConfig
 from ..errors import ConfigError
 
-__all__ = ["Condition", "ConditionProvider", "TensorCondition"]
+__all__ = ["Condition", "ConditionProvider", "TensorCondition", "match_slots"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,13 @@ class Condition:
         Added to every input.
     cross : mx.array [batch, slots, dim] or None
         Attended to at every position.
+    cross_slots : mx.array [batch], int32, or None
+        How many of the slots are the row's own; after them comes padding, which the row does not see. None: all.
     """
 
     sum: mx.array | None = None
     cross: mx.array | None = None
+    cross_slots: mx.array | None = None
 
 
 class _Conditioner(nn.Module):
@@ -104,7 +107,18 @@ class ConditionProvider(nn.Module):
                     f"this model takes the conditions {sorted(configs)}: "
                     + (f"{missing} not given" if missing else f"{unknown} not known")
                 )
-        parts = {name: self._one(name, config, [row[name] for row in rows]) for name, config in configs.items()}
+        # One row after the other: slots that another row needs would move this one's positions.
+        made = [self._fuse({name: self._one(name, configs[name], row[name]) for name in configs}) for row in rows]
+        sums, sources = ([part for part in parts if part is not None] for parts in zip(*made, strict=True))
+        total = mx.concatenate(sums) if sums else None
+        if not sources:
+            return Condition(total)
+        counts = [source.shape[1] for source in sources]
+        padded = [mx.pad(source, [(0, 0), (0, max(counts) - source.shape[1]), (0, 0)]) for source in sources]
+        return Condition(total, mx.concatenate(padded), mx.array(counts, mx.int32))
+
+    def _fuse(self, parts: Mapping[str, mx.array]) -> tuple[mx.array | None, mx.array | None]:
+        """What one row adds [1, 1, dim] and attends to [1, slots, dim], from each condition's [1, slots, dim]."""
         total: mx.array | None = None
         for name in self._fuser.sum:
             if parts[name].shape[1] != 1:
@@ -112,40 +126,54 @@ class ConditionProvider(nn.Module):
             total = parts[name] if total is None else total + parts[name]
         cross = [parts[name] for name in self._fuser.cross]
         if not cross:
-            return Condition(total, None)
+            return total, None
         source = mx.concatenate(cross, axis=1)
         if self._fuser.cross_attention_pos_emb:
             positions = _sinusoids(source.shape[1], source.shape[2])
             source = source + self._fuser.cross_attention_pos_emb_scale * positions
-        return Condition(total, source)
+        return total, source
 
-    def _one(self, name: str, config: ConditionerConfig, values: list[Any]) -> mx.array:
+    def _one(self, name: str, config: ConditionerConfig, value: Any) -> mx.array:
+        """One condition [1, slots, dim]."""
         conditioner = self.conditioners[name]
         if config.type == "lut":
-            ids = [_row(name, config, value) for value in values]
-            mask = np.array([[value is not None] for value in values])
-            return conditioner(conditioner.embed(mx.array(ids)[:, None]).astype(mx.float32), mx.array(mask))
-        for value in values:
-            if value is None:
-                continue
-            if not isinstance(value, TensorCondition) or value.tensor.ndim != 2 or value.tensor.shape[1] != config.dim:
-                raise ConfigError(f"condition {name!r} must be a TensorCondition of shape [slots, {config.dim}]")
-            if value.mask is not None and np.shape(value.mask) != value.tensor.shape[:1]:
-                found = list(np.shape(value.mask))
-                raise ConfigError(f"condition {name!r}: one mask entry per slot, found {found}")
-        slots = max([1, *(value.tensor.shape[0] for value in values if value is not None)])
-        vectors = np.zeros((len(values), slots, config.dim), np.float32)
-        mask = np.zeros((len(values), slots), bool)
-        for index, value in enumerate(values):
-            if value is None:
-                continue
-            length = value.tensor.shape[0]
-            vectors[index, :length] = np.array(mx.array(value.tensor).astype(mx.float32))
-            mask[index, :length] = True if value.mask is None else np.asarray(value.mask, bool)
-        return conditioner(mx.array(vectors), mx.array(mask))
+            ids = mx.array([[_table_row(name, config, value)]])
+            return conditioner(conditioner.embed(ids).astype(mx.float32), mx.array([[value is not None]]))
+        if value is None:
+            value = TensorCondition(np.zeros((1, config.dim)), np.zeros(1, bool))
+        if not isinstance(value, TensorCondition) or value.tensor.ndim != 2 or value.tensor.shape[1] != config.dim:
+            raise ConfigError(f"condition {name!r} must be a TensorCondition of shape [slots, {config.dim}]")
+        slots = value.tensor.shape[0]
+        if value.mask is not None and np.shape(value.mask) != (slots,):
+            raise ConfigError(f"condition {name!r}: one mask entry per slot, found {list(np.shape(value.mask))}")
+        mask = np.ones(slots, bool) if value.mask is None else np.asarray(value.mask, bool)
+        return conditioner(mx.array(value.tensor).astype(mx.float32)[None], mx.array(mask)[None])
 
 
-def _row(name: str, config: ConditionerConfig, value: str | None) -> int:
+def match_slots(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both rows with as many slots in every :class:`TensorCondition`, filled up with the learnt padding.
+
+    Guidance compares a conditioned model with one that attends to padding alone, but to as much of it.
+    """
+    pair = dict(row), dict(other)
+    for name in pair[0].keys() & pair[1].keys():
+        given = [values[name] for values in pair]
+        sizes = [value.tensor.shape for value in given if isinstance(value, TensorCondition) and value.tensor.ndim == 2]
+        if not sizes:
+            continue
+        slots, dim = max(size[0] for size in sizes), sizes[0][1]
+        for values, value in zip(pair, given, strict=True):
+            if value is None:
+                values[name] = TensorCondition(np.zeros((slots, dim)), np.zeros(slots, bool))
+            elif isinstance(value, TensorCondition) and value.tensor.ndim == 2:
+                more = slots - value.tensor.shape[0]
+                tensor = np.array(mx.array(value.tensor).astype(mx.float32))
+                mask = np.ones(len(tensor), bool) if value.mask is None else np.asarray(value.mask, bool)
+                values[name] = TensorCondition(np.pad(tensor, ((0, more), (0, 0))), np.pad(mask, (0, more)))
+    return pair
+
+
+def _table_row(name: str, config: ConditionerConfig, value: str | None) -> int:
     """Row of a named value; the last one for None (moshi ``conditioners/text.py``, NoopTokenizer)."""
     if value is None:
         return config.n_bins

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..streaming import State
-from .attention import Attention, CrossAttention, Rope
+from .attention import Attention, CrossAttention, Rope, Window
 
 __all__ = [
     "GatedFeedForward",
@@ -141,23 +141,19 @@ class TransformerLayer(nn.Module):
             if layer_scale is not None:
                 self.layer_scale_cross = LayerScale(dim, layer_scale)
 
-    def init_state(self, batch: int, dtype: mx.Dtype = mx.float32, kv_bits: int | None = None) -> State:
-        return self.self_attn.init_state(batch, dtype, kv_bits)
+    def __call__(self, x: mx.array, source: State | None = None, cross_mask: mx.array | None = None) -> mx.array:
+        """A whole sequence; ``source`` is projected, ``cross_mask`` is [batch, 1, 1, slots]."""
+        return self._rest(x + self._scaled("layer_scale_1", self.self_attn(self.norm1(x))), source, cross_mask)
 
-    def __call__(self, x: mx.array, source: State | None = None) -> mx.array:
-        return self._rest(x + self._scaled("layer_scale_1", self.self_attn(self.norm1(x))), source)
+    def step(self, x: mx.array, state: State, window: Window, cross_mask: mx.array | None = None) -> mx.array:
+        """New positions; writes the layer's ring in ``state``."""
+        attended = self.self_attn.step(self.norm1(x), state, window)
+        source = state if "cross_keys" in state else None
+        return self._rest(x + self._scaled("layer_scale_1", attended), source, cross_mask)
 
-    def step(self, x: mx.array, state: State) -> mx.array:
-        attended = self.self_attn.step(self.norm1(x), state)
-        return self._rest(x + self._scaled("layer_scale_1", attended), state if "cross_keys" in state else None)
-
-    def cross(self, x: mx.array, source: State) -> mx.array:
-        """Attend to the conditioning sequence ``source`` (projected), and add."""
-        return x + self._scaled("layer_scale_cross", self.cross_attention(self.norm_cross(x), source))
-
-    def _rest(self, x: mx.array, source: State | None) -> mx.array:
+    def _rest(self, x: mx.array, source: State | None, mask: mx.array | None) -> mx.array:
         if source is not None:
-            x = self.cross(x, source)
+            x = x + self._scaled("layer_scale_cross", self.cross_attention(self.norm_cross(x), source, mask))
         return x + self._scaled("layer_scale_2", self.gating(self.norm2(x)))
 
     def _scaled(self, name: str, x: mx.array) -> mx.array:
@@ -178,23 +174,61 @@ class Transformer(nn.Module):
         dtype: mx.Dtype = mx.float32,
         kv_bits: int | None = None,
         source: mx.array | None = None,
+        source_slots: mx.array | None = None,
+        slots: int | None = None,
     ) -> State:
-        """Empty rings, and the projected conditioning sequence ``source`` [batch, slots, dim] if there is one."""
-        state: State = {}
+        """The next position of each row, and for each layer an empty ring and the projected conditioning sequence.
+
+        Parameters
+        ----------
+        batch, dtype, kv_bits, slots
+            As for :meth:`Attention.init_ring`.
+        source : mx.array [batch, n, dim], optional
+            A conditioning sequence.
+        source_slots : mx.array [batch], int32, optional
+            How much of it is real in each row; the rest is padding, which no row sees. Default: all.
+        """
+        state: State = {"offset": mx.zeros((batch,), mx.int32)}
+        if source is not None:
+            full = mx.full((batch,), source.shape[1], mx.int32)
+            state["cross_slots"] = full if source_slots is None else source_slots.astype(mx.int32)
         for index, layer in enumerate(self.layers):
-            state[str(index)] = layer.init_state(batch, dtype, kv_bits)
+            state[str(index)] = layer.self_attn.init_ring(batch, dtype, kv_bits, slots)
             if source is not None:
                 state[str(index)].update(layer.cross_attention.project_source(source))
         return state
 
-    def __call__(self, x: mx.array, source: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, source: mx.array | None = None, source_slots: mx.array | None = None) -> mx.array:
         """A whole sequence ``x`` [batch, time, dim], with an optional conditioning ``source`` [batch, slots, dim]."""
+        mask = None if source is None or source_slots is None else _real(source_slots, source.shape[1])
         for layer in self.layers:
-            x = layer(x, None if source is None else layer.cross_attention.project_source(source))
+            x = layer(x, None if source is None else layer.cross_attention.project_source(source), mask)
         return x
 
-    def step(self, x: mx.array, state: State) -> mx.array:
-        """New positions ``x`` [batch, time, dim]; advances ``state``."""
+    def step(self, x: mx.array, state: State, active: mx.array | None = None) -> mx.array:
+        """New positions ``x`` [batch, time, dim]; advances ``state``.
+
+        Parameters
+        ----------
+        x : mx.array [batch, time, dim]
+        state : State
+            A ring that is smaller than the context must have room for the new positions.
+        active : mx.array [batch], bool, optional
+            Rows that advance. The others stay where they are; what is computed for them means nothing.
+        """
+        first, offset, time = state["0"], mx.array(state["offset"]), x.shape[1]
+        if len(offset) != x.shape[0]:
+            raise StateError(f"state holds {len(offset)} sequences, the input {x.shape[0]}")
+        context: Any = self.layers[0].self_attn.context
+        window = Window.make(offset, time, first["keys"], context, active)
+        cross = _real(state["cross_slots"], first["cross_keys"].shape[2]) if "cross_slots" in state else None
         for index, layer in enumerate(self.layers):
-            x = layer.step(x, state[str(index)])
+            x = layer.step(x, state[str(index)], window, cross)
+        state["offset"] = offset + (time if active is None else time * active.astype(mx.int32))
         return x
+
+
+def _real(counts: mx.array, slots: int) -> mx.array:
+    """Which of ``slots`` are not padding [batch, 1, 1, slots], by their number in each row."""
+    mask: mx.array = mx.arange(slots) < counts[:, None]
+    return mask[:, None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .conversation import Conversation, Event
 from .meters import Meters
 from .ring import Ring
+from .scheduler import Scheduler
 from .trace import Trace
 
-__all__ = ["Conversation", "Event", "Meters", "Ring", "Trace"]
+__all__ = ["Conversation", "Event", "Meters", "Ring", "Scheduler", "Trace"]

@@ -63,7 +63,7 @@ class FakeModel:
         self.loaded.append((source, options))
         return self
 
-    silence = Moshi.silence  # the real one: it looks at the configuration only
+    trailing_silence = Moshi.trailing_silence  # the real one: it looks at the configuration only
 
     def session(self, *, seed: int = 0, generation: Any = None, kv_bits: int | None = None) -> FakeSession:
         self.sessions.append(FakeSession(self, seed, generation))

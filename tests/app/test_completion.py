@@ -24,7 +24,7 @@ TYPED = [
     ("ch", {"check"}),
     ("--rec", {"--record"}),
     ("talk --no-a", {"--no-aec"}),
-    ("file --codec ", {"auto", "rust", "mlx"}),
+    ("file --codec ", {"auto", "rust", "mlx", "numpy"}),
     ("file ques", {"question.wav"}),
     ("talk --model kyutai/moshiko", {f"kyutai/moshiko-mlx-{bits}" for bits in ("q4", "q8", "bf16")}),
     ("web --model kyutai/", {f"kyutai/moshi{who}-mlx-{bits}" for who in ("ko", "ka") for bits in ("q4", "q8", "bf16")}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from moshi_mlx_app.models import fetch as fetching
 from moshi_mlx_app.models.fetch import fetch, load_model
 
 from moshi_mlx.checkpoint import repo
+from moshi_mlx.errors import DownloadError
 from tests.app.conftest import FakeModel
 from tests.helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -37,7 +39,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(repo, "RESUMABLE_BYTES", 1000)
         for reset in ("reset_sessions", "close_session"):
             getattr(huggingface_hub.utils._http, reset, lambda: None)()
         yield running
@@ -52,7 +53,7 @@ def test_a_download_is_announced_and_resumed(
 
     def interrupted(self: fetching._Download, name: str, here: int, size: int) -> None:
         progress(self, name, here, size)
-        if name == "weights.safetensors" and here < size:
+        if name == "weights.safetensors" and 10_000_000 < here < size:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -88,3 +89,16 @@ def test_what_cannot_be_fetched(
     monkeypatch.chdir(tmp_path)
     assert main(["file", "--demo", "-o", "a.wav", "--model", "no/such"]) == 1
     assert "shows no repository no/such" in capsys.readouterr().err
+
+
+def test_a_hub_that_never_answers(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a person looks at an empty terminal, twice as long as a hub may take, without knowing why."""
+    said: list[str] = []
+    monkeypatch.setattr(fetching.Loading, "__call__", lambda self, doing: said.append(doing))
+    monkeypatch.setattr(repo, "_TIMEOUT", 0.3)
+    hub.repos[NAME].delay = 2.0
+    began = time.monotonic()
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        load_model(argparse.Namespace(model=NAME, codec="auto"))
+    assert time.monotonic() - began < 1.5 and len(hub.requests) == 1
+    assert said == [f"asking {hub.url} for {NAME}; it has 15 s to answer"]

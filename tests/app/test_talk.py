@@ -23,7 +23,6 @@ from moshi_mlx_app.cli import main
 from moshi_mlx_app.screen.panel import State, _panel, decibels
 
 import moshi_mlx
-from moshi_mlx.realtime import conversation
 from tests.app.test_device import FakeCard, until
 from tests.helpers.parrot import Parrot, install, pump
 
@@ -46,7 +45,6 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCard]:
 @pytest.fixture
 def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
     monkeypatch.setattr(moshi_mlx, "load", None)
-    monkeypatch.setattr(conversation, "make_generator", None)
     made = Parrot()
     install(made)
     return made

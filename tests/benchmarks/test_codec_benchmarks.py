@@ -8,7 +8,7 @@ import pytest
 from moshi_mlx_app.models.catalog import CATALOG
 from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan, modules_of
 
-from benchmarks import mac_on_paper, mimi, small
+from benchmarks import codec_batch, mac_on_paper, mimi, small
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.lm import Lm
 
@@ -50,3 +50,12 @@ def test_the_built_in_model_is_measured(capsys: pytest.CaptureFixture[str]) -> N
     assert figures["benchmark"] == "small"
     assert set(figures["ms"]) == {"encode", "step", "decode", "frame"}
     assert 0 < figures["ms"]["frame"]["cpu"]["p95"]
+
+
+def test_many_streams_of_the_codec_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a conversation costs beside others would not be known any more."""
+    codec_batch.main(["--frames", "2"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["benchmark"] == "codec_batch" and figures["codec"] in ("numpy", "mlx")
+    assert [row["batch"] for row in figures["rows"]] == list(codec_batch.BATCHES)
+    assert all(row["encode_ms"] > 0 and row["decode_ms"] > 0 for row in figures["rows"])

@@ -6,8 +6,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +27,14 @@ class FakeRepo:
     gate : {"", "gated", "private"}
     break_after : int
         Cut the connection after so many bytes of a file, ``breaks`` times.
+    info, headers : dict
+        What it says otherwise of itself, and of each file; None: not at all.
+    location : str
+        Where a request for a file is sent on to.
+    body : callable, optional
+        Makes, from a file's bytes, what is sent instead. Only the end of the connection ends it.
+    lie : callable, optional
+        Called with the handler before anything else; True: it has answered.
     """
 
     files: dict[str, bytes]
@@ -37,6 +45,11 @@ class FakeRepo:
     breaks: int = 0
     status: int = 0
     delay: float = 0.0
+    info: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str | None] = field(default_factory=dict)
+    location: str = ""
+    body: Callable[[bytes], Iterable[bytes]] | None = None
+    lie: Callable[[BaseHTTPRequestHandler], bool] | None = None
 
 
 @dataclass
@@ -49,11 +62,14 @@ class FakeHub:
     repos : dict of str to FakeRepo
     requests : list of (method, path, range)
         What was asked for, in order.
+    tokens : list of str
+        The tokens that came with it.
     """
 
     url: str
     repos: dict[str, FakeRepo] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
 
     def add_folder(self, name: str, folder: Path, **options: Any) -> FakeRepo:
         """Publish a folder's files."""
@@ -84,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        self.hub.tokens += filter(None, [self.headers.get("Authorization")])
         parts = path.strip("/").split("/")
         name = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
         repo = self.hub.repos.get(name)
@@ -92,7 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if repo.delay:
             time.sleep(repo.delay)
-        if repo.status:
+        if repo.lie is not None and repo.lie(self):
+            self.close_connection = True
+        elif repo.status:
             self._send(repo.status)
         elif parts[0] == "api":
             self._info(name, repo, parts[5] if len(parts) > 5 else "main")
@@ -104,8 +123,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, error="RevisionNotFound")
             return
         siblings = [{"rfilename": file, "size": len(data), **_lfs(data)} for file, data in repo.files.items()]
-        info = {"id": name, "modelId": name, "sha": repo.sha, "siblings": siblings, "tags": [], "downloads": 0}
-        self._send(200, json.dumps(info).encode())
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": repo.sha,
+            "siblings": siblings,
+            "tags": [],
+            "downloads": 0,
+            **repo.info,
+        }
+        self._send(200, json.dumps(info | repo.info).encode())
 
     def _file(self, repo: FakeRepo, revision: str, file: str) -> None:
         if revision not in ("main", repo.sha, *repo.tags):
@@ -121,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
                 "Accept-Ranges": "bytes",
             }
+            if repo.location:
+                linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
+                self._send(302, headers={**headers, **linked, "Location": repo.location})
+                return
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
@@ -128,7 +159,23 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "GET" and repo.breaks and 0 < repo.break_after < len(data) - start:
                 repo.breaks -= 1
                 cut = repo.break_after
-            self._send(206 if start else 200, data[start:], headers=headers, cut=cut)
+            told = {key: value for key, value in {**headers, **repo.headers}.items() if value is not None}
+            if repo.body is not None and self.command == "GET":
+                self.pour(repo.body(data), **told)
+            else:
+                self._send(206 if start else 200, data[start:], headers=told, cut=cut)
+
+    def pour(self, pieces: Iterable[bytes], status: int = 200, **headers: str) -> None:
+        """Send pieces until there are none left, or nobody takes them."""
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = True
+        with suppress(OSError):
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
 
     def _send(
         self,

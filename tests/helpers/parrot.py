@@ -22,7 +22,7 @@ import numpy as np
 
 import moshi_mlx
 from moshi_mlx.generate import Step
-from moshi_mlx.realtime import conversation
+from tests.helpers.engines import FakeEngine
 
 __all__ = ["Parrot", "install", "pump"]
 
@@ -38,11 +38,20 @@ class Parrot:
         What each stage takes for a frame.
     fails_at : int
         Frame at which the model raises; -1 for never.
+
+    Attributes
+    ----------
+    begun : list of dict, optional
+        Gets what each conversation began with.
+    reader : callable, optional
+        Makes for each conversation what its steps say.
     """
 
     name, description, trained = "parrot", "parrot (says what it hears)", True
     sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
     tokenizer = None
+    begun: list[dict[str, Any]] | None = None
+    reader: Any = None
 
     def __init__(self, seconds: float = 0.0, fails_at: int = -1):
         self.seconds, self.fails_at = seconds, fails_at
@@ -53,8 +62,23 @@ class Parrot:
         self.heard = 0
         self._numbers = itertools.count()
 
+        self.engine = FakeEngine(lambda: _Ear(self), lambda: _Mouth(self), self._mind, BOOKS, lambda: self._reader())
+
     def load(self, *_: Any, **__: Any) -> Parrot:
         return self
+
+    def _mind(self, **settings: Any) -> _Mind:
+        if self.begun is not None:
+            self.begun.append(settings)
+        return _Mind(self)
+
+    def _reader(self) -> Any:
+        return _Silent() if self.reader is None else self.reader(self)
+
+
+class _Silent:
+    def step(self, step: Step) -> tuple[str, tuple[()]]:
+        return "", ()
 
 
 class _Ear:
@@ -81,8 +105,6 @@ class _Mouth(_Ear):
 
 
 class _Mind:
-    first = Step(-1, np.array([3], np.int32), -1, None, None)
-
     def __init__(self, parrot: Parrot):
         self.parrot, self.count = parrot, 0
 
@@ -93,14 +115,13 @@ class _Mind:
         self.count += 1
         return Step(self.count, np.array([3], np.int32), self.count, codes[None].copy(), None)
 
-    def reset(self) -> Step:
-        return self.first
+    def reset(self) -> None:
+        pass
 
 
 def install(parrot: Parrot) -> None:
     """Every model is this one from now on; for processes that end with the test, or with a monkeypatch around."""
     moshi_mlx.load = parrot.load  # type: ignore[assignment]
-    conversation.make_generator = lambda model, **_: _Mind(model)  # type: ignore[assignment,return-value]
 
 
 def pump(card: Any, sound: Any = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from moshi_mlx.config import ConditionerConfig, FuserConfig
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.layers.conditioning import ConditionProvider, TensorCondition
+from moshi_mlx.layers.conditioning import ConditionProvider, TensorCondition, match_slots
 
 from ..helpers import golden_lm
 
@@ -60,7 +60,43 @@ def test_rows_do_not_depend_on_each_other() -> None:
     assert alone.cross is not None and together.cross is not None and together.cross.shape == (2, 6, 8)
     assert alone.sum is not None and together.sum is not None
     assert mx.allclose(together.cross[1, :2], alone.cross[0], atol=1e-6).item()
+    assert together.cross_slots is not None and together.cross_slots.tolist() == [6, 2]
     assert mx.allclose(together.sum[1], alone.sum[0], atol=1e-6).item()
+
+
+def test_several_sequences_keep_their_positions() -> None:
+    """If this fails, a row's second sequence moves when another row's first one is longer."""
+    configs = {"a": ConditionerConfig("tensor", 5), "b": ConditionerConfig("tensor", 5)}
+    made = ConditionProvider(configs, FuserConfig(cross=("a", "b"), cross_attention_pos_emb=True), 8)
+    rng = np.random.default_rng(0)
+    short, long = (
+        {"a": TensorCondition(rng.normal(size=(n, 5))), "b": TensorCondition(rng.normal(size=(2, 5)))} for n in (1, 4)
+    )
+    alone, together = made([short]), made([long, short])
+    assert alone.cross is not None and together.cross is not None and together.cross_slots is not None
+    assert together.cross_slots.tolist() == [6, 3]
+    assert mx.allclose(together.cross[1, :3], alone.cross[0], atol=1e-6).item()
+
+
+def test_matched_slots() -> None:
+    """If this fails, guidance steers away from fewer slots of padding than the model was trained with."""
+    voice = TensorCondition(np.ones((3, 5), np.float32), np.array([True, False, True]))
+    row, null = match_slots({"mood": "glad", "voice": voice}, {"mood": None, "voice": None})
+    assert (row["mood"], null["mood"]) == ("glad", None) and row["voice"].mask.tolist() == [True, False, True]
+    assert null["voice"].tensor.shape == (3, 5) and not null["voice"].mask.any()
+    row, null = match_slots({"voice": voice}, {"voice": TensorCondition(np.zeros((5, 5)))})
+    assert row["voice"].mask.tolist() == [True, False, True, False, False] and null["voice"].mask.all()
+    made = provider()
+    both = made(
+        [
+            dict(zip(("mood", "voice"), (None, v)))
+            for v in (voice, match_slots({"voice": voice}, {"voice": None})[1]["voice"])
+        ]
+    )
+    assert both.cross is not None and both.cross_slots is not None and both.cross_slots.tolist() == [3, 3]
+    padding = made.conditioners["voice"].learnt_padding
+    assert mx.array_equal(both.cross[1], mx.broadcast_to(padding[0], (3, 8))).item()
+    assert match_slots({"mood": "a"}, {"mood": None}) == ({"mood": "a"}, {"mood": None})
 
 
 def test_no_value() -> None:

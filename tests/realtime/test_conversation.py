@@ -14,9 +14,9 @@ import moshi_mlx
 from moshi_mlx import AudioError, StateError
 from moshi_mlx.generate import Step
 from moshi_mlx.realtime import Conversation
-from moshi_mlx.realtime import conversation as module
 from moshi_mlx.realtime.conversation import ConversationError
 from moshi_mlx.realtime.workers import end_idle
+from tests.helpers.engines import FakeEngine
 
 FRAME, RATE, BOOKS = 1_920, 24_000, 8
 
@@ -69,29 +69,21 @@ class FakeGenerator(Stage):
     def __init__(self) -> None:
         super().__init__()
         self.heard: list[int] = []
-        self.first = Step(-1, np.array([3], np.int32), -1, None, None)
 
     def step(self, codes: np.ndarray) -> Step:
         self.tick()
         self.heard.append(int(codes[0]))
         return Step(self.count, np.array([3], np.int32), self.count, codes[None].copy(), None)
 
-    def reset(self) -> Step:
+    def reset(self) -> None:
         self.resets += 1
-        return self.first
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A model made of fakes, and the fakes."""
+def parts() -> SimpleNamespace:
+    """An engine made of fakes, and the fakes."""
     made = SimpleNamespace(encoder=FakeEncoder(), decoder=FakeDecoder(), generator=FakeGenerator())
-    codec = SimpleNamespace(num_codebooks=BOOKS, encoder=lambda: made.encoder, decoder=lambda: made.decoder)
-    lm = SimpleNamespace(config=SimpleNamespace(own_q=BOOKS, user_q=BOOKS, delays=(0,) * 17))
-    config = SimpleNamespace(stt_config={})
-    made.model = SimpleNamespace(
-        codec=codec, lm=lm, config=config, tokenizer=None, frame_size=FRAME, sample_rate=RATE, frame_rate=12.5
-    )
-    monkeypatch.setattr(module, "make_generator", lambda model, **_: made.generator)
+    made.model = FakeEngine(lambda: made.encoder, lambda: made.decoder, lambda **_: made.generator, BOOKS)
     return made
 
 
@@ -114,7 +106,7 @@ def _threads() -> list[str]:
 def test_silence_comes_first_where_the_checkpoint_asks_for_it(parts: SimpleNamespace, voice: int) -> None:
     """If this fails, live speech-to-text misses the first words, or its recording and its times begin with silence."""
     parts.model.config.stt_config["audio_silence_prefix_seconds"] = 0.38  # 4.75 frames
-    parts.model.lm.config.own_q = voice
+    parts.model.own_q = voice
     parts.generator.stalls = dict.fromkeys(range(5), 0.05)
     taped: list[tuple[int, int]] = []
     with Conversation(
@@ -248,7 +240,7 @@ def test_interrupted_while_starting(parts: SimpleNamespace, monkeypatch: pytest.
     def interrupted(self: threading.Semaphore) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.threading.Semaphore, "acquire", interrupted)
+    monkeypatch.setattr(threading.Semaphore, "acquire", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Conversation(parts.model).start()
     assert not _threads()
@@ -277,7 +269,7 @@ def test_a_failure_at_the_start(parts: SimpleNamespace) -> None:
     def broken() -> None:
         raise RuntimeError("no codec today")
 
-    parts.model.codec.encoder = broken
+    parts.model.encoder = broken
     with pytest.raises(ConversationError, match="no codec today"):
         Conversation(parts.model).start()
     assert not _threads()

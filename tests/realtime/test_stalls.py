@@ -54,7 +54,7 @@ def settled(world: World, conversation: Any, fed: int) -> bool:
     with world.changed:
         if any(until <= world.now + 1e-9 for until in world.asleep.values()):
             return False  # it is just waking up
-        first, second = conversation._codes_in, conversation._codes_out
+        first, second = conversation._driver.codes_in, conversation._driver.codes_out
         waiting, asleep = conversation._pcm_in.available, len(world.asleep)
         awake = {name: name not in world.asleep for name in TAKES}
         if awake["encoder"] and first.free and waiting >= FRAME:

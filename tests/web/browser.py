@@ -15,17 +15,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import soundfile as sf
 
-from moshi_mlx.realtime import conversation
-from tests.helpers import parrot as birds
-
 from .serving import FRAME, RATE, SOON, Served, serving
 
-__all__ = ["ELSEWHERE", "Page", "Site", "chromium", "launched", "parrots", "quiet_wav", "site", "unavailable", "visit"]
+__all__ = ["ELSEWHERE", "Page", "Site", "chromium", "launched", "quiet_wav", "site", "unavailable", "visit"]
 
 
 ELSEWHERE = "moshi.test"
@@ -130,13 +126,6 @@ def site(model: Any = None, *, generation: Any = None, **options: Any) -> Iterat
     finally:
         here.close()
         thread.join(timeout=SOON)
-
-
-@contextlib.contextmanager
-def parrots() -> Iterator[None]:
-    """Conversations are a parrot's: whoever talks hears itself."""
-    with patch.object(conversation, "make_generator", lambda model, **_: birds._Mind(model)):
-        yield
 
 
 class Page:

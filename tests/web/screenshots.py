@@ -17,7 +17,7 @@ from typing import Any
 
 import moshi_mlx
 
-from .browser import ELSEWHERE, Page, launched, parrots, site, unavailable, visit
+from .browser import ELSEWHERE, Page, launched, site, unavailable, visit
 
 QUESTIONS = Path(moshi_mlx.__file__).parent / "assets" / "questions.wav"
 SIZES = {"desk": (1280, 800), "phone": (390, 844), "side": (844, 390)}
@@ -85,7 +85,7 @@ def plain(camera: Camera, browser: Any) -> None:
     for state, server, reached, visitor in cases:
         if not camera.wants(state):
             continue
-        with parrots(), site(**server) as here, contextlib.ExitStack() as others:
+        with site(**server) as here, contextlib.ExitStack() as others:
             at_once = state in ("token", "insecure", "link")
             if "places" in server:
                 others.enter_context(here.occupied())

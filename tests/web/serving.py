@@ -20,7 +20,6 @@ from moshi_mlx_app.web.server import STATIC, Server, listening
 from moshi_mlx_app.web.talk import Limits
 
 from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.realtime import conversation
 from tests.helpers import parrot as birds
 
 FRAME, RATE = birds.FRAME, birds.RATE
@@ -28,15 +27,10 @@ SOON = 60.0  # seconds: far more than anything here takes, even on a machine tha
 LAST = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.ERROR)
 
 
-def install(monkeypatch: Any, made: list[dict[str, Any]] | None = None) -> None:
-    """Conversations are a parrot's; what their generators were made with is appended to ``made``."""
-
-    def make(model: Any, **settings: Any) -> Any:
-        if made is not None:
-            made.append(settings)
-        return birds._Mind(model)
-
-    monkeypatch.setattr(conversation, "make_generator", make)
+def install(monkeypatch: Any, made: list[dict[str, Any]] | None = None, reader: Any = None) -> None:
+    """What parrots' conversations begin with is appended to ``made``; what they say comes from a ``reader``."""
+    monkeypatch.setattr(birds.Parrot, "begun", made)
+    monkeypatch.setattr(birds.Parrot, "reader", reader)
 
 
 class Client:

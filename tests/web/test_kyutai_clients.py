@@ -17,8 +17,6 @@ import soundfile
 from moshi_mlx_app.web import certificates
 from moshi_mlx_app.web.talk import Talk
 
-from moshi_mlx.realtime import conversation
-
 from .serving import FRAME, RATE, install, serving
 from .test_talk import Reader
 
@@ -81,8 +79,7 @@ def test_the_python_client(monkeypatch, tmp_path):
     python = kyutai_python()
     if not python:
         pytest.skip("no environment with Kyutai's client: make kyutai-client, or name one in REFERENCE_PYTHON")
-    install(monkeypatch)
-    monkeypatch.setattr(conversation, "TextReader", Reader)
+    install(monkeypatch, reader=Reader)
     spoken = spoken_by(monkeypatch)
     np.save(tmp_path / "question.npy", question(60))
 
@@ -125,8 +122,7 @@ def test_the_rust_clients_bytes(monkeypatch, tmp_path):
     It speaks TLS only and trusts any certificate; sends the two header pages together with the first packet, and then
     a page of stream 42 for each packet of 40 ms; takes packets out of the pages that come; and restarts with 3, 3.
     """
-    install(monkeypatch)
-    monkeypatch.setattr(conversation, "TextReader", Reader)
+    install(monkeypatch, reader=Reader)
     spoken = spoken_by(monkeypatch)
     tls, _ = certificates.own("localhost", tmp_path)
     trusting = ssl.create_default_context()

@@ -21,7 +21,7 @@ from moshi_mlx.model import generation_defaults
 from moshi_mlx.realtime import Conversation
 from tests.helpers import ear
 
-from .browser import Page, launched, parrots, site, unavailable, visit
+from .browser import Page, launched, site, unavailable, visit
 from .serving import RATE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -253,7 +253,7 @@ def test_nothing_leaves_the_origin_and_nothing_complains(talked):
 
 def test_keys(browser):
     """If it fails, the page cannot be used without a mouse: Tab and Space start, Space mutes, Esc ends."""
-    with parrots(), site() as here, visit(browser, here.url) as page:
+    with site() as here, visit(browser, here.url) as page:
         page.state("ready")
         for _ in range(5):
             page.page.keyboard.press("Tab")
@@ -289,7 +289,7 @@ def test_mute_sends_silence(browser, tmp_path):
         heard.append(float(np.abs(frame).max()))
         tap(self, frame, said)
 
-    with pytest.MonkeyPatch.context() as patch, parrots(), site() as here, visit(browser, here.url) as page:
+    with pytest.MonkeyPatch.context() as patch, site() as here, visit(browser, here.url) as page:
         patch.setattr(Talk, "_tap", listening)
         # The server, told of it, hears nothing either; what the page sends is looked at below.
         patch.setattr(Conversation, "mute", lambda self, muted=True: None)
@@ -329,7 +329,6 @@ def test_a_browser_that_refuses_24_khz(browser, tmp_path):
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        parrots(),
         site() as here,
         visit(browser, here.url, script=refusing) as page,
     ):
@@ -353,15 +352,10 @@ def test_a_browser_that_refuses_24_khz(browser, tmp_path):
 def test_settings_are_used_and_remembered(browser):
     """If it fails, temperature, top-k or seed do nothing, are lost, or are sent where nobody asked for them."""
     made: list[dict[str, Any]] = []
-    from moshi_mlx.realtime import conversation
     from tests.helpers import parrot as birds
 
-    def mind(model: Any, **settings: Any) -> Any:
-        made.append(settings)
-        return birds._Mind(model)
-
     with pytest.MonkeyPatch.context() as patch, site() as here, visit(browser, here.url) as page:
-        patch.setattr(conversation, "make_generator", mind)
+        patch.setattr(birds.Parrot, "begun", made)
         talk(page)
         before = made[-1]
         page.page.click("#open-settings")
@@ -399,7 +393,7 @@ NO_SINK = "delete AudioContext.prototype.setSinkId;"
 def test_devices_can_be_changed_while_talking(browser, script):
     """If it fails, another microphone or speaker needs a new conversation or breaks this one, or a headset that is
     pulled out ends it."""
-    with parrots(), site() as here, visit(browser, here.url, script=script) as page:
+    with site() as here, visit(browser, here.url, script=script) as page:
         talk(page)
         assert page.page.evaluate("window.wishes.echoCancellation && window.wishes.noiseSuppression")
         page.page.click("#open-settings")

@@ -17,7 +17,7 @@ from moshi_mlx_app.web.server import STATIC
 import moshi_mlx
 from tests.helpers.parrot import Parrot
 
-from .browser import ELSEWHERE, Page, launched, parrots, site, unavailable, visit
+from .browser import ELSEWHERE, Page, launched, site, unavailable, visit
 from .serving import RATE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -38,12 +38,6 @@ def bench(browser) -> Iterator[Any]:
     """A page whose parts are tried out one by one."""
     with site() as here, visit(browser, here.url) as page:
         yield page.page
-
-
-@pytest.fixture(autouse=True)
-def birds() -> Iterator[None]:
-    with parrots():
-        yield
 
 
 def failed(page: Page, press: bool = True) -> str:

@@ -16,7 +16,6 @@ import soundfile
 from moshi_mlx_app.web.talk import Limits, Talk
 from moshi_mlx_app.web.wire import Pcm
 
-from moshi_mlx.realtime import conversation
 from tests.helpers.parrot import Parrot
 
 from .serving import FRAME, RATE, SOON, Client, install, serving, tone
@@ -118,8 +117,7 @@ def test_opus_is_what_the_engine_said(monkeypatch):
 
 def test_text_comes_with_its_time(monkeypatch):
     """If it fails, Moshi's words are lost, damaged, or have no place in the recording."""
-    install(monkeypatch)
-    monkeypatch.setattr(conversation, "TextReader", Reader)
+    install(monkeypatch, reader=Reader)
 
     async def run() -> None:
         async with serving() as served, served.client("audio=pcm&events=1") as client:

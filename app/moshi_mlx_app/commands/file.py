@@ -200,6 +200,7 @@ class _Answer:
 
     def compute(self) -> None:
         """Load the model and play the recording to it, frame by frame."""
+        from moshi_mlx.engine.session import play
         from moshi_mlx.model import generation_defaults
         from moshi_mlx_app.models.fetch import load_model
 
@@ -208,7 +209,7 @@ class _Answer:
         if not model.trained:
             warn(UNTRAINED.format(name=model.name), "notice")
         rate, size = model.sample_rate, model.frame_size
-        lead, tail = model.silence(args.tail)
+        tail = model.trailing_silence(args.tail)
         generation = generation_from(args, generation_defaults(model.config))
         check_seed(args.seed, model, generation)
         samples = recording.length(rate) + tail
@@ -231,32 +232,25 @@ class _Answer:
             seconds_computed=0.0,
             warnings=recording.warnings,
         )
-        skip = lead  # what speech-to-text models are played first is no part of the answer
         text = not (args.quiet or args.json)
         with (
             model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
             AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
         ):
-            step, write = session.step, self._file.write
+            write = self._file.write
             if self.trace is not None:
                 session.on_stage = self.trace.span
-                step, write = self.trace.wrap("frame", step), self.trace.wrap("write", write)
+                session.step = self.trace.wrap("frame", session.step)  # type: ignore[method-assign]
+                write = self.trace.wrap("write", write)
             began = time.perf_counter()
-            for user in recording.frames(rate, size, lead=lead, tail=tail):
-                frame = step(user)
-                start = min(skip, size)
-                stop = min(size, start + samples - self._file.samples)
-                skip -= start
-                write(frame.pcm[start:stop], user[start:stop])
+            for user, frame in play(session, recording.frames(rate, size, tail=tail)):
+                count = min(len(user), samples - self._file.samples)
+                write(frame.pcm[:count], user[:count])
                 self.seconds = self._file.samples / rate
                 about.duration, about.seconds_computed = self.seconds, time.perf_counter() - began
                 about.text += frame.text
                 about.words += frame.words
                 face.frame(self.seconds, frame.text)
-            last = session.finish()
-            about.text += last.text
-            about.words += last.words
-            face.frame(self.seconds, last.text)
 
     def finish(self) -> None:
         """Move the files to their names and say where they are."""

@@ -268,7 +268,7 @@ class _Talk:
             self.panel.notice("a new conversation")
 
     def _time(self, frame: int) -> float:
-        return (frame - self._first_frame) / self.conversation.model.frame_rate
+        return (frame - self._first_frame) / self.conversation.engine.frame_rate
 
     def _key(self, key: str) -> bool:
         """Do what the key says; False to quit."""
@@ -309,7 +309,7 @@ class _Talk:
             latency=meters.lag.percentile(50),
             queue=self.conversation.delay,
             late=meters.late,
-            dropped=meters.dropped_in / self.conversation.model.sample_rate,
+            dropped=meters.dropped_in / self.conversation.engine.sample_rate,
             underruns=meters.underruns,
             recording=self.recorder.seconds if self.recorder.running else None,
             muted=self.muted,
@@ -319,7 +319,7 @@ class _Talk:
     def report(self, name: str) -> None:
         """Figures of the whole conversation."""
         meters, card = self.conversation.meters, self.card
-        rate = self.conversation.model.sample_rate
+        rate = self.conversation.engine.sample_rate
         figures = {
             "model": name,
             "seconds": round(self.seconds, 3),

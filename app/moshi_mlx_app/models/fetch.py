@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from types import TracebackType
@@ -57,16 +58,15 @@ def fetch(source: str, *, shown: bool = True) -> None:
 
     Raises
     ------
-    DownloadError
-        If it cannot be fetched to its end. What came is used the next time.
+    MoshiError
+        If it cannot be found, or not be fetched to its end. What came is used the next time.
     """
-    from moshi_mlx.errors import MoshiError
     from moshi_mlx.hub import resolve, survey
 
-    try:
+    with Loading(shown=shown) as loading:
+        if "/" in source and not os.path.exists(os.path.expanduser(source)):
+            loading(f"asking {os.environ.get('HF_ENDPOINT') or 'the hub'} for {source}; it has 15 s to answer")
         needed = survey(source)
-    except MoshiError:
-        return  # load() says what is wrong, or can do without asking
     if not needed.missing:
         return
     # The configuration alone is always here: the survey fetched it.

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.resources import as_file, files
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.model import Moshi, make_generator
+from moshi_mlx.model import Moshi
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.realtime.meters import Stopwatch
 
@@ -120,32 +121,22 @@ def unpaced(
         Milliseconds of ``encode``, ``step``, ``decode`` and ``frame``; ``rtf``; ``silent`` and ``spoken``: whether
         the first and a later frame went through with finite sound.
     """
-    lm, codec = model.lm.config, model.codec
-    assert codec is not None
-    encoder = codec.encoder() if lm.user_q else None
-    decoder = codec.decoder() if lm.own_q else None
-    generator = make_generator(model, 0, generation, kv_bits=kv_bits)
     watches = {name: Stopwatch(max(frames, 1)) for name in ("encode", "step", "decode", "frame")}
-    sound = question(model)
+    took: dict[str, float] = {}
     fine: list[bool] = []
     total = 0.0
-    for index in range(-2, frames):  # two before anything counts: the first of a kind compiles and allocates
-        pcm = next(sound)
-        marks = [time.perf_counter()]
-        codes = None if encoder is None else encoder.encode(pcm)
-        marks.append(time.perf_counter())
-        step = generator.step(None if codes is None else codes[: lm.user_q])
-        marks.append(time.perf_counter())
-        voice = np.zeros(model.frame_size, np.float32)
-        if decoder is not None and step.codes is not None and step.codes.min() >= 0:
-            voice = decoder.decode(step.codes[0])
-        marks.append(time.perf_counter())
-        fine.append(bool(np.isfinite(voice).all()) and voice.shape == (model.frame_size,))
-        if index >= 0:
-            for name, seconds in zip(("encode", "step", "decode"), np.diff(marks), strict=True):
-                watches[name].add(float(seconds))
-            watches["frame"].add(marks[-1] - marks[0])
-            total += marks[-1] - marks[0]
+    with model.session(generation=generation, kv_bits=kv_bits) as session:
+        session.on_stage = lambda name, began, ended: took.update({"step" if name == "model" else name: ended - began})
+        # Two before anything counts: the first of a kind compiles and allocates.
+        for index, pcm in enumerate(islice(question(model), frames + 2), start=-2):
+            began = time.perf_counter()
+            voice = session.step(pcm).pcm
+            took["frame"] = time.perf_counter() - began
+            fine.append(bool(np.isfinite(voice).all()) and voice.shape == (model.frame_size,))
+            if index >= 0:
+                for name, seconds in took.items():
+                    watches[name].add(seconds)
+                total += took["frame"]
     if series is not None:
         series.update({name: _milliseconds(watch) for name, watch in watches.items()})
     return {

@@ -201,7 +201,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     config, tokenizer = read_model(options.model)
     sizes = MimiConfig.from_dict(json.loads((options.model / "mimi_config.json").read_text()))
-    codec = make_codec(options.model / "mimi.safetensors", sizes, config.own_q, "mlx")
+    codec = make_codec(options.model / "mimi.safetensors", sizes, config.own_q)
     pieces = chosen(Pieces(options.data, tokenizer, "known"), options.topics)
     texts = dialogues.answers()
     mine = sorted({question.answer for question in chosen(Pieces(options.data, tokenizer), options.topics).questions})

@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from moshi_mlx.mimi import MimiConfig
 
         sizes = MimiConfig.from_dict(json.loads((options.ear / "mimi_config.json").read_text()))
-        codec = make_codec(options.ear / "mimi.safetensors", sizes, config.own_q, "mlx")
+        codec = make_codec(options.ear / "mimi.safetensors", sizes, config.own_q)
     sets = {name: Pieces(options.data, tokenizer, name) for name in ("known", "held")}
     for path in options.weights or [options.model / "model.safetensors"]:
         began, lm = time.monotonic(), load_weights(path, config)

@@ -1,0 +1,169 @@
+"""Conversations that go through a model together: rows that join and leave at any time.
+
+::
+
+    batch = Batch(model.engine)
+    row = batch.join(Settings(seed=1))
+    answers = batch.step({row: pcm})     # whoever has a frame; the others wait, and cost nothing
+
+A row answers what it would answer alone, whoever is beside it. One that fails leaves, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..streaming import State
+from ..text import Word
+from .pipeline import Engine, SessionFrame, Settings
+
+__all__ = ["Batch", "OnStage"]
+
+Pcm = NDArray[np.float32]
+
+OnStage = Callable[[str, float, float], object]
+"""Called as "encode", "model" or "decode" ends, with when it began and ended (:func:`time.monotonic`)."""
+
+
+class _Stage(Protocol):
+    batched: bool
+
+    def step(self, rows: Sequence[int], values: Any, /) -> list[Any]: ...
+
+
+class Batch:
+    """Any number of conversations, advanced together. Belongs to one thread at a time.
+
+    Parameters
+    ----------
+    engine : Engine
+    kv_bits : {None, 8}
+        Precision of the cache.
+
+    Attributes
+    ----------
+    on_stage : callable or None
+        See :data:`OnStage`.
+    """
+
+    def __init__(self, engine: Engine, *, kv_bits: int | None = None):
+        self._encode, self._predict, self._decode = engine.encode(), engine.predict(kv_bits), engine.decode()
+        self._rows: dict[int, None] = {}
+        self._count = 0
+        self.on_stage: OnStage | None = None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The conversations that are there, in the order in which they came. A number is never given twice."""
+        return tuple(self._rows)
+
+    def join(self, settings: Settings | None = None, snapshot: State | None = None) -> int:
+        """Begin a conversation, or go on with one where a snapshot was taken.
+
+        Raises
+        ------
+        MoshiError
+            If the settings or the snapshot do not fit the model; nothing has changed then.
+        """
+        row = self._count
+        self._count += 1
+        try:
+            self._encode.join(row, snapshot)
+            self._predict.join(row, settings, snapshot)
+            self._decode.join(row, snapshot)
+        except BaseException:
+            self.leave(row)
+            raise
+        self._rows[row] = None
+        return row
+
+    def leave(self, row: int) -> None:
+        """End a conversation, if it is there."""
+        self._rows.pop(row, None)
+        for stage in (self._encode, self._predict, self._decode):
+            stage.leave(row)
+
+    def opening(self, row: int) -> bool:
+        """Whether a conversation's next steps are those before its first frame: :meth:`step` takes them by itself."""
+        return self._predict.opening(row)
+
+    def open(self, row: int) -> None:
+        """Run what comes before a conversation's first frame at once."""
+        self._predict.open(row)
+
+    def frames(self, row: int) -> int:
+        """Frames that a conversation has answered."""
+        return self._predict.frames(row)
+
+    def step(self, frames: Mapping[int, Pcm]) -> dict[int, SessionFrame | Exception]:
+        """Advance the conversations that have a frame, and those that are still opening.
+
+        Parameters
+        ----------
+        frames : mapping of int to array [frame_size], float32
+            The next sound of each conversation that has it; not of those that are :meth:`opening`.
+
+        Returns
+        -------
+        dict
+            For each of ``frames`` its answer, and for each conversation that failed its error: it has left.
+        """
+        failed: dict[int, Exception] = {}
+        opening = dict.fromkeys(row for row in self._rows if self._predict.opening(row))
+        codes = self._run("encode", self._encode, frames, failed)
+        answers = self._run("model", self._predict, {**codes, **opening}, failed)
+        spoken = {row: answer for row, answer in answers.items() if answer is not None}
+        sound = self._run("decode", self._decode, {row: answer.codes for row, answer in spoken.items()}, failed)
+        for row in failed:
+            self.leave(row)
+        return {**failed, **{row: spoken[row].frame(pcm) for row, pcm in sound.items()}}
+
+    def flush(self, row: int) -> tuple[str, tuple[Word, ...]]:
+        """The last text and words of a conversation, which only the end completes."""
+        return self._predict.flush(row)
+
+    def snapshot(self, row: int) -> State:
+        """All that a conversation needs to go on, here or elsewhere, as a tree of arrays with one row.
+
+        Raises
+        ------
+        StateError
+            If it is still opening.
+        CodecError
+            If the codec cannot give its state (Rust).
+        """
+        return {
+            part: value
+            for stage in (self._encode, self._predict, self._decode)
+            for part, value in stage.snapshot(row).items()
+        }
+
+    def _run(self, name: str, stage: _Stage, given: Mapping[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
+        """What a stage makes of each row's value."""
+        if not given:
+            return {}
+        began = time.monotonic()
+        done = _together(stage, list(given), list(given.values()), failed)
+        if self.on_stage is not None:
+            self.on_stage(name, began, time.monotonic())
+        return done
+
+
+def _together(stage: _Stage, rows: list[int], values: list[Any], failed: dict[int, Exception]) -> dict[int, Any]:
+    """A stage's results by row; where it fails, one row after the other, to know whose fault it is."""
+    if len(rows) == 1 or stage.batched:
+        try:
+            return dict(zip(rows, stage.step(rows, values), strict=True))
+        except Exception as error:
+            if len(rows) == 1:
+                failed[rows[0]] = error
+                return {}
+    done: dict[int, Any] = {}
+    for row, value in zip(rows, values, strict=True):
+        done.update(_together(stage, [row], [value], failed))
+    return done

@@ -1,0 +1,223 @@
+"""One conversation, frame by frame, and its file.
+
+What a conversation carries from frame to frame is a value: :meth:`Session.snapshot` takes it out, and
+:meth:`Session.restore` goes on with it, here or in another process, with the same samples and tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..audio import check_frame
+from ..errors import StateError
+from ..streaming import State, read_state, save_state
+from .batch import Batch, OnStage
+from .pipeline import Engine, SessionFrame, Settings
+
+__all__ = ["Session", "load_conversation", "play", "save_conversation"]
+
+Pcm = NDArray[np.float32]
+
+
+class Session:
+    """One conversation, frame by frame. Made by :meth:`Moshi.session`.
+
+    Belongs to one thread at a time: threads that take turns are fine, two at once are refused. Use it with ``with``, or
+    call :meth:`close`.
+
+    Parameters
+    ----------
+    engine : Engine
+    settings : Settings, optional
+    kv_bits : {None, 8}
+        Precision of the cache.
+
+    Attributes
+    ----------
+    on_stage : callable or None
+        Called for every frame with "encode", "model" and "decode" as they end, and when each began and ended
+        (:func:`time.monotonic`); for traces.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings | None = None, *, kv_bits: int | None = None):
+        self._engine, self._settings, self._kv_bits = engine, settings or Settings(), kv_bits
+        self._busy = threading.Lock()
+        self._end = ""
+        self.on_stage: OnStage | None = None
+        self._begin()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def frames(self) -> int:
+        """Frames taken so far."""
+        return self._frames
+
+    def step(self, pcm: ArrayLike) -> SessionFrame:
+        """Hear one frame, and speak one.
+
+        Parameters
+        ----------
+        pcm : array [frame_size]
+            The user's sound: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`).
+
+        Returns
+        -------
+        SessionFrame
+
+        Raises
+        ------
+        AudioError
+            If the frame has another size, or samples that cannot be used.
+        StateError
+            After :meth:`close` or an error, or while another thread is in this session.
+        """
+        samples = check_frame(pcm, self._engine.frame_size)
+        with self._alone():
+            if self._end:
+                raise StateError(f"this session {self._end}; begin another with model.session()")
+            self._batch.on_stage = self.on_stage
+            answer = self._batch.step({self._row: samples})[self._row]
+            if isinstance(answer, Exception):
+                self._end = f"has failed ({answer})"
+                raise answer
+            self._frames += 1
+            return answer
+
+    def finish(self) -> SessionFrame:
+        """The last text and words, which only the end completes; its ``pcm`` is empty."""
+        with self._alone():
+            text, words = self._batch.flush(self._row)
+        return SessionFrame(self._frames, np.zeros(0, np.float32), text, words)
+
+    def reset(self) -> None:
+        """Begin anew, as after :meth:`Moshi.session`."""
+        with self._alone():
+            self._begin()
+
+    def close(self) -> None:
+        """End the conversation; its memory goes with the last reference to it."""
+        self._end = "is closed"
+
+    def snapshot(self) -> State:
+        """All that the conversation needs to go on: a tree of arrays that later frames leave alone.
+
+        It fits every session on this model with this precision of the cache, in numpy and in MLX.
+
+        Raises
+        ------
+        CodecError
+            If the codec cannot give its state (Rust).
+        """
+        with self._alone():
+            return self._batch.snapshot(self._row)
+
+    def restore(self, snapshot: State) -> None:
+        """Go on where a :meth:`snapshot` was taken, with its seed, settings and conditions.
+
+        :meth:`reset` begins anew with this session's own.
+
+        Raises
+        ------
+        StateError
+            If it is not a snapshot of this model, or is damaged; the session is as it was then.
+        CodecError
+            If the codec cannot take a state (Rust).
+        """
+        with self._alone():
+            self._begin(snapshot)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a file.
+
+        Raises
+        ------
+        StateError
+            If it cannot be written.
+        CodecError
+            If the codec cannot give its state (Rust).
+        """
+        save_conversation(path, self._engine, self.snapshot(), self._kv_bits)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on with a conversation from a file; see :meth:`restore`.
+
+        Raises
+        ------
+        StateError
+            If the file is missing, damaged, of another model or no conversation; the session is as it was then.
+        CodecError
+            If the codec cannot take a state (Rust).
+        """
+        self.restore(load_conversation(path, self._engine, self._kv_bits))
+
+    def _begin(self, snapshot: State | None = None) -> None:
+        batch = Batch(self._engine, kv_bits=self._kv_bits)
+        row = batch.join(self._settings, snapshot)
+        batch.open(row)
+        self._batch, self._row, self._frames, self._end = batch, row, batch.frames(row), ""
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else is in the session: two threads at once would mix their frames, or crash MLX."""
+        if not self._busy.acquire(blocking=False):
+            raise StateError(
+                "another thread is in this session: a session belongs to one thread at a time. Give each thread a "
+                "session of its own, or let them take turns with a lock"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+def play(session: Session, frames: Iterable[Pcm]) -> Iterator[tuple[Pcm, SessionFrame]]:
+    """Play sound to a session: each frame with its answer, and in the end, without sound, what :meth:`finish` gives."""
+    for pcm in frames:
+        yield pcm, session.step(pcm)
+    last = session.finish()
+    yield last.pcm, last
+
+
+def save_conversation(
+    path: str | os.PathLike[str], engine: Engine, snapshot: State, kv_bits: int | None = None
+) -> None:
+    """Write a conversation's snapshot to a file, with the model that it belongs to.
+
+    Raises
+    ------
+    StateError
+        If it cannot be written.
+    """
+    about = {"content": "conversation", "model": engine.name, "fingerprint": engine.fingerprint()}
+    save_state(path, snapshot, {**about, "kv_bits": str(kv_bits)})
+
+
+def load_conversation(path: str | os.PathLike[str], engine: Engine, kv_bits: int | None = None) -> State:
+    """Read what :func:`save_conversation` wrote.
+
+    Raises
+    ------
+    StateError
+        If the file is missing, damaged, no conversation, or one with another model or precision of the cache.
+    """
+    snapshot, about = read_state(path)
+    if about.get("content") != "conversation":
+        raise StateError(f"{path} is a state, but not that of a conversation")
+    if about.get("fingerprint") != engine.fingerprint():
+        model = about.get("model", "")
+        which = f"the model {model}" if model != engine.name else f"another version of the model {model}"
+        raise StateError(f"{path} is a conversation with {which}, and this is {engine.name}: load that model for it")
+    if about.get("kv_bits") != str(kv_bits):
+        raise StateError(f"{path} was kept with kv_bits={about.get('kv_bits')}, and this session has {kv_bits}")
+    return snapshot

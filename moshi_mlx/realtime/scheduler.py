@@ -1,0 +1,293 @@
+"""Many conversations on one thread: whoever has a frame goes through the model with the others that have one.
+
+::
+
+    with Scheduler(model) as scheduler:
+        with Conversation(scheduler, seed=1) as conversation:    # as many as there are clients
+            conversation.feed(...)
+
+A tick takes one frame of each conversation that has a whole one, and the next tick begins when it is over: there is no
+grid, and nobody is waited for. A conversation without a frame costs nothing, one that fails ends alone, and what waits
+for one that falls behind is bounded by its ``backlog``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine.batch import Batch
+from ..engine.pipeline import Engine, SessionFrame
+from ..errors import StateError
+from .meters import Stopwatch
+from .ring import Bell
+from .trace import Trace
+from .workers import Work, run
+
+if TYPE_CHECKING:
+    from ..model import Moshi
+    from .conversation import Conversation
+
+__all__ = ["Scheduler"]
+
+_POLL = 0.1
+_STOP_WITHIN = 1.0
+_Heard = dict[int, tuple[NDArray[np.float32], float]]
+
+
+class Scheduler:
+    """One thread that drives any number of conversations. Use it with ``with``.
+
+    Parameters
+    ----------
+    model : Moshi or Engine
+    kv_bits : {None, 8}
+        Precision of the cache, for all.
+    trace : Trace, optional
+        Gets what the thread does, tick by tick.
+
+    Attributes
+    ----------
+    ticks : Stopwatch
+        Time that the last ticks took.
+    """
+
+    def __init__(self, model: Moshi | Engine, *, kv_bits: int | None = None, trace: Trace | None = None):
+        self.engine = model.engine
+        self.kv_bits = kv_bits
+        self.ticks = Stopwatch()
+        self._trace = trace
+        self._bell = Bell()
+        self._waiting: deque[_Seat] = deque()  # seats that come or go
+        self._seats: dict[int, _Seat] = {}
+        self._took = {"encode": 0.0, "model": 0.0, "decode": 0.0}
+        self._stopping = False
+        self._work: Work | None = None
+
+    def __enter__(self) -> Scheduler:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Scheduler:
+        """Start the thread.
+
+        Raises
+        ------
+        StateError
+            If it was started before.
+        """
+        if self._work is not None:
+            raise StateError("a scheduler can be started once; make another")
+        self._work = run("moshi scheduler", self._guard)
+        return self
+
+    def stop(self) -> bool:
+        """End the thread, and the conversations that are still there. Returns within a second.
+
+        Returns
+        -------
+        bool
+            False if the thread is still inside one long computation: it ends after that.
+        """
+        self._stopping = True
+        self._bell.ring()
+        if self._work is None:
+            return True
+        self._work.join(_STOP_WITHIN)
+        return not self._work.alive
+
+    @property
+    def running(self) -> bool:
+        """Whether conversations can join."""
+        return self.alive and not self._stopping
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread works."""
+        return self._work is not None and self._work.alive
+
+    @property
+    def rows(self) -> int:
+        """Conversations that are there."""
+        return len(self._seats)
+
+    def _driver(self) -> _Seat:
+        return _Seat(self)
+
+    def _post(self, seat: _Seat) -> None:
+        self._waiting.append(seat)
+        self._bell.ring()
+
+    # The thread
+
+    def _guard(self) -> None:
+        failure: BaseException = StateError("the scheduler was stopped")
+        try:
+            self._run()
+        except BaseException as error:  # whatever it is, everybody has to know
+            failure = error
+        finally:
+            self._stopping = True
+            seats, self._seats = list(self._seats.values()), {}
+            while self._waiting:
+                seats.append(self._waiting.popleft())
+            for seat in seats:
+                seat.end(failure)
+
+    def _run(self) -> None:
+        batch = Batch(self.engine, kv_bits=self.kv_bits)
+        batch.on_stage = self._timed
+        while not self._stopping:
+            self._come_and_go(batch)
+            heard = self._hear(batch)
+            began = time.monotonic()
+            answers = batch.step({row: pcm for row, (pcm, _) in heard.items()})
+            if not answers and not any(batch.opening(row) for row in self._seats):
+                if not heard:
+                    self._bell.wait(_POLL)
+                continue
+            for row, answer in answers.items():
+                self._answer(batch, row, answer, heard.get(row))
+            self.ticks.add(time.monotonic() - began)
+            if self._trace is not None:
+                self._trace.span("tick", began, time.monotonic(), {"rows": len(answers)})
+
+    def _come_and_go(self, batch: Batch) -> None:
+        """Who joins, leaves, begins anew or is to be kept."""
+        while self._waiting:
+            seat = self._waiting.popleft()
+            if seat.leaving:
+                self._drop(batch, seat, None)
+            else:
+                self._join(batch, seat, seat.conversation._resumed)
+        for seat in list(self._seats.values()):
+            conversation = seat.conversation
+            if seat.resets != conversation._resets:
+                seat.resets = conversation._resets
+                self._leave(batch, seat)
+                conversation._forget()
+                conversation._player.clear()
+                self._join(batch, seat, None)
+                conversation._tell("reset")
+            if conversation._wanted is not None and not batch.opening(seat.row):
+                wanted, conversation._wanted = conversation._wanted, None
+                wanted.add(partial(batch.snapshot, seat.row))
+                wanted.ended.set()
+
+    def _hear(self, batch: Batch) -> _Heard:
+        """The next frame of everybody who has one, and when it came."""
+        heard: _Heard = {}
+        for row, seat in self._seats.items():
+            if batch.opening(row):
+                continue
+            frame = np.empty(self.engine.frame_size, np.float32)
+            came = seat.conversation._hear(frame)
+            if came is not None:
+                heard[row] = frame, came
+        return heard
+
+    def _answer(
+        self,
+        batch: Batch,
+        row: int,
+        answer: SessionFrame | Exception,
+        heard: tuple[NDArray[np.float32], float] | None,
+    ) -> None:
+        seat = self._seats[row]
+        if isinstance(answer, Exception):
+            self._drop(batch, seat, answer)
+            return
+        assert heard is not None
+        conversation, meters = seat.conversation, seat.conversation.meters
+        meters.encode.add(self._took["encode"])
+        meters.step.add(self._took["model"])
+        if answer.voiced:
+            meters.decode.add(self._took["decode"])
+        try:
+            conversation._say(answer.text, answer.words)
+            conversation._speak(*heard, answer, conversation._clock())
+            conversation._counters({})
+        except Exception as error:  # its tap's
+            self._drop(batch, seat, error)
+
+    def _join(self, batch: Batch, seat: _Seat, snapshot: Any) -> None:
+        try:
+            seat.row = batch.join(seat.conversation._settings, snapshot)
+        except Exception as error:
+            self._drop(batch, seat, error)
+            return
+        self._seats[seat.row] = seat
+        seat.ready.set()
+
+    def _leave(self, batch: Batch, seat: _Seat) -> None:
+        batch.leave(seat.row)
+        self._seats.pop(seat.row, None)
+
+    def _drop(self, batch: Batch, seat: _Seat, error: BaseException | None) -> None:
+        self._leave(batch, seat)
+        seat.end(error)
+
+    def _timed(self, name: str, began: float, ended: float) -> None:
+        self._took[name] = ended - began
+        if self._trace is not None:
+            self._trace.span(name, began, ended)
+
+
+class _Seat:
+    """What drives one conversation: its place at the scheduler's table.
+
+    Attributes
+    ----------
+    conversation : Conversation
+        While it is there.
+    """
+
+    conversation: Conversation
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self.row = -1
+        self.resets = 0
+        self.leaving = False
+        self.ready = threading.Event()
+        self._left = threading.Event()
+
+    def start(self, conversation: Conversation) -> None:
+        """Join, and wait until it is done or has failed."""
+        self.conversation = conversation
+        if not self._scheduler.running:
+            raise StateError("the scheduler does not run: start it first, or use it with 'with'")
+        self._scheduler._post(self)
+        while not self.ready.wait(_POLL):
+            if not self._scheduler.alive:  # or it would come to it
+                self.end(StateError("the scheduler was stopped"))
+
+    def stop(self) -> bool:
+        """Leave; False if the scheduler has not come to it within a second."""
+        if self._left.is_set():
+            return True
+        self.leaving = True
+        self._scheduler._post(self)
+        return self._left.wait(_STOP_WITHIN) or not self._scheduler.running
+
+    def wake(self) -> None:
+        """There may be a frame."""
+        self._scheduler._bell.ring()
+
+    def end(self, error: BaseException | None) -> None:
+        """It has left, for this reason if there is one."""
+        if self._left.is_set():
+            return
+        if error is not None and not self.leaving:
+            self.conversation._fail(f"the conversation failed: {error}", error)
+        del self.conversation
+        self._left.set()
+        self.ready.set()
