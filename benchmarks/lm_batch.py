@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.generate import Generator
-from moshi_mlx.model import generation_defaults
+from moshi_mlx.engine.generator import Generator
+from moshi_mlx.tasks.dialogue import generation_defaults
 
 from . import codec_batch
 from .workers import machine
