@@ -17,6 +17,8 @@ from pathlib import Path
 
 __all__ = ["Claim", "Output", "check_folder", "named", "partial_name", "replace_text", "reserved"]
 
+_FORCE = "--force"  # an option of every command that calls `reserved`; others come here for a Claim alone
+
 
 @dataclass(frozen=True)
 class Output:
@@ -101,7 +103,7 @@ def reserved(
         for output in outputs:  # only now: a run that held the name may just have written it
             if os.path.lexists(output.path) and not force:
                 raise FileExistsError(
-                    f"{output.path} exists; replace it with --force, or choose another name for {output.what}"
+                    f"{output.path} exists; replace it with {_FORCE}, or choose another name for {output.what}"
                 )
         yield
 
