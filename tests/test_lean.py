@@ -115,8 +115,24 @@ def test_weights_are_not_held_twice() -> None:
     weight = lm.transformer.layers[0].gating.linear_in.weight
     stepper = make_stepper(lm)
     assert isinstance(stepper, NumpyStepper)
-    seen = stepper._layers[0]._gating._in
+    seen = stepper._layers[0]._gating._in.weight
     assert seen.__array_interface__["data"][0] == np.array(weight, copy=False).__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_products_of_any_number_of_rows(laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the blocks of a weight, or what is padded to fill the last one, are put together wrongly."""
+    monkeypatch.setattr(lean, "_BLOCKED_BYTES", 200 * 130 * 4)
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((200, 130), (64, 64), (300, 10), (201, 130)):
+        weight = rng.normal(size=(outputs, inputs)).astype(np.float32).T
+        matrix = lean._Matrix(np.ascontiguousarray(weight) if laid_out else weight)
+        for rows in (1, 2, 5, 16, 60, 70):
+            x = rng.normal(size=(rows, inputs)).astype(np.float32)
+            made = matrix(x)
+            assert made.shape == (rows, outputs)
+            assert np.abs(made - x.astype(np.float64) @ weight).max() < 1e-4
+        assert (matrix._blocks is None) == (inputs == 201)
 
 
 def test_new_weights_are_noticed() -> None:

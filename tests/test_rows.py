@@ -157,6 +157,7 @@ def crowd(generator: Generator, ticks: int, most: int, seed: int = 0) -> list[Ta
     return list(talks.values())
 
 
+@pytest.mark.timeout(300 if TICKS < 1000 else 0)
 @pytest.mark.usefixtures("steppers", "small_rings")
 def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
     """If this fails, a conversation hears its neighbours, or one who left, or loses a frame while it waits."""
@@ -507,7 +508,11 @@ def test_refusals() -> None:
         generator.adopt({**before, "settings": mx.full(before["settings"].shape, -1.0)})
     with pytest.raises(StateError, match="damaged"):
         generator.adopt({**before, "position": before["position"] + 1})
+    with pytest.raises(StateError, match="no conversation"):
+        generator.adopt(take_rows(before, []))
     empty = Generator(lm, seeds=None)
+    with pytest.raises(StateError, match="no conversation"):
+        empty.reset()
     with pytest.raises(StateError, match="without a conversation"):
         assert empty.first
     with pytest.raises(StateError, match="0 conversations"):

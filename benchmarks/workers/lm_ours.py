@@ -114,10 +114,10 @@ def products(generator: Generator) -> float:
             gating = layer._gating[weights]
             matrices += [layer._in[weights], layer._out[weights], gating._in, gating._out]
         matrices.append(depth._out[index])
-    rows = {size: np.ones((1, size), np.float32) for size in {m.shape[0] for m in matrices}}
+    rows = {size: np.ones((1, size), np.float32) for size in {len(m.weight) for m in matrices}}
     began = time.process_time()
     for matrix in matrices:
-        rows[matrix.shape[0]] @ matrix
+        matrix(rows[len(matrix.weight)])
     return (time.process_time() - began) * 1e3
 
 
