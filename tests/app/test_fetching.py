@@ -14,7 +14,7 @@ from moshi_mlx_app.cli import main
 from moshi_mlx_app.models import fetch as fetching
 from moshi_mlx_app.models.fetch import fetch, load_model
 
-from moshi_mlx.checkpoint import repo
+from moshi_mlx.checkpoint import download as repo
 from moshi_mlx.errors import DownloadError
 from tests.app.conftest import FakeModel
 from tests.helpers.fake_hub import FakeHub, FakeRepo, running_hub

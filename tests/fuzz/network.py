@@ -13,9 +13,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx.checkpoint import repo as module
+from moshi_mlx.checkpoint import download as module
 from moshi_mlx.errors import DownloadError
-from moshi_mlx.hub import resolve, survey
+from moshi_mlx.checkpoint.resolve import resolve, survey
 from tests.helpers.fake_hub import FakeRepo, running_hub
 
 from . import Attack, Attempt, fuzzer

@@ -27,7 +27,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import CheckpointError, DownloadError
 from ..printable import printable
-from .files import inner_path, parse_object, shown
+from .readers import inner_path, parse_object, shown
 
 __all__ = ["HubRepo", "Progress"]
 
