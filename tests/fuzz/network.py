@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moshi_mlx.checkpoint import download as module
-from moshi_mlx.errors import DownloadError
 from moshi_mlx.checkpoint.resolve import resolve, survey
+from moshi_mlx.errors import DownloadError
 from tests.helpers.fake_hub import FakeRepo, running_hub
 
 from . import Attack, Attempt, fuzzer
