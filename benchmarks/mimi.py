@@ -32,8 +32,8 @@ def write_weights(path: Path, codebooks: int) -> None:
     import mlx.core as mx
 
     from moshi_mlx.layers.conv import CausalConv, CausalConvTranspose
-    from moshi_mlx.mimi import Mimi
-    from moshi_mlx.mimi_weights import published_mimi_weights
+    from moshi_mlx.models.mimi import Mimi
+    from moshi_mlx.checkpoint.mimi import published_mimi_weights
 
     mx.random.seed(0)
     mimi = Mimi(num_codebooks=codebooks)

@@ -22,13 +22,13 @@ from .errors import (
     StateError,
     TokenError,
 )
-from .generate import GenerationConfig, Generator, Step
-from .lm import Lm, LmOutput
+from .engine.generator import GenerationConfig, Generator, Step
+from .models.lm import Lm, LmOutput
 from .loading import load
-from .mimi import Mimi, MimiConfig
-from .model import Moshi, Reply, Session, SessionFrame
-from .sampling import Sampling
-from .text import TextTokenizer, Word
+from .models.mimi import Mimi, MimiConfig
+from .tasks.dialogue import Moshi, Reply, Session, SessionFrame
+from .models.sampling import Sampling
+from .engine.text import TextTokenizer, Word
 
 __all__ = [
     "AudioError",

@@ -19,10 +19,10 @@ import huggingface_hub
 import huggingface_hub.utils._http
 import pytest
 
-from moshi_mlx import hub
+from moshi_mlx.checkpoint import resolve as hub
 from moshi_mlx.checkpoint import transfer
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, fetch_file, resolve, survey
+from moshi_mlx.checkpoint.resolve import builtin_models, fetch_file, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 

@@ -99,7 +99,7 @@ def imports(name: str, path: Path, *, at_load: bool = False) -> Iterator[tuple[i
                 for _ in range(node.level - 1):
                     package = package.rpartition(".")[0]
                 base = f"{package}.{base}".rstrip(".")
-            # `from moshi_mlx import lm` imports moshi_mlx.lm where that is a module.
+            # `from moshi_mlx import lm` imports moshi_mlx.models.lm where that is a module.
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         else:
             waiting += ast.iter_child_nodes(node)

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..config import LmConfig
 from ..errors import CheckpointError
-from .files import shown
+from .readers import shown
 from .layouts import to_internal
 
 __all__ = ["merge_lora"]

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..streaming import State
-from ..text import Word
+from ..state import State
+from .text import Word
 from .pipeline import Engine, SessionFrame, Settings
 
 __all__ = ["Batch", "OnStage"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .conversation import Conversation, Event
-from .meters import Meters
+from .stats import Meters
 from .ring import Ring
 from .scheduler import Scheduler
 from .trace import Trace

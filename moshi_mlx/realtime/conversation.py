@@ -25,13 +25,13 @@ from ..audio import check_block
 from ..engine.pipeline import Engine, SessionFrame, Settings
 from ..engine.session import load_conversation, save_conversation
 from ..errors import ConfigError, MoshiError, StateError
-from ..generate import GenerationConfig
-from ..model import Moshi
-from ..streaming import State
-from ..text import Word
-from .meters import Meters
+from ..engine.generator import GenerationConfig
+from ..tasks.dialogue import Moshi
+from ..state import State
+from ..engine.text import Word
+from .stats import Meters
 from .pipelined import Pipelined
-from .player import Player
+from .jitter_buffer import Player
 from .ring import Bell, Ring
 from .scheduler import Scheduler
 from .trace import Trace

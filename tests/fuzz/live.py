@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.realtime import Conversation
 from tests.helpers import parrot
 

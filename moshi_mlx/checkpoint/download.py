@@ -23,7 +23,7 @@ from urllib.parse import quote, urljoin
 from ..errors import CheckpointError, DownloadError
 from ..printable import printable
 from . import transfer
-from .files import inner_path, parse_object, shown
+from .readers import inner_path, parse_object, shown
 from .transfer import ask, hub_utils, is_network, receive
 
 __all__ = ["HubRepo", "Progress"]

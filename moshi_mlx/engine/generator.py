@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .choose import GenerationConfig, Kind, Team, choose_codes, choose_text
-from .config import EOS_ID, UNGENERATED, ZERO_TOKEN
-from .errors import ConfigError, StateError, TokenError
-from .lean import Array, make_stepper
-from .lm import Lm
+from ..config import EOS_ID, UNGENERATED, ZERO_TOKEN
+from ..errors import ConfigError, StateError, TokenError
+from ..cpu.lm import Array, make_stepper
+from ..models.lm import Lm
 from .rows import Rows
-from .sampling import keys_at
-from .streaming import State, as_mlx
+from ..models.sampling import keys_at
+from ..state import State, as_mlx
 
 __all__ = ["GenerationConfig", "Generator", "Step"]
 

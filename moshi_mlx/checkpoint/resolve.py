@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
-from .checkpoint.repo import HubRepo, Progress
-from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
-from .errors import CheckpointError, DownloadError
+from .readers import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
+from .download import HubRepo, Progress
+from ..config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
+from ..errors import CheckpointError, DownloadError
 
 __all__ = ["CheckpointFiles", "Survey", "builtin_models", "fetch_file", "resolve", "survey"]
 
@@ -207,7 +207,7 @@ def resolve(
     extras : sequence of str
         Further files to find, for instance ``voices.tgz``.
     cache, offline, progress
-        See :class:`~moshi_mlx.checkpoint.repo.HubRepo`.
+        See :class:`~moshi_mlx.checkpoint.download.HubRepo`.
 
     Raises
     ------
