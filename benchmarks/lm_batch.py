@@ -19,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.engine import generator as generate
 from moshi_mlx.config import UNGENERATED
-from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.tasks.dialogue import generation_defaults
 

@@ -27,8 +27,8 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, Plan, make_plan, modules_of
 
 from benchmarks.workers import graph
 from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.cpu.lm import NumpyStepper
+from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.mimi import Mimi, MimiConfig
 from moshi_mlx.state import state_arrays

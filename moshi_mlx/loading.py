@@ -9,18 +9,18 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .checkpoint.readers import read_json, read_safetensors
-from .checkpoint.finite import check_finite
 from .checkpoint.download import Progress
+from .checkpoint.finite import check_finite
+from .checkpoint.fit import load_config, load_lm
+from .checkpoint.readers import read_json, read_safetensors
+from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
 from .codec.base import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
+from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
-from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
 from .models.lm import Lm
 from .models.mimi import Mimi, MimiConfig
 from .tasks.dialogue import Moshi
-from .engine.text import TextTokenizer
-from .checkpoint.fit import load_config, load_lm
 
 __all__ = ["load", "measure_codec"]
 

@@ -536,7 +536,7 @@ def test_a_missing_package_is_named(rust: RustMimi, monkeypatch: pytest.MonkeyPa
 
 def test_auto_takes_rust_for_the_published_codec(monkeypatch: pytest.MonkeyPatch, rust: RustMimi) -> None:
     """If this fails, the slow codec is taken where the fast one would do, or the fast one where it cannot."""
-    import moshi_mlx.codec as module
+    import moshi_mlx.codec.base as module
 
     def load(path: Any, config: MimiConfig, num_codebooks: int) -> Any:
         return tiny_mimi()

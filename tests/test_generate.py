@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from moshi_mlx.engine import generator as generate
 from moshi_mlx.config import UNGENERATED, ZERO_TOKEN
-from moshi_mlx.errors import ConfigError, StateError, TokenError
-from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
 from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
+from moshi_mlx.errors import ConfigError, StateError, TokenError
 from moshi_mlx.models.lm import DepthCache, Lm
 from moshi_mlx.models.sampling import GREEDY, Sampling, filter_logits, gumbel_noise
 from moshi_mlx.state import describe_state, load_state, save_state, state_arrays, state_bytes

@@ -21,11 +21,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.checkpoint.readers import read_json, read_safetensors, write_safetensors
+from moshi_mlx.checkpoint.fit import list_voices, load_config, load_lm, load_speaker, load_voice_prompt
 from moshi_mlx.checkpoint.gguf import read_gguf
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
+from moshi_mlx.checkpoint.readers import read_json, read_safetensors, write_safetensors
 from moshi_mlx.errors import CheckpointError, MoshiError
-from moshi_mlx.checkpoint.fit import list_voices, load_config, load_lm, load_speaker, load_voice_prompt
 
 from .fuzz import attack
 from .helpers.checkpoints import small_config, write_checkpoint
@@ -486,7 +486,7 @@ def test_misshapen_speakers(tmp_path: Path) -> None:
 
 _ALONE = """
 import json, sys, time
-import moshi_mlx.weights
+import moshi_mlx.checkpoint.fit
 from moshi_mlx.errors import MoshiError
 from tests.helpers.load_memory import peak_bytes
 module, name = sys.argv[1].split(":")

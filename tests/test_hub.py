@@ -21,8 +21,8 @@ import pytest
 
 from moshi_mlx.checkpoint import resolve as hub
 from moshi_mlx.checkpoint import transfer
-from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
 from moshi_mlx.checkpoint.resolve import builtin_models, fetch_file, resolve, survey
+from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 

@@ -10,9 +10,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from moshi_mlx.cpu import lm as lean, blas as threads
-from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.cpu import blas as threads
+from moshi_mlx.cpu import lm as lean
 from moshi_mlx.cpu.lm import NumpyStepper, Stepper, make_stepper
+from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
 

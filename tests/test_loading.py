@@ -13,8 +13,8 @@ import mlx.core as mx
 import pytest
 
 import moshi_mlx
-from moshi_mlx.checkpoint.readers import read_tensors
 from moshi_mlx.checkpoint.finite import check_finite
+from moshi_mlx.checkpoint.readers import read_tensors
 from moshi_mlx.codec.base import RustMimi
 from moshi_mlx.errors import CheckpointError, ConfigError, MoshiError
 

@@ -11,8 +11,8 @@ import pytest
 
 import moshi_mlx
 from moshi_mlx.codec.base import MimiCodec
-from moshi_mlx.errors import StateError
 from moshi_mlx.cpu.lm import NumpyStepper
+from moshi_mlx.errors import StateError
 
 SILENCE = np.zeros(1920, np.float32)
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 import moshi_mlx
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, list_voices, load_config, load_lm, load_voice_prompt
 from moshi_mlx.checkpoint.layouts import detect_layout, from_internal, to_internal, to_mlx_layout, to_torch_layout
 from moshi_mlx.checkpoint.lora import merge_lora
+from moshi_mlx.checkpoint.mimi import load_mimi
+from moshi_mlx.checkpoint.resolve import CheckpointFiles, resolve
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError, ConfigError
-from moshi_mlx.checkpoint.resolve import CheckpointFiles, resolve
 from moshi_mlx.layers.conditioning import TensorCondition
 from moshi_mlx.models.lm import Lm
-from moshi_mlx.checkpoint.mimi import load_mimi
-from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, list_voices, load_config, load_lm, load_voice_prompt
 
 from .helpers.checkpoints import (
     LAYOUTS,

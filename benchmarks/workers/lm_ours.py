@@ -14,10 +14,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from benchmarks.workers import graph
-from moshi_mlx.engine import generator as generate
 from moshi_mlx.config import LmConfig
-from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.cpu.lm import NumpyStepper, Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import GREEDY
 

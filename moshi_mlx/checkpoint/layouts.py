@@ -1,7 +1,7 @@
 """The names that each program gives to the same weights, as tables that are read in both directions.
 
-A row pairs a name in a file with a name in :class:`moshi_mlx.models.lm.Lm`. In a row, ``{n}`` is a layer or stream, ``{s}`` a
-weight set of the depth transformer, ``{k}`` a depth step, ``{x}`` whatever follows (``weight``, ``scales``,
+A row pairs a name in a file with a name in :class:`moshi_mlx.models.lm.Lm`. In a row, ``{n}`` is a layer or stream,
+``{s}`` a weight set of the depth transformer, ``{k}`` a depth step, ``{x}`` whatever follows (``weight``, ``scales``,
 ``low_rank.weight``, ...). Layouts that unroll the depth transformer into one slice per step repeat what steps share:
 there a row with ``{k}`` on the left and ``{s}`` (or neither) on the right stands for several equal copies.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .readers import read_safetensors
 from .opening import open_file
 from .pickled import read_torch_tensors
+from .readers import read_safetensors
 
 __all__ = ["VoicePrompt", "list_voices", "load_speaker", "load_voice_prompt"]
 

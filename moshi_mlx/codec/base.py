@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
-from ..errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
-from ..cpu.mimi import Decoder, Encoder, Rows
-from ..models.mimi import Mimi, MimiConfig
 from ..checkpoint.mimi import is_published_layout, load_mimi
+from ..cpu.mimi import Decoder, Encoder, Rows
+from ..errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
+from ..models.mimi import Mimi, MimiConfig
 from ..state import State, as_numpy, count_rows, put_rows, state_arrays, take_rows, update_state
 
 if TYPE_CHECKING:
@@ -374,8 +374,8 @@ class MimiCodec(Codec):
     Parameters
     ----------
     mimi : Mimi
-        With its weights evaluated, as :func:`~moshi_mlx.checkpoint.mimi.load_mimi` leaves them: streams in other threads
-        read them. They must stay as they are: where they are replaced, make another codec.
+        With its weights evaluated, as :func:`~moshi_mlx.checkpoint.mimi.load_mimi` leaves them: streams in other
+        threads read them. They must stay as they are: where they are replaced, make another codec.
     """
 
     chunk = 25

@@ -1,9 +1,9 @@
 """Mimi frame by frame in numpy: what a conversation uses where there is no GPU.
 
 MLX's wheel for Linux brings a matrix product without vector instructions, and takes 9 ns for an exponential; numpy
-brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what
-:meth:`~moshi_mlx.models.mimi.Mimi.encode_step` and :meth:`~moshi_mlx.models.mimi.Mimi.decode_step` compute, from the same weights.
-The same figures in another order of summation: the tests hold both together.
+brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what ``encode_step`` and ``decode_step``
+of :class:`~moshi_mlx.models.mimi.Mimi` compute, from the same weights. The same figures in another order of summation:
+the tests hold both together.
 
 Weights are prepared once for each model and shared by all of its streams. What changes is in a state with the names and
 shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state and neither

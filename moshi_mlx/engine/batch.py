@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..state import State
-from .text import Word
 from .pipeline import Engine, SessionFrame, Settings
+from .text import Word
 
 __all__ = ["Batch", "OnStage"]
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import UNGENERATED
-from ..errors import ConfigError
 from ..cpu.lm import Array, Stepper
+from ..errors import ConfigError
 from ..models.lm import Lm
 from ..models.sampling import AUDIO_SAMPLING, TEXT_SAMPLING, RowSampling, Sampling, SamplingKind
 from ..state import State, as_mlx

@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 from ..codec.base import Codec, DecoderStream, EncoderStream, MimiCodec
 from ..config import UNGENERATED, ModelConfig
 from ..errors import CodecError, ConfigError, StateError
-from .generator import GenerationConfig, Generator, Step
 from ..models.lm import Lm
 from ..models.sampling import GREEDY, Sampling
 from ..state import State, put_rows, state_arrays, take_rows
+from .generator import GenerationConfig, Generator, Step
 from .text import TextTokenizer, Word, WordTracker
 
 __all__ = [

@@ -15,12 +15,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
 from ..config import UNGENERATED, ZERO_TOKEN
+from ..cpu.lm import Stepper
 from ..errors import ConfigError, StateError
 from ..layers.attention import resize_rings, resize_sources, trim_rings
 from ..layers.conditioning import Condition, match_slots
-from ..cpu.lm import Stepper
 from ..models.lm import Lm
 from ..models.sampling import noise_key
 from ..state import (
@@ -34,6 +33,7 @@ from ..state import (
     take_rows,
     update_state,
 )
+from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
 
 __all__ = ["Rows"]
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from ..engine.batch import Batch
 from ..engine.pipeline import Engine, SessionFrame
 from ..errors import StateError
-from .stats import Stopwatch
 from .ring import Bell
+from .stats import Stopwatch
 from .trace import Trace
 from .workers import Work, run
 

@@ -21,12 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..audio import TAIL, as_mono, check_tail
 from ..config import ModelConfig
+from ..engine.generator import GenerationConfig
 from ..engine.pipeline import Engine, SessionFrame, Settings, generation_defaults
 from ..engine.session import Session, play
-from ..errors import ConfigError
-from ..engine.generator import GenerationConfig
-from ..models.lm import Lm
 from ..engine.text import TextTokenizer, Word
+from ..errors import ConfigError
+from ..models.lm import Lm
 
 if TYPE_CHECKING:
     from ..codec.base import Codec

@@ -16,14 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.readers import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config
 from moshi_mlx.checkpoint.gguf import iterate_gguf, read_gguf_header
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.readers import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.errors import CheckpointError
-from moshi_mlx.checkpoint.resolve import CheckpointFiles
-from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config
 
 from .plan.recipes import Module, modules_of
 from .write.writer import Entry, StreamingWriter

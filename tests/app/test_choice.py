@@ -15,8 +15,8 @@ from moshi_mlx_app.models import select as choice
 from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, room, verdict
 from moshi_mlx_app.models.select import Measured, Selection, select
 
-from moshi_mlx.errors import DownloadError
 from moshi_mlx.checkpoint.resolve import Survey
+from moshi_mlx.errors import DownloadError
 
 GB = 2**30
 Q4, Q8, BF16 = (f"kyutai/moshiko-mlx-{name}" for name in ("q4", "q8", "bf16"))

@@ -15,10 +15,10 @@ import pytest
 import moshi_mlx
 from moshi_mlx.codec.base import MimiCodec, MlxMimi, RustMimi
 from moshi_mlx.engine import Session, SessionFrame
-from moshi_mlx.errors import CodecError, StateError
 from moshi_mlx.engine.generator import GenerationConfig
-from moshi_mlx.realtime import Conversation
+from moshi_mlx.errors import CodecError, StateError
 from moshi_mlx.models.sampling import Sampling
+from moshi_mlx.realtime import Conversation
 from moshi_mlx.state import save_state, state_arrays
 from tests.helpers.tiny import WAYS, sound, tiny_model, use
 

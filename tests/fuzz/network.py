@@ -15,8 +15,8 @@ from typing import Any
 
 from moshi_mlx.checkpoint import transfer
 from moshi_mlx.checkpoint.download import _silent
-from moshi_mlx.errors import DownloadError
 from moshi_mlx.checkpoint.resolve import resolve, survey
+from moshi_mlx.errors import DownloadError
 from tests.helpers.fake_hub import FakeRepo, running_hub
 
 from . import Attack, Attempt, fuzzer

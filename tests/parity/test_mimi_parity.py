@@ -20,9 +20,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("moshi")
 
+from moshi_mlx.checkpoint.mimi import load_mimi  # noqa: E402
 from moshi_mlx.codec.base import RustMimi, make_codec  # noqa: E402
 from moshi_mlx.models.mimi import Mimi  # noqa: E402
-from moshi_mlx.checkpoint.mimi import load_mimi  # noqa: E402
 from tests.helpers.mimi import unproven_differences  # noqa: E402
 from tests.helpers.mimi_torch import decode_stream, encode_stream, load  # noqa: E402
 from tests.parity.full_mimi import speech, write_checkpoint  # noqa: E402

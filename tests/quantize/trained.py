@@ -21,8 +21,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.checkpoint.layouts import to_mlx_layout
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.models.lm import Lm
 

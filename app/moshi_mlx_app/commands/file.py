@@ -32,8 +32,8 @@ from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
     from moshi_mlx.engine.generator import GenerationConfig
-    from moshi_mlx.tasks.dialogue import Moshi
     from moshi_mlx.realtime import Trace
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["EXAMPLES", "HELP", "UNTRAINED", "add_arguments", "check_seed", "run"]
 

@@ -127,8 +127,8 @@ def default_model(say: Callable[[str], object] = lambda _: None, here: Measured 
 
 def _survey(name: str, offline: bool) -> Survey:
     """Like :func:`moshi_mlx.checkpoint.resolve.survey`, but back within seconds whatever the network does."""
-    from moshi_mlx.errors import DownloadError
     from moshi_mlx.checkpoint.resolve import survey
+    from moshi_mlx.errors import DownloadError
 
     if offline:
         return survey(name, offline=True)

@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import PAD, TextTokenizer
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import Sampling
-from moshi_mlx.engine.text import PAD, TextTokenizer
 from moshi_mlx_training.lm.batch import make_batch
 from moshi_mlx_training.lm.data import UNKNOWN, answer_clip, trimmed
 from moshi_mlx_training.lm.dialogue import Answer, Pieces, Window, answer_tokens, compose

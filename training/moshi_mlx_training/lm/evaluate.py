@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig
 from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import Sampling
-from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx_training.lm.data import UNKNOWN
 from moshi_mlx_training.lm.dialogue import STEADY, STOP, Pieces, Question
 from moshi_mlx_training.lm.train import preload_blas, read_model
