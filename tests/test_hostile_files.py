@@ -625,13 +625,13 @@ def test_messages_stay_short() -> None:
         ("gguf", 300, 100),
         ("torch", 300, 150),
         ("pickles", 300, 200),
-        ("archives", 60, 20),
+        ("archives", 40, 10),
         ("speakers", 200, 100),
         ("checkpoints", 60, 30),
         ("tokenizers", 100, 50),
         ("texts", 300, 200),
-        ("configs", 1500, 700),
-        ("codec-configs", 500, 300),
+        ("configs", 600, 300),
+        ("codec-configs", 300, 200),
     ],
 )
 def test_fuzzed_files(name: str, inputs: int, refused: int) -> None:
