@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx import generate
 from moshi_mlx.config import UNGENERATED
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import Stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.model import generation_defaults
+from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.tasks.dialogue import generation_defaults
 
 from . import codec_batch
 from .workers import machine

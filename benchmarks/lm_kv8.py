@@ -19,9 +19,9 @@ import soundfile
 
 import moshi_mlx
 from moshi_mlx.config import ModelConfig
+from moshi_mlx.cpu.lm import make_stepper
 from moshi_mlx.layers.attention import Attention
-from moshi_mlx.lean import make_stepper
-from moshi_mlx.streaming import state_bytes
+from moshi_mlx.state import state_bytes
 
 from .workers import machine
 

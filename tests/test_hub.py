@@ -19,10 +19,10 @@ import huggingface_hub
 import huggingface_hub.utils._http
 import pytest
 
-from moshi_mlx import hub
-from moshi_mlx.checkpoint import repo as repo_module
+from moshi_mlx.checkpoint import resolve as hub
+from moshi_mlx.checkpoint import transfer
+from moshi_mlx.checkpoint.resolve import builtin_models, fetch_file, resolve, survey
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, fetch_file, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -277,7 +277,7 @@ def test_unreachable_hub_falls_back_to_the_cache(server: FakeHub, cache: Path, m
 
 def test_silent_hub_times_out(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken: a hub that accepts the connection and never answers hangs the program."""
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME] = FakeRepo(dict(FILES), delay=1.5)
     start = time.monotonic()
     with pytest.raises(DownloadError, match="cannot be reached"):
@@ -329,7 +329,7 @@ def test_full_disk_while_writing(server: FakeHub, cache: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(repo_module._Hashed, "update", full)
+    monkeypatch.setattr(transfer._Hashed, "update", full)
     with pytest.raises(DownloadError, match="the disk is full.*HF_HOME"):
         resolve(NAME, cache=cache)
 
@@ -505,7 +505,7 @@ def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> N
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """If this fails, a small file fills the disk, or an error's explanation the memory."""
-    monkeypatch.setattr(repo_module, "_TRIES", 1)
+    monkeypatch.setattr(transfer, "_TRIES", 1)
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -541,8 +541,8 @@ def test_a_list_without_an_end(server: FakeHub, cache: Path) -> None:
 @pytest.mark.parametrize("what", ["body", "header of a file", "list", "header of the list"])
 def test_what_comes_a_byte_at_a_time(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """If this fails, a hub keeps the program waiting for ever, without ever being late for a socket."""
-    for name, value in (("_WINDOW", 0.5), ("_TIMEOUT", 0.4), ("_PAUSE", 0.0)):
-        monkeypatch.setattr(repo_module, name, value)
+    for name, value in (("_WINDOW", 0.5), ("TIMEOUT", 0.4), ("_PAUSE", 0.0)):
+        monkeypatch.setattr(transfer, name, value)
     ended = threading.Event()
 
     def drops() -> Iterator[bytes]:
@@ -623,7 +623,7 @@ def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkey
     """If this fails, each step of loading a model that is here waits anew for a hub that does not answer."""
     server.repos[NAME] = FakeRepo(dict(FILES))
     files = resolve(NAME, cache=cache)
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME].delay = 1.0
     server.requests.clear()
     assert survey(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files

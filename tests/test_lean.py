@@ -10,11 +10,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from moshi_mlx import lean, threads
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import NumpyStepper, Stepper, make_stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
+from moshi_mlx.cpu import blas as threads
+from moshi_mlx.cpu import lm as lean
+from moshi_mlx.cpu.lm import NumpyStepper, Stepper, make_stepper
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
 
 from .helpers import golden_lm
 from .helpers.golden_lm import relative_error, small_model
@@ -81,7 +82,7 @@ def test_a_conversation_goes_on_with_the_other_stepper(name: str, monkeypatch: p
     frames = golden_lm.run(name, "greedy").frames[:40]
     config, seeds = GenerationConfig(GREEDY, Sampling(0.8, top_k=5)), range(frames.shape[1])
     numpy_one = Generator(lm, config, seeds=seeds)
-    monkeypatch.setattr("moshi_mlx.generate.make_stepper", lambda lm, kv_bits=None: Stepper(lm))
+    monkeypatch.setattr("moshi_mlx.engine.generator.make_stepper", lambda lm, kv_bits=None: Stepper(lm))
     module_one = Generator(lm, config, seeds=seeds)
     assert isinstance(numpy_one._stepper, NumpyStepper) and not isinstance(module_one._stepper, NumpyStepper)
     for frame in frames[:20]:

@@ -155,7 +155,7 @@ def _run(arguments: list[str]) -> int:
         parser = build_parser()
         args = parse(parser, arguments)
         if args.verb in ("talk", "file", "check", "bench"):
-            importlib.import_module("moshi_mlx.model")
+            importlib.import_module("moshi_mlx.tasks.dialogue")
     status: int = args.run(args)
     return status
 

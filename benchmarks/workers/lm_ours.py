@@ -14,12 +14,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from benchmarks.workers import graph
-from moshi_mlx import generate
 from moshi_mlx.config import LmConfig
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import NumpyStepper, Stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import GREEDY
+from moshi_mlx.cpu.lm import NumpyStepper, Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY
 
 
 def build(ask: dict[str, Any]) -> Lm:

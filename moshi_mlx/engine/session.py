@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..audio import check_frame
 from ..errors import StateError
-from ..streaming import State, read_state, save_state
+from ..state import State, read_state, save_state
 from .batch import Batch, OnStage
 from .pipeline import Engine, SessionFrame, Settings
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.model import Moshi, SessionFrame
-from moshi_mlx.text import Word
+from moshi_mlx.engine.text import Word
+from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 
 
 class FakeSession:

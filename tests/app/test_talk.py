@@ -24,7 +24,7 @@ from moshi_mlx_app.screen.panel import Keys, State, _panel, decibels
 
 import moshi_mlx
 from moshi_mlx.realtime import Conversation
-from moshi_mlx.streaming import read_state
+from moshi_mlx.state import read_state
 from tests.app.test_device import FakeCard, until
 from tests.helpers.parrot import Parrot, install, pump
 from tests.helpers.tiny import tiny_model

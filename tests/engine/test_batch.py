@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moshi_mlx.engine import Batch, Settings
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.errors import CodecError, ConfigError, StateError
-from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.sampling import GREEDY, Sampling
-from moshi_mlx.streaming import state_arrays
+from moshi_mlx.models.sampling import GREEDY, Sampling
+from moshi_mlx.state import state_arrays
 from tests.helpers.tiny import WAYS, sound, tiny_model, use
 
 TICKS = int(os.environ.get("MOSHI_TEST_TICKS", "150"))

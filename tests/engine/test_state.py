@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.codec import MimiCodec, MlxMimi, RustMimi
+from moshi_mlx.codec.base import MimiCodec, MlxMimi, RustMimi
 from moshi_mlx.engine import Session, SessionFrame
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.errors import CodecError, StateError
-from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.models.sampling import Sampling
 from moshi_mlx.realtime import Conversation
-from moshi_mlx.sampling import Sampling
-from moshi_mlx.streaming import save_state, state_arrays
+from moshi_mlx.state import save_state, state_arrays
 from tests.helpers.tiny import WAYS, sound, tiny_model, use
 
 ROOT = Path(__file__).resolve().parent.parent.parent

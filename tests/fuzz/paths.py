@@ -7,10 +7,10 @@ import os
 import random
 from pathlib import Path
 
-from moshi_mlx.checkpoint.files import read_json, read_tensors
+from moshi_mlx.checkpoint.fit import list_voices, load_voice_prompt
+from moshi_mlx.checkpoint.readers import read_json, read_tensors
+from moshi_mlx.checkpoint.resolve import fetch_file, resolve, survey
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.hub import fetch_file, resolve, survey
-from moshi_mlx.weights import list_voices, load_voice_prompt
 
 from . import Attack, Attempt, fuzzer
 

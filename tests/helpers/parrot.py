@@ -21,7 +21,7 @@ if __name__ == "__main__":  # as the program itself does: what is being imported
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.generate import Step
+from moshi_mlx.engine.generator import Step
 from tests.helpers.engines import FakeEngine
 
 __all__ = ["Parrot", "install", "pump"]

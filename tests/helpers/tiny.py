@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from moshi_mlx import generate
-from moshi_mlx.codec import MlxMimi, NumpyMimi
+from moshi_mlx.codec.base import MlxMimi, NumpyMimi
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lean import Stepper
-from moshi_mlx.model import Moshi
-from moshi_mlx.text import TextTokenizer
+from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.text import TextTokenizer
+from moshi_mlx.tasks.dialogue import Moshi
 from tests.helpers.golden_lm import small_model
 from tests.helpers.mimi import TINY, tiny_mimi
 from tests.helpers.signal import speechlike

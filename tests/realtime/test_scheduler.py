@@ -12,11 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.errors import CodecError, ConfigError, StateError
-from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.models.sampling import Sampling
 from moshi_mlx.realtime import Conversation, Scheduler, Trace
 from moshi_mlx.realtime.conversation import ConversationError
-from moshi_mlx.sampling import Sampling
 from tests.helpers.engines import FakeEngine
 from tests.helpers.tiny import sound, tiny_model
 from tests.realtime.test_conversation import BOOKS, FRAME, FakeDecoder, FakeEncoder, FakeGenerator, _frame, _until

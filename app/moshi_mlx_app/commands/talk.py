@@ -138,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx.engine.session import describe_conversation
-    from moshi_mlx.model import generation_defaults
     from moshi_mlx.realtime import Conversation
+    from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.audio.device import SoundCard
     from moshi_mlx_app.audio.portaudio import devices, find_device
     from moshi_mlx_app.models.catalog import BUILTIN, purpose

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.model import Moshi
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.realtime import Conversation
-from moshi_mlx.realtime.meters import Stopwatch
+from moshi_mlx.realtime.stats import Stopwatch
+from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = [
     "machine",

@@ -3,7 +3,7 @@
 Conversations have names that are never given twice. A conversation's row changes when others leave, and with guidance
 it has a second one, for its unconditioned half. Rows and the slots of their rings come in a few fixed sizes.
 
-What a row holds is in two states (:mod:`moshi_mlx.streaming`): the language model's, and a book of numpy arrays.
+What a row holds is in two states (:mod:`moshi_mlx.state`): the language model's, and a book of numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
-from .config import UNGENERATED, ZERO_TOKEN
-from .errors import ConfigError, StateError
-from .layers.attention import resize_rings, resize_sources, trim_rings
-from .layers.conditioning import Condition, match_slots
-from .lean import Stepper
-from .lm import Lm
-from .sampling import noise_key
-from .streaming import (
+from ..config import UNGENERATED, ZERO_TOKEN
+from ..cpu.lm import Stepper
+from ..errors import ConfigError, StateError
+from ..layers.attention import resize_rings, resize_sources, trim_rings
+from ..layers.conditioning import Condition, match_slots
+from ..models.lm import Lm
+from ..models.sampling import noise_key
+from ..state import (
     State,
     as_mlx,
     as_numpy,
@@ -34,6 +33,7 @@ from .streaming import (
     take_rows,
     update_state,
 )
+from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
 
 __all__ = ["Rows"]
 

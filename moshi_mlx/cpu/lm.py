@@ -21,13 +21,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from .config import LmConfig
-from .layers.attention import Rope
-from .layers.transformer import TransformerLayer
-from .lm import DepthLayer, DepthTransformer, Lm, embed_ids
-from .sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
-from .streaming import State, as_mlx, as_numpy, state_arrays
-from .threads import one_blas_thread
+from ..config import LmConfig
+from ..layers.attention import Rope
+from ..layers.transformer import TransformerLayer
+from ..models.lm import DepthLayer, DepthTransformer, Lm, embed_ids
+from ..models.sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
+from ..state import State, as_mlx, as_numpy, state_arrays
+from .blas import one_blas_thread
 
 __all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
 

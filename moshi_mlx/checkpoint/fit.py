@@ -15,23 +15,15 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .checkpoint.files import read_json, read_shapes, read_tensors, shown
-from .checkpoint.finite import check_finite
-from .checkpoint.layouts import (
-    MISMATCH,
-    detect_layout,
-    from_internal,
-    stored_names,
-    to_internal,
-    to_mlx_layout,
-    to_torch_layout,
-)
-from .checkpoint.lora import merge_lora
-from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
-from .checkpoint.voices import VoicePrompt, list_voices, load_speaker, load_voice_prompt
-from .config import LmConfig, ModelConfig
-from .errors import CheckpointError, ConfigError, MoshiError
-from .lm import Lm
+from ..config import LmConfig, ModelConfig
+from ..errors import CheckpointError, ConfigError, MoshiError
+from ..models.lm import Lm
+from .finite import check_finite
+from .layouts import MISMATCH, detect_layout, from_internal, stored_names, to_internal, to_mlx_layout, to_torch_layout
+from .lora import merge_lora
+from .quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
+from .readers import read_json, read_shapes, read_tensors, shown
+from .voices import VoicePrompt, list_voices, load_speaker, load_voice_prompt
 
 __all__ = [
     "VoicePrompt",

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CheckpointError, StateError, TokenError
-from .streaming import State
+from ..errors import CheckpointError, StateError, TokenError
+from ..state import State
 
 __all__ = ["EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
 
