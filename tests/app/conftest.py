@@ -73,8 +73,9 @@ class FakeModel:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    """The fake, in place of every model that would be loaded."""
+    """The fake, in place of every model that would be fetched and loaded."""
     fake = FakeModel()
+    monkeypatch.setattr("moshi_mlx_app.models.fetch.fetch", lambda source, **_: None)
     monkeypatch.setattr(moshi_mlx, "load", fake.load)
     return fake
 
