@@ -9,18 +9,18 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .checkpoint.files import read_json, read_safetensors
+from .checkpoint.download import Progress
 from .checkpoint.finite import check_finite
-from .checkpoint.repo import Progress
-from .codec import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
+from .checkpoint.fit import load_config, load_lm
+from .checkpoint.readers import read_json, read_safetensors
+from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
+from .codec.base import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
+from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
-from .hub import BUILTIN, CheckpointFiles, resolve
-from .lm import Lm
-from .mimi import Mimi, MimiConfig
-from .model import Moshi
-from .text import TextTokenizer
-from .weights import load_config, load_lm
+from .models.lm import Lm
+from .models.mimi import Mimi, MimiConfig
+from .tasks.dialogue import Moshi
 
 __all__ = ["load", "load_codec", "measure_codec"]
 
@@ -46,7 +46,7 @@ def load(
     weights : str, optional
         Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
     codec : {"auto", "rust", "mlx", "numpy"}
-        What computes the codec; see :func:`moshi_mlx.codec.make_codec`.
+        What computes the codec; see :func:`moshi_mlx.codec.base.make_codec`.
     lora : path, optional
         ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
     lora_scaling : float, optional
@@ -106,7 +106,7 @@ def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | No
     Returns
     -------
     dict of str to float
-        See :func:`moshi_mlx.codec.measure_codecs`; empty if the checkpoint has no codec.
+        See :func:`moshi_mlx.codec.base.measure_codecs`; empty if the checkpoint has no codec.
 
     Raises
     ------

@@ -21,12 +21,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.checkpoint.files import read_json, read_safetensors, write_safetensors
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.checkpoint.gguf import read_gguf
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
+from moshi_mlx.checkpoint.readers import read_json, read_safetensors, write_safetensors
 from moshi_mlx.checkpoint.voices import list_voices, load_speaker, load_voice_prompt
 from moshi_mlx.errors import CheckpointError, MoshiError
-from moshi_mlx.weights import load_config, load_lm
 
 from .fuzz import attack
 from .helpers.checkpoints import small_config, write_checkpoint
@@ -489,7 +489,7 @@ def test_misshapen_speakers(tmp_path: Path) -> None:
 
 _ALONE = """
 import json, sys, time
-import moshi_mlx.weights
+import moshi_mlx.checkpoint.fit
 from moshi_mlx.errors import MoshiError
 from tests.helpers.load_memory import peak_bytes
 module, name = sys.argv[1].split(":")
@@ -538,8 +538,8 @@ def tar_of(name: str, kind: bytes, size: int, data: bytes, times: int = 1) -> by
     return buffer.getvalue()
 
 
-JSON = "moshi_mlx.checkpoint.files:read_json"
-HEADER = "moshi_mlx.checkpoint.files:read_safetensors"
+JSON = "moshi_mlx.checkpoint.readers:read_json"
+HEADER = "moshi_mlx.checkpoint.readers:read_safetensors"
 VOICES = "moshi_mlx.checkpoint.voices:list_voices"
 # What reads it, a name, how it is made, and what is said of it; "": nothing is wrong with it.
 GREEDY: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
@@ -628,13 +628,13 @@ def test_messages_stay_short() -> None:
         ("gguf", 300, 100),
         ("torch", 300, 150),
         ("pickles", 300, 200),
-        ("archives", 60, 20),
+        ("archives", 40, 10),
         ("speakers", 200, 100),
         ("checkpoints", 60, 30),
         ("tokenizers", 100, 50),
         ("texts", 300, 200),
-        ("configs", 1500, 700),
-        ("codec-configs", 500, 300),
+        ("configs", 600, 300),
+        ("codec-configs", 300, 200),
     ],
 )
 def test_fuzzed_files(name: str, inputs: int, refused: int) -> None:

@@ -19,10 +19,11 @@ import huggingface_hub
 import huggingface_hub.utils._http
 import pytest
 
-from moshi_mlx import hub
-from moshi_mlx.checkpoint import repo as repo_module
+from moshi_mlx.checkpoint import resolve as hub
+from moshi_mlx.checkpoint import transfer
+from moshi_mlx.checkpoint.download import HubRepo
+from moshi_mlx.checkpoint.resolve import builtin_models, resolve, survey
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -41,7 +42,7 @@ FILES = {
 
 def fetch(name: str, cache: Path) -> Path:
     """One file of the repository."""
-    return repo_module.HubRepo(NAME, cache=cache).fetch([name])[name]
+    return HubRepo(NAME, cache=cache).fetch([name])[name]
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_other_repository_by_reference(server: FakeHub, cache: Path) -> None:
     server.repos["someone/codec"] = FakeRepo({"sub/mimi@125.safetensors": b"codec", "big": b"b"}, sha="c" * 40)
     files = resolve(NAME, cache=cache)
     assert files.mimi is not None and files.mimi.read_bytes() == b"codec"
-    codec = repo_module.HubRepo("someone/codec", cache=cache).fetch(["sub/mimi@125.safetensors"])
+    codec = HubRepo("someone/codec", cache=cache).fetch(["sub/mimi@125.safetensors"])
     assert codec["sub/mimi@125.safetensors"].read_bytes() == b"codec"
     assert "big" not in server.fetched()
 
@@ -282,7 +283,7 @@ def test_unreachable_hub_falls_back_to_the_cache(server: FakeHub, cache: Path, m
 
 def test_silent_hub_times_out(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken: a hub that accepts the connection and never answers hangs the program."""
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME] = FakeRepo(dict(FILES), delay=1.5)
     start = time.monotonic()
     with pytest.raises(DownloadError, match="cannot be reached"):
@@ -334,7 +335,7 @@ def test_full_disk_while_writing(server: FakeHub, cache: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(repo_module._Hashed, "update", full)
+    monkeypatch.setattr(transfer._Hashed, "update", full)
     with pytest.raises(DownloadError, match="the disk is full.*HF_HOME"):
         resolve(NAME, cache=cache)
 
@@ -510,7 +511,7 @@ def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> N
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """If this fails, a small file fills the disk, or an error's explanation the memory."""
-    monkeypatch.setattr(repo_module, "_TRIES", 1)
+    monkeypatch.setattr(transfer, "_TRIES", 1)
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -546,8 +547,8 @@ def test_a_list_without_an_end(server: FakeHub, cache: Path) -> None:
 @pytest.mark.parametrize("what", ["body", "header of a file", "list", "header of the list"])
 def test_what_comes_a_byte_at_a_time(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """If this fails, a hub keeps the program waiting for ever, without ever being late for a socket."""
-    for name, value in (("_WINDOW", 0.5), ("_TIMEOUT", 0.4), ("_PAUSE", 0.0)):
-        monkeypatch.setattr(repo_module, name, value)
+    for name, value in (("_WINDOW", 0.5), ("TIMEOUT", 0.4), ("_PAUSE", 0.0)):
+        monkeypatch.setattr(transfer, name, value)
     ended = threading.Event()
 
     def drops() -> Iterator[bytes]:
@@ -628,7 +629,7 @@ def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkey
     """If this fails, each step of loading a model that is here waits anew for a hub that does not answer."""
     server.repos[NAME] = FakeRepo(dict(FILES))
     files = resolve(NAME, cache=cache)
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME].delay = 1.0
     server.requests.clear()
     assert survey(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files
@@ -687,7 +688,7 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(MoshiError):
         resolve(name, offline=True)
     with pytest.raises(MoshiError):
-        repo_module.HubRepo(name, offline=True)
+        HubRepo(name, offline=True)
     contents = {"config.json": json.dumps({"moshi_name": name, "mimi_name": name}), "model.safetensors": b"x"}
     with pytest.raises(MoshiError):
         resolve(make_folder(tmp_path / "m", contents))  # type: ignore[arg-type]

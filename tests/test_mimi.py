@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from moshi_mlx.checkpoint.mimi import load_mimi, mimi_weights, published_mimi_weights
 from moshi_mlx.errors import AudioError, CheckpointError, ConfigError, StateError, TokenError
-from moshi_mlx.mimi import Mimi, MimiConfig
-from moshi_mlx.mimi_weights import load_mimi, mimi_weights, published_mimi_weights
-from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_bytes
+from moshi_mlx.models.mimi import Mimi, MimiConfig
+from moshi_mlx.state import State, copy_state, describe_state, load_state, save_state, state_bytes
 from tests.helpers.mimi import TINY, tiny_mimi, unproven_differences
 from tests.helpers.rings import fill_rings
 from tests.helpers.signal import speechlike

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 import moshi_mlx
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config, load_lm
 from moshi_mlx.checkpoint.layouts import detect_layout, from_internal, to_internal
 from moshi_mlx.checkpoint.lora import merge_lora
+from moshi_mlx.checkpoint.mimi import load_mimi
+from moshi_mlx.checkpoint.resolve import CheckpointFiles, resolve
 from moshi_mlx.checkpoint.voices import list_voices, load_voice_prompt
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError, ConfigError
-from moshi_mlx.hub import CheckpointFiles, resolve
 from moshi_mlx.layers.conditioning import TensorCondition
-from moshi_mlx.lm import Lm
-from moshi_mlx.mimi_weights import load_mimi
-from moshi_mlx.weights import fit_lm, flat_parameters, load_config, load_lm
+from moshi_mlx.models.lm import Lm
 
 from .helpers.checkpoints import (
     LAYOUTS,
@@ -572,7 +572,7 @@ def test_complete_checkpoint(tmp_path: Path) -> None:
     files = resolve(write_checkpoint(tmp_path, mimi=True, lora="new"))
     assert files.mimi is not None and files.mimi_config is not None and files.tokenizer is not None
     assert files.lora is not None
-    from moshi_mlx.mimi import MimiConfig
+    from moshi_mlx.models.mimi import MimiConfig
 
     mimi = load_mimi(files.mimi, MimiConfig.from_dict(json.loads(files.mimi_config.read_text())))
     codes = mimi.encode(mx.zeros((1, 1, 1920)))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` needs no MLX
-    from moshi_mlx.generate import GenerationConfig
+    from moshi_mlx.engine.generator import GenerationConfig
 
 __all__ = ["add_cache_option", "add_generation_options", "add_model_options", "bounded", "generation_from"]
 

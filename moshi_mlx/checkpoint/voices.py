@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .files import read_safetensors
 from .opening import open_file
 from .pickled import read_torch_tensors
 from .quantization import FLOATS
+from .readers import read_safetensors
 
 __all__ = ["VoicePrompt", "list_voices", "load_speaker", "load_voice_prompt"]
 
@@ -37,7 +37,7 @@ class VoicePrompt:
     Attributes
     ----------
     embeddings : mx.array [frames, dim], float
-        Summed input embeddings, one per frame, for :meth:`moshi_mlx.lm.Lm.step_embedded`.
+        Summed input embeddings, one per frame, for :meth:`moshi_mlx.models.lm.Lm.step_embedded`.
     cache : mx.array [streams, slots], int64
         Tokens of the last frames, text first, to be installed afterwards.
     """

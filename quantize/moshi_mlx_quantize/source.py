@@ -16,14 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.files import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config
 from moshi_mlx.checkpoint.gguf import iterate_gguf, read_gguf_header
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
+from moshi_mlx.checkpoint.readers import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.errors import CheckpointError
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.weights import fit_lm, flat_parameters, load_config
 
 from .plan.recipes import Module, modules_of
 from .write.writer import Entry, StreamingWriter
@@ -41,7 +41,7 @@ class Source:
     data : dict
         config.json as it is; made from the model's sizes where the checkpoint has none.
     tensors : dict of str to mx.array
-        By the names of :class:`moshi_mlx.lm.Lm`, unread; whoever takes one should also remove it.
+        By the names of :class:`moshi_mlx.models.lm.Lm`, unread; whoever takes one should also remove it.
     modules : list of Module
         What can be quantized.
     quantized : mapping of str to Quantization
@@ -95,7 +95,7 @@ def open_source(
     Parameters
     ----------
     files : CheckpointFiles
-        From :func:`moshi_mlx.hub.resolve`.
+        From :func:`moshi_mlx.checkpoint.resolve.resolve`.
     scratch : path
         A folder for what has to be unpacked.
     lora, lora_scaling

@@ -7,11 +7,11 @@ import os
 import random
 from pathlib import Path
 
-from moshi_mlx.checkpoint.files import read_json, read_tensors
-from moshi_mlx.checkpoint.repo import HubRepo
+from moshi_mlx.checkpoint.download import HubRepo
+from moshi_mlx.checkpoint.readers import read_json, read_tensors
+from moshi_mlx.checkpoint.resolve import resolve, survey
 from moshi_mlx.checkpoint.voices import list_voices, load_voice_prompt
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.hub import resolve, survey
 
 from . import Attack, Attempt, fuzzer
 

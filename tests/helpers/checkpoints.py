@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from moshi_mlx.checkpoint.layouts import from_internal
 from moshi_mlx.config import DEFAULT_MIMI, DEFAULT_TOKENIZER, ModelConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 
 from .tokenizer import train_tokenizer
 
@@ -259,8 +259,8 @@ def _stack_updates(update: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 def write_mimi(path: Path, config_path: Path | None = None, seed: int = 0) -> None:
     """Write a small random codec (24 kHz, 12.5 Hz, 8 codebooks of 64 entries) in the published layout."""
-    from moshi_mlx.mimi import Mimi, MimiConfig, MimiTransformerConfig, QuantizerConfig, SEANetConfig
-    from moshi_mlx.mimi_weights import published_mimi_weights
+    from moshi_mlx.checkpoint.mimi import published_mimi_weights
+    from moshi_mlx.models.mimi import Mimi, MimiConfig, MimiTransformerConfig, QuantizerConfig, SEANetConfig
 
     config = MimiConfig(
         seanet=SEANetConfig(dimension=32, n_filters=4),

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from moshi_mlx.engine.generator import Step
 from moshi_mlx.engine.pipeline import Answer, Settings
 from moshi_mlx.errors import CodecError
-from moshi_mlx.generate import Step
 
 __all__ = ["FakeEngine"]
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # as the program itself does: what is being imported
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.generate import Step
+from moshi_mlx.engine.generator import Step
 from tests.helpers.engines import FakeEngine
 
 __all__ = ["Parrot", "install", "pump"]
@@ -163,7 +163,7 @@ def main() -> int:
         pump(card)
         arguments = arguments[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv[1:] = [*arguments, "--model", "parrot"]  # without a name it would measure the machine first
+    sys.argv[1:] = [*arguments, "--model", "small"]  # a name that needs no network, nor a measurement of the machine
     return program()
 
 

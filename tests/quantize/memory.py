@@ -23,10 +23,10 @@ import mlx.core as mx
 import numpy as np
 from moshi_mlx_quantize.write.writer import Entry, StreamingWriter
 
+from moshi_mlx.checkpoint.fit import flat_parameters
 from moshi_mlx.checkpoint.layouts import from_internal
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import flat_parameters
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import small_config
 

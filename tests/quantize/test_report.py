@@ -34,10 +34,10 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan
 from moshi_mlx_quantize.plan.sensitivity import Sensitivity, allocate, measured_plan
 from moshi_mlx_quantize.source import Source, open_source
 
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.resolve import resolve
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.hub import resolve
-from moshi_mlx.weights import load_config, load_lm
 
 from ..helpers.checkpoints import conditioned_config, helium_config, small_config, write_checkpoint
 from .memory import ROOT

@@ -21,10 +21,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.checkpoint.layouts import from_internal
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import random_params, small_config, write_checkpoint
 

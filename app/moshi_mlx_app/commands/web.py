@@ -27,7 +27,7 @@ from moshi_mlx_app.recording.outputs import check_folder
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
 
 if TYPE_CHECKING:
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until someone stops it. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.web import certificates
     from moshi_mlx_app.web.engine import Engine
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, shown=not args.quiet)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
-        places = int(args.places or _places(model))
+        places = int(args.places or _places(model, args.kv_bits))
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     if opus_missing():
@@ -140,12 +140,12 @@ def run(args: argparse.Namespace) -> int:
     return 130 if stopped == signal.SIGINT else 0
 
 
-def _places(model: Moshi) -> int:
+def _places(model: Moshi, kv_bits: int | None) -> int:
     """How many conversations at once this machine has the time for, one at least."""
     from moshi_mlx_app.models.measure import unpaced
 
     frame = 1 / model.frame_rate
-    spent = float(unpaced(model, _FRAMES_MEASURED)["frame"]["p50"]) / 1e3
+    spent = float(unpaced(model, _FRAMES_MEASURED, kv_bits=kv_bits)["frame"]["p50"]) / 1e3
     if spent > 3 * frame:  # the three stages work side by side
         warn(
             f"this machine takes {spent * 1e3:.0f} ms for {frame * 1e3:.0f} ms of sound: Moshi will not keep up with "

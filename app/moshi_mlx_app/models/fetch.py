@@ -16,8 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, warn
 
 if TYPE_CHECKING:
-    from moshi_mlx.hub import Survey
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.checkpoint.resolve import Survey
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["fetch", "load_model"]
 
@@ -61,7 +61,7 @@ def fetch(source: str, *, shown: bool = True) -> None:
     MoshiError
         If it cannot be found, or not be fetched to its end. What came is used the next time.
     """
-    from moshi_mlx.hub import resolve, survey
+    from moshi_mlx.checkpoint.resolve import resolve, survey
 
     with Loading(shown=shown) as loading:
         if "/" in source and not os.path.exists(os.path.expanduser(source)):

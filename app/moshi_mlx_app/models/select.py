@@ -23,7 +23,7 @@ from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, kind,
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 if TYPE_CHECKING:
-    from moshi_mlx.hub import Survey
+    from moshi_mlx.checkpoint.resolve import Survey
 
 __all__ = ["Measured", "Selection", "cache_folder", "default_model", "measured", "remember_step", "select"]
 
@@ -126,9 +126,9 @@ def default_model(say: Callable[[str], object] = lambda _: None, here: Measured 
 
 
 def _survey(name: str, offline: bool) -> Survey:
-    """Like :func:`moshi_mlx.hub.survey`, but back within seconds whatever the network does."""
+    """Like :func:`moshi_mlx.checkpoint.resolve.survey`, but back within seconds whatever the network does."""
+    from moshi_mlx.checkpoint.resolve import survey
     from moshi_mlx.errors import DownloadError
-    from moshi_mlx.hub import survey
 
     if offline:
         return survey(name, offline=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.errors import ConfigError, MoshiError
-from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.printable import printable
 
 from ..plan.recipes import DENSE_PARTS, Plan, Recipe, make_plan

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 
 from moshi_mlx.audio import as_mono
 from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.config import ModelConfig
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import SILENT_IDS
 from moshi_mlx.errors import AudioError, CheckpointError, ConfigError
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.lm import Lm
 from moshi_mlx.loading import load_codec
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY
 from moshi_mlx.printable import printable
-from moshi_mlx.sampling import GREEDY
-from moshi_mlx.text import SILENT_IDS
 
 from ..plan.recipes import Plan
 from ..source import Source, any_conditions
@@ -368,7 +368,7 @@ def words(tokens: Sequence[int], tokenizer: Path | None) -> str | None:
     """Text tokens as people read them; None without a tokenizer."""
     if tokenizer is None:
         return None
-    from moshi_mlx.text import TextTokenizer
+    from moshi_mlx.engine.text import TextTokenizer
 
     detokenizer = TextTokenizer(tokenizer).detokenizer()
     text = "".join(detokenizer.step(int(token)) for token in tokens if token >= 0) + detokenizer.flush()

@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx.checkpoint.files import read_json
+from moshi_mlx.checkpoint.readers import read_json
 from moshi_mlx.disk import replacing
 from moshi_mlx.errors import MoshiError
 

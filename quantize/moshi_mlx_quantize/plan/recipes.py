@@ -5,10 +5,10 @@ A recipe is a default, exceptions by part of the model, and rules by name that t
     rules = [Rule.parse("depformer=8:64"), Rule.parse("*.layers.0.*=keep")]
     plan = make_plan(modules, RECIPES["q4"], rules)
 
-Modules are linear layers and embeddings by the names of :class:`moshi_mlx.lm.Lm`. Conditions and cross-attention stay
-dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides, and Kyutai's program
-slices the weights of cross-attention. What a recipe would quantize but no group size fits stays dense and is listed;
-where a rule asks for it by name, it is an error.
+Modules are linear layers and embeddings by the names of :class:`moshi_mlx.models.lm.Lm`. Conditions and
+cross-attention stay dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides,
+and Kyutai's program slices the weights of cross-attention. What a recipe would quantize but no group size fits stays
+dense and is listed; where a rule asks for it by name, it is an error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Module:
     Attributes
     ----------
     name : str
-        In :class:`moshi_mlx.lm.Lm`.
+        In :class:`moshi_mlx.models.lm.Lm`.
     rows, width : int
     aliases : tuple of str
         Its names in a file of Kyutai's MLX layout, several where depth steps share it.

@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moshi_mlx.checkpoint.files import read_tensors
+from moshi_mlx.checkpoint.fit import fit_lm, load_config
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.readers import read_tensors
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.disk import free_bytes
 from moshi_mlx.errors import CheckpointError, MoshiError
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.weights import fit_lm, load_config
 
 from ..plan.recipes import Module, Plan, natural, part_of
 from ..source import Source, any_conditions

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.files import write_safetensors
 from moshi_mlx.checkpoint.layouts import from_internal
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.config import LmConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 from moshi_mlx_training.lm.evaluate import load_weights
 from moshi_mlx_training.lm.model import flat
 from moshi_mlx_training.lm.train import read_model

@@ -10,7 +10,7 @@ Everything is causal and in float32. One frame of samples gives one column of co
 column of codes gives one frame of samples: the delay is a frame, never more.
 
 Sizes come from a configuration in the JSON structure that Kyutai's loader reads; the default is the published codec.
-Reading weight files is :mod:`moshi_mlx.mimi_weights`' business.
+Reading weight files is :mod:`moshi_mlx.checkpoint.mimi`' business.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import AudioError, ConfigError, StateError, TokenError
-from .layers.attention import Rope
-from .layers.conv import CausalConv, DepthwiseConvTranspose
-from .layers.rvq import SplitResidualQuantizer
-from .layers.seanet import SEANetDecoder, SEANetEncoder
-from .layers.transformer import Transformer
-from .schema import Range, check_fields, read_fields
-from .streaming import State, state_arrays
+from ..errors import AudioError, ConfigError, StateError, TokenError
+from ..layers.attention import Rope
+from ..layers.conv import CausalConv, DepthwiseConvTranspose
+from ..layers.rvq import SplitResidualQuantizer
+from ..layers.seanet import SEANetDecoder, SEANetEncoder
+from ..layers.transformer import Transformer
+from ..schema import Range, check_fields, read_fields
+from ..state import State, state_arrays
 
 __all__ = ["Mimi", "MimiConfig", "MimiTransformerConfig", "QuantizerConfig", "SEANetConfig"]
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
-from .checkpoint.repo import HubRepo, Progress
-from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
-from .errors import CheckpointError, DownloadError
+from ..config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
+from ..errors import CheckpointError, DownloadError
+from .download import HubRepo, Progress
+from .readers import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
 
 __all__ = ["CheckpointFiles", "Survey", "builtin_models", "resolve", "survey"]
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = Path(__file__).resolve().parents[1] / "builtin"
 
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _INDEX = ".index.json"
@@ -176,7 +176,7 @@ def resolve(
     extras : sequence of str
         Further files to find, for instance ``voices.tgz``.
     cache, offline, progress
-        See :class:`~moshi_mlx.checkpoint.repo.HubRepo`.
+        See :class:`~moshi_mlx.checkpoint.download.HubRepo`.
 
     Raises
     ------

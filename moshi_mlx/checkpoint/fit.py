@@ -15,14 +15,14 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .checkpoint.files import read_json, read_shapes, read_tensors, shown
-from .checkpoint.finite import check_finite
-from .checkpoint.layouts import MISMATCH, detect_layout, stored_names, to_internal
-from .checkpoint.lora import merge_lora
-from .checkpoint.quantization import FLOATS, dequantize_tables, find_quantization, module_widths, quantize_modules
-from .config import EOS_ID, PAD_ID, LmConfig, ModelConfig
-from .errors import CheckpointError, ConfigError, MoshiError
-from .lm import Lm
+from ..config import EOS_ID, PAD_ID, LmConfig, ModelConfig
+from ..errors import CheckpointError, ConfigError, MoshiError
+from ..models.lm import Lm
+from .finite import check_finite
+from .layouts import MISMATCH, detect_layout, stored_names, to_internal
+from .lora import merge_lora
+from .quantization import FLOATS, dequantize_tables, find_quantization, module_widths, quantize_modules
+from .readers import read_json, read_shapes, read_tensors, shown
 
 __all__ = ["fit_lm", "flat_parameters", "guess_config", "load_config", "load_lm"]
 

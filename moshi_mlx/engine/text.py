@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import BOS_ID as BOS
-from .config import END_PAD_ID as EPAD
-from .config import EOS_ID as EOS
-from .config import PAD_ID as PAD
-from .errors import CheckpointError, StateError, TokenError
-from .streaming import State
+from ..config import BOS_ID as BOS
+from ..config import END_PAD_ID as EPAD
+from ..config import EOS_ID as EOS
+from ..config import PAD_ID as PAD
+from ..errors import CheckpointError, StateError, TokenError
+from ..state import State
 
 __all__ = ["BOS", "EOS", "EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
 
