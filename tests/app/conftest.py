@@ -86,8 +86,6 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("moshi_mlx_app.models.select.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
     monkeypatch.setattr("moshi_mlx_app.models.measure.speeds", lambda: {4: 1e9, 8: 1e9, 16: 1e9})
-    for what in ("codec", "backend"):
-        monkeypatch.setattr(f"moshi_mlx_app.models.fetch.fastest_{what}", lambda model, say=None: {})
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from moshi_mlx_app.models import fastest, select
 
 import moshi_mlx
 from moshi_mlx import loading
+from moshi_mlx.cpu.backend import VARIABLE
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def test_what_is_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given.append(options)
         return SimpleNamespace(name=source, lm=SimpleNamespace(backend=options["backend"]))
 
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(moshi_mlx, "load", load)
     monkeypatch.setattr(fetch, "fastest_codec", lambda model, say: {"numpy": 1.0, "rust": 2.0})
     monkeypatch.setattr(fetch, "fastest_backend", lambda model, say: {"mlx": 1.0, "numpy": 2.0})
@@ -78,3 +80,5 @@ def test_what_is_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken() == ("numpy", "mlx")
     assert taken(codec="rust", backend="numpy") == ("rust", "numpy")
     assert taken(kv_bits=8) == ("numpy", "auto")
+    monkeypatch.setenv(VARIABLE, "mlx")
+    assert taken() == ("auto", "auto")

@@ -32,7 +32,8 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
     ----------
     args : Namespace
         With ``model`` None the model is chosen, and ``args.model`` set to it. Where ``codec`` or ``backend`` are
-        ``auto``, the fastest on this machine computes (:mod:`moshi_mlx_app.models.fastest`).
+        ``auto``, the fastest on this machine computes (:mod:`moshi_mlx_app.models.fastest`), or what the environment
+        says (:data:`moshi_mlx.cpu.backend.VARIABLE`).
     shown : bool
         Draw bars. What is chosen and what is fetched is said in any case.
 
@@ -42,6 +43,7 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         As :func:`moshi_mlx.load`.
     """
     import moshi_mlx
+    from moshi_mlx.cpu.backend import VARIABLE
 
     if args.model is None:
         from moshi_mlx_app.models.select import default_model
@@ -52,16 +54,13 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         args.model = choice.model
     fetch(args.model, shown=shown)
     with Loading(shown=shown) as loading:
+        decided = bool(os.environ.get(VARIABLE))
         codec: Any = args.codec
-        if codec == "auto":
+        if codec == "auto" and not decided:
             codec = next(iter(fastest_codec(args.model, loading)), "auto")
         model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading)
-        if (
-            args.backend == "auto"
-            and getattr(args, "kv_bits", None) is None
-            and (fastest := fastest_backend(model, loading))
-        ):
-            model.lm.backend = next(iter(fastest))
+        if args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
+            model.lm.backend = next(iter(fastest_backend(model, loading)), "auto")
     return model
 
 
