@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 from .checkpoint.download import Progress
 from .checkpoint.finite import check_finite
@@ -16,13 +17,14 @@ from .checkpoint.readers import read_json, read_safetensors
 from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
 from .codec.base import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
+from .cpu.lm import NumpyStepper
 from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
 from .models.lm import Lm
 from .models.mimi import Mimi, MimiConfig
 from .tasks.dialogue import Moshi
 
-__all__ = ["load", "load_codec", "measure_codec"]
+__all__ = ["load", "load_codec", "measure_backend", "measure_codec"]
 
 _UNTRAINED_SEED = 0
 
@@ -35,6 +37,7 @@ def load(
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
+    backend: Literal["auto", "mlx", "numpy"] = "auto",
     on_progress: Callable[[str], None] | None = None,
 ) -> Moshi:
     """Load a checkpoint: language model, codec and tokenizer.
@@ -53,6 +56,9 @@ def load(
         Factor on it; by default what the checkpoint says.
     dtype : mx.Dtype, optional
         Type of weights that are not quantized; by default the file's.
+    backend : {"auto", "mlx", "numpy"}
+        What computes the language model: MLX, or numpy, which takes float32 models up to 2 GB in memory. ``auto`` is
+        numpy for those where MLX computes on the CPU, otherwise MLX; :func:`measure_backend` says which is faster.
     on_progress : callable, optional
         Called with a short sentence at each stage, and as files come in.
 
@@ -78,6 +84,9 @@ def load(
         lm = load_lm(config, files.weights, lora=lora or files.lora, lora_scaling=lora_scaling, dtype=dtype)
     else:
         lm = _random_lm(config.lm)
+    lm.backend = backend
+    if backend == "numpy" and not NumpyStepper.suits(lm):
+        raise ConfigError(f"{source} is too large for the backend numpy, or not in float32: choose the backend mlx")
     say("reading the codec")
     voice = load_codec(config, files, codec)
     tokenizer = None if files.tokenizer is None else TextTokenizer(files.tokenizer)
@@ -116,6 +125,45 @@ def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | No
     files = resolve(source, weights=weights)
     sizes, codebooks = _codec_sizes(load_config(files.config, files.weights), files)
     return measure_codecs(files.mimi, sizes, codebooks) if codebooks and files.mimi is not None else {}
+
+
+def measure_backend(model: Moshi, seconds: float = 0.2) -> dict[str, float]:
+    """How long a step of a language model takes here with every backend that can compute it.
+
+    Parameters
+    ----------
+    model : Moshi
+    seconds : float
+        For each; the first steps, which compile and allocate, do not count.
+
+    Returns
+    -------
+    dict of str to float
+        Milliseconds of one conversation's step (wall time, median) by backend, the fastest first; empty for a model
+        that only one can compute. What is the fastest once is so until machine or versions change: keep it, and give
+        it to :func:`load` as ``backend``.
+    """
+    lm, asked = model.lm, model.lm.backend
+    if not lm.config.n_q or not NumpyStepper.suits(lm):
+        return {}
+    codes = np.zeros((1, lm.config.user_q), np.int32) if lm.config.user_q else None
+    found: dict[str, float] = {}
+    try:
+        for backend in ("numpy", "mlx"):
+            lm.backend = backend
+            predict = model.engine.predict()
+            predict.join(0)
+            predict.open(0)
+            took: list[float] = []
+            until = time.perf_counter() + seconds
+            while len(took) < 5 or time.perf_counter() < until:
+                began = time.perf_counter()
+                predict.step([0], [np.zeros(0, np.int32) if codes is None else codes[0]])
+                took.append(time.perf_counter() - began)
+            found[backend] = 1e3 * float(np.median(took[2:]))
+    finally:
+        lm.backend = asked
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfig, int]:

@@ -36,13 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "audio": {"errors"},
     "layers": {"config", "errors", "state"},
     "models": {"config", "errors", "layers", "schema", "state", "tokens"},
-    "cpu": {"config", "layers", "models", "state"},
+    "cpu": {"config", "errors", "layers", "models", "state"},
     "checkpoint": {"config", "disk", "errors", "models", "printable"},
     "codec": {"checkpoint", "cpu", "errors", "models", "state"},
     "engine": {"audio", "codec", "config", "cpu", "errors", "layers", "models", "state"},
     "tasks": {"audio", "codec", "config", "engine", "errors", "models"},
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
-    "loading": {"checkpoint", "codec", "config", "engine", "errors", "models", "tasks"},
+    "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "tasks"},
 }
 # The commands beside the package's names: `python -m moshi_mlx`, and a hint for those who look for another one.
 COMMANDS = {"__main__", "local"}

@@ -32,6 +32,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.mimi import is_published_layout, load_mimi
+from ..cpu.backend import choose_backend
 from ..cpu.mimi import Decoder, Encoder, Rows
 from ..errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
 from ..models.mimi import Mimi, MimiConfig
@@ -461,7 +462,7 @@ def mimi_codec(mimi: Mimi, kind: str = "auto") -> MimiCodec:
         ``auto`` takes numpy where MLX computes on the CPU, and MLX on a GPU.
     """
     if kind == "auto":
-        kind = "numpy" if _on_cpu() else "mlx"
+        kind = choose_backend()
     return NumpyMimi(mimi) if kind == "numpy" else MlxMimi(mimi)
 
 

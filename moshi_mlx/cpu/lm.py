@@ -22,11 +22,13 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from ..config import LmConfig
+from ..errors import ConfigError
 from ..layers.attention import Rope
 from ..layers.transformer import TransformerLayer
 from ..models.lm import DepthLayer, DepthTransformer, Lm, embed_ids
 from ..models.sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
 from ..state import State, as_mlx, as_numpy, state_arrays
+from .backend import choose_backend
 from .blas import one_blas_thread
 
 __all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
@@ -141,10 +143,11 @@ class Stepper:
 
 def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
     """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
-    if mx.default_device() != mx.cpu:
-        return Stepper(lm, compiled=True)
-    if kv_bits is not None or not NumpyStepper.suits(lm):
-        return Stepper(lm)  # what mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds
+    if lm.backend == "numpy" and kv_bits is not None:
+        raise ConfigError("the backend numpy keeps no 8-bit cache: choose the backend mlx, or leave the cache as it is")
+    if choose_backend(lm.backend) == "mlx" or kv_bits is not None or not NumpyStepper.suits(lm):
+        # What mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds.
+        return Stepper(lm, compiled=mx.default_device() != mx.cpu)
     known: NumpyStepper | None = getattr(lm, "_stepper", None)
     if known is None or not known.current(lm):
         known = NumpyStepper(lm)

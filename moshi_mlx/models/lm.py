@@ -247,6 +247,7 @@ class Lm(nn.Module):
     def __init__(self, config: LmConfig):
         super().__init__()
         self._config = config
+        self.backend = "auto"  # what computes a step: see moshi_mlx.cpu.backend
         dim = config.dim
         text_rows = config.text_card + config.text_start_row
         self.text_emb = _embedding(text_rows, dim, demux=config.demux_second_stream)

@@ -25,7 +25,17 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 if TYPE_CHECKING:
     from moshi_mlx.checkpoint.resolve import Survey
 
-__all__ = ["Measured", "Selection", "cache_folder", "default_model", "measured", "remember_step", "select"]
+__all__ = [
+    "Measured",
+    "Selection",
+    "cache_folder",
+    "default_model",
+    "measured",
+    "read_remembered",
+    "remember",
+    "remember_step",
+    "select",
+]
 
 _PATIENCE = 4.0  # seconds that the hub has for its answer
 _SPARE = 2**29  # bytes that a download must leave on the disk
@@ -189,7 +199,26 @@ def remember_step(model: str, milliseconds: float) -> None:
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a measurement to hold."""
     names = ("machine", "processor", "device", "cores", "memory")
-    return {"program": program(), "mlx": machine["packages"]["mlx"], **{name: machine[name] for name in names}}
+    packages = {name: machine["packages"][name] for name in ("mlx", "numpy", "rustymimi")}
+    return {"program": program(), **packages, **{name: machine[name] for name in names}}
+
+
+def read_remembered(name: str) -> dict[str, Any]:
+    """What :func:`remember` kept; empty if there is nothing, or it is of another machine or version, or damaged."""
+    from moshi_mlx_app.models import measure
+
+    try:
+        kept = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+        return dict(kept["found"]) if kept["machine"] == _identity(measure.machine()) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def remember(name: str, found: Mapping[str, Any]) -> None:
+    """Keep what was measured on this machine, with these versions, in a file of the cache folder."""
+    from moshi_mlx_app.models import measure
+
+    _write({"machine": _identity(measure.machine()), "found": found}, name)
 
 
 def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -204,9 +233,9 @@ def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _write(kept: Mapping[str, Any]) -> None:
+def _write(kept: Mapping[str, Any], name: str = "machine.json") -> None:
     folder = cache_folder()
     with contextlib.suppress(OSError):  # then it is measured again the next time
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "machine.json") as partial:
+        with replacing(folder / name) as partial:
             partial.write_text(json.dumps(kept), encoding="utf-8")
