@@ -11,6 +11,7 @@ REFERENCE ?= .venv-reference
 LOWEST ?= .venv-lowest
 CLIENT ?= .venv-client
 SECONDS ?= 300
+TRAIN ?= .venv-train
 # torch's plain name brings several GB of CUDA on Linux: point pip at a CPU index, or name a CPU build, if you can.
 TORCH ?= torch==2.13.0
 
@@ -18,10 +19,11 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 REFERENCE_READY = $(REFERENCE)/.installed
 CLIENT_READY = $(CLIENT)/.installed
+TRAIN_READY = $(TRAIN)/.installed
 QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu-path talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
+.PHONY: help install test test-gpu-path test-train talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -70,6 +72,14 @@ $(REFERENCE_READY): pyproject.toml scripts/make_venv.py
 reference: $(REFERENCE_READY)  ## tests/parity against live PyTorch moshi and rustymimi, in an environment of its own
 	$(REFERENCE)/bin/python -m pytest -m parity tests/parity
 
+# The default tests run all of tests/training that needs no PyTorch; here is the rest.
+$(TRAIN_READY): pyproject.toml scripts/make_venv.py
+	@$(PYTHON) scripts/make_venv.py $(TRAIN) --editable '.[dev,train]' '$(TORCH)'
+	@touch $@
+
+test-train: $(TRAIN_READY)  ## the training's tests with PyTorch, in an environment of its own
+	$(TRAIN)/bin/python -m pytest tests/training
+
 # Kyutai's Python client alone: its module needs these few of the package's dependencies, and not PyTorch.
 $(CLIENT_READY): scripts/make_venv.py
 	@$(PYTHON) scripts/make_venv.py $(CLIENT) aiohttp sphn numpy
@@ -91,4 +101,4 @@ wheel-check: $(READY)  ## build the wheel and look at what it would put into sit
 	$(BIN)/python scripts/check_wheel.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(REFERENCE) $(LOWEST) $(CLIENT) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(REFERENCE) $(LOWEST) $(CLIENT) $(TRAIN) build dist .pytest_cache .mypy_cache .ruff_cache

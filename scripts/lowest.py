@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-# numpy's and sentencepiece's first releases for newer Pythons.
-NEWER = {(3, 13): {"numpy": "2.1.0", "sentencepiece": "0.2.1"}, (3, 14): {"numpy": "2.3.2", "sentencepiece": "0.2.1"}}
+# numpy's first releases for newer Pythons.
+NEWER = {(3, 13): {"numpy": "2.1.0"}, (3, 14): {"numpy": "2.3.2"}}
 
 
 def main() -> None:

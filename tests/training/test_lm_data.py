@@ -1,4 +1,4 @@
-"""Spoken questions and answers as they are laid out before they are encoded. Needs the synthesizers and scipy."""
+"""Spoken questions and answers as they are laid out before they are encoded. Needs the synthesizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING, SpeechUnavai
 
 @pytest.fixture(scope="module", autouse=True)
 def synthesizers() -> None:
-    pytest.importorskip("scipy")
     try:
         say("Hello.")
         say("Hello.", "espeak/f1")

@@ -276,21 +276,21 @@ def test_training_goes_on_and_the_decoder_alone_is_tuned(tmp_path: Path) -> None
         line = [sys.executable, "-m", f"moshi_mlx_training.{module}", str(data), str(run), "--workers", "1", *more]
         return subprocess.run([*line, "--finish-in", "0.1"], check=True, capture_output=True, text=True).stdout
 
-    command("codec")
+    command("codec.train")
     state = checkpoint.load(run / "codec.pt")
     assert state["step"] > 0 and set(state["shape"]) == {f.name for f in dataclasses.fields(MimiShape)}
     state["step"], state["level"] = codec.BYPASS_STEPS, 1.0  # as if the codebooks were due
     checkpoint.save(run / "codec.pt", state)
-    assert f"going on from step {codec.BYPASS_STEPS}" in command("codec")
+    assert f"going on from step {codec.BYPASS_STEPS}" in command("codec.train")
     model = checkpoint.load_model(run / "codec.pt")
     assert all(book._initialized for book in (*model.first.books, *model.rest.books))
-    command("finetune")
+    command("codec.finetune")
     tuned = checkpoint.load_model(run / "finetuned.pt")
     pcm = 0.1 * torch.randn(1, 1, 10 * 1920)
     assert torch.equal(model.encode(pcm), tuned.encode(pcm))
     export(tuned, tmp_path)
     other = tmp_path / "other"
-    assert "phone head fitted" in command("codec", "--start-from", str(tmp_path / "mimi.safetensors"), run=other)
+    assert "phone head fitted" in command("codec.train", "--start-from", str(tmp_path / "mimi.safetensors"), run=other)
     state = checkpoint.load(other / "codec.pt")
     assert state["step"] >= state["first"] == codec.BYPASS_STEPS
     changed = {n for n, p in tuned.state_dict().items() if not torch.equal(p, model.state_dict()[n])}

@@ -120,9 +120,7 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
     ends = [start for _, start in starts[1:]] + [at + last - first]
     index = heard_words()
     words = [
-        (int(end / FRAME), index.get(word, OTHER_WORD))
-        for (name, _), end in zip(starts, ends, strict=True)
-        for word in dialogues.words(name)[:1]
+        (int(end / FRAME), index.get(name.lower(), OTHER_WORD)) for (name, _), end in zip(starts, ends, strict=True)
     ]
     return {
         "pcm": np.round(clip * 32767).astype(np.int16),
@@ -148,9 +146,6 @@ def answer_clip(answer: str) -> tuple[NDArray[np.int16], int, list[float]]:
     pcm = np.zeros((ANSWER_BEFORE + frames + ANSWER_AFTER) * FRAME, np.float32)
     pcm[ANSWER_BEFORE * FRAME :][: last - first] = utterance.pcm[first:last]
     starts = [max(0.0, start - first / SAMPLE_RATE) for _, start in utterance.words]
-    count = len(answer.split())
-    if len(starts) != count:  # the synthesizer spells a word in several; spread them evenly
-        starts = [frames / RATE * i / count for i in range(count)]
     return np.round(np.clip(pcm, -1, 1) * 32767).astype(np.int16), frames, starts
 
 

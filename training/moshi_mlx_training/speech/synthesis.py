@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ctypes as C
 import ctypes.util
-import math
+import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 SAMPLE_RATE = 24000
@@ -65,7 +67,7 @@ class Utterance:
     ----------
     pcm : array [samples], float32, 24 kHz, ``LEVEL_DB`` loud
     phones : (name from ``PHONES``, end in seconds), in order
-    words : (text as the synthesizer spells it, start in seconds), in order
+    words : (as written, without punctuation; start in seconds), one for each word of the text, in order
     """
 
     pcm: NDArray[np.float32]
@@ -126,7 +128,12 @@ class _Raw:
     sample_rate: int
     pcm: NDArray[np.int16]
     phones: list[tuple[str, float]]
-    words: list[tuple[str, float]]
+    starts: list[float]  # of the words of ``spans``
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text stand in it: [begin, end) in characters, without punctuation around them."""
+    return [match.span() for match in re.finditer(r"\w(?:\S*\w)?", text)]
 
 
 class Flite:
@@ -177,10 +184,13 @@ class Flite:
                 raise SpeechUnavailable(f"flite spoke nothing for {text!r}")
             samples = np.ctypeslib.as_array(wave.contents.samples, (wave.contents.num_samples,)).copy()
             phones = self._items(utterance, b"Segment", b"end")
-            words = self._items(
-                utterance, b"Word", b"R:SylStructure.daughter1.daughter1.R:Segment.p.end"
-            )  # a word starts where the segment before its first one ends
-            return _Raw(wave.contents.sample_rate, samples, phones, words)
+            # A token is a word as written, its words are how it is read ("what's" is two, a number several). It starts
+            # where the segment before its first one ends.
+            tokens = self._items(utterance, b"Token", b"daughter1.R:SylStructure.daughter1.daughter1.R:Segment.p.end")
+            starts = [start for _, start in tokens]
+            if len(starts) != len(spans(text)) or starts != sorted(starts):
+                raise SpeechUnavailable(f"flite does not say when the words of {text!r} start")
+            return _Raw(wave.contents.sample_rate, samples, phones, starts)
         finally:
             lib.delete_utterance(utterance)
 
@@ -274,6 +284,34 @@ def espeak_phone(name: str) -> str:
     return "pau"
 
 
+def word_starts(text: str, events: Sequence[tuple[int, float]], seconds: float) -> list[float]:
+    """When each word of ``spans(text)`` starts, from espeak-ng's word events: (character of the text, start).
+
+    Events and words are not one to one. espeak-ng says some pairs as one word and sends one event for "of the", or two
+    that both point into the first ("it is"); the word left over begins inside, by its share of the letters. Up to
+    version 1.51 it also sends a word of no length in the pause after a clause, where a sentence before had a word: it
+    uses its list of phonemes again and does not reset the flag of the last one. The caller leaves those out.
+    """
+    places = spans(text)
+    starts: list[float | None] = [None] * len(places)
+    last = -1
+    for at, start in events:
+        index = max((i for i, (begin, _) in enumerate(places) if begin <= at), default=0)
+        index = max(index, last + 1)
+        if index < len(places):
+            starts[index], last = start, index
+    starts[0] = starts[0] or 0.0
+    known = [i for i, start in enumerate(starts) if start is not None]
+    out: list[float] = []
+    for i, j in zip(known, [*known[1:], len(places)], strict=True):
+        begin = starts[i]
+        end = starts[j] if j < len(places) else seconds
+        assert begin is not None and end is not None
+        letters = np.cumsum([0, *(b - a for a, b in places[i:j])])
+        out += (begin + (end - begin) * letters[:-1] / letters[-1]).tolist()
+    return out
+
+
 class Espeak:
     """espeak-ng, in synchronous mode: audio and events arrive through a callback before ``say`` returns."""
 
@@ -326,8 +364,8 @@ class Espeak:
                   if e[0] == _PHONE_EVENT]  # fmt: skip
         ends = [start for _, start in starts[1:]] + [len(samples) / self.sample_rate]
         phones = [(name, end) for (name, _), end in zip(starts, ends, strict=True)]
-        words = [(text[p - 1 : p - 1 + n], s / self.sample_rate) for k, p, n, s, _ in self.events if k == _WORD_EVENT]
-        return _Raw(self.sample_rate, samples, phones, words)
+        events = [(p - 1, s / self.sample_rate) for k, p, n, s, _ in self.events if k == _WORD_EVENT and n > 0]
+        return _Raw(self.sample_rate, samples, phones, word_starts(text, events, len(samples) / self.sample_rate))
 
 
 @cache
@@ -343,13 +381,8 @@ def espeak() -> Espeak:
 
 
 def resample(pcm: NDArray[np.floating[Any]], rate: int, to: int = SAMPLE_RATE) -> NDArray[np.float32]:
-    """Polyphase resampling of pcm [samples] from ``rate`` to ``to`` Hz; float32."""
-    if rate == to:
-        return pcm.astype(np.float32)
-    from scipy.signal import resample_poly
-
-    divisor = math.gcd(rate, to)
-    return np.asarray(resample_poly(pcm.astype(np.float64), to // divisor, rate // divisor), dtype=np.float32)
+    """pcm [samples] at ``rate`` Hz as ``to`` Hz; float32."""
+    return pcm.astype(np.float32) if rate == to else soxr.resample(pcm.astype(np.float32), rate, to)
 
 
 def say(text: str, voice: str = ANSWERING_VOICE, rng: np.random.Generator | None = None) -> Utterance:
@@ -397,5 +430,5 @@ def say(text: str, voice: str = ANSWERING_VOICE, rng: np.random.Generator | None
     return Utterance(
         np.clip(pcm, -1, 1).astype(np.float32),
         tuple((p, t * seconds) for p, t in phones),
-        tuple((w, t * seconds) for w, t in raw.words),
+        tuple((text[a:b], start * seconds) for (a, b), start in zip(spans(text), raw.starts, strict=True)),
     )
