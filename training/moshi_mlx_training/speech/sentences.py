@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-_NOUNS = (
+NOUNS = (
     "apple arrow artist autumn baker bandage barn basket beach beard bicycle blanket bottle boulder boy branch "
     "bridge brother bucket bullet bushel butcher button cabbage cage camera candle captain carpet castle "
     "ceiling chain chair cheese cherry child chimney church circus cloud coat cobra coin collar cottage "
@@ -106,7 +106,7 @@ _RIMES = (
 
 def _noun(rng: random.Random) -> str:
     adjective = rng.choice(_ADJECTIVES) + " " if rng.random() < 0.55 else ""
-    return adjective + rng.choice(_NOUNS)
+    return adjective + rng.choice(NOUNS)
 
 
 def _thing(rng: random.Random) -> str:
@@ -154,7 +154,7 @@ def sentence(rng: random.Random) -> str:
     elif kind == 10:
         text = f"please give {rng.choice(('me', 'him', 'her', 'us', 'them'))} {rng.choice(_NUMBERS)} {_noun(rng)}s."
     elif kind == 11:
-        text = f"{', '.join(rng.choice(_NOUNS) for _ in range(rng.randint(2, 4)))} and {rng.choice(_NOUNS)}."
+        text = f"{', '.join(rng.choice(NOUNS) for _ in range(rng.randint(2, 4)))} and {rng.choice(NOUNS)}."
     elif kind == 12:
         text = f"{' '.join(_invented(rng) for _ in range(rng.randint(2, 5)))}."
     else:
