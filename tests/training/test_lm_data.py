@@ -9,6 +9,7 @@ import pytest
 from moshi_mlx_training.lm import data as lm_data
 from moshi_mlx_training.lm.data import AFTER, BEFORE, FRAME, answer_clip, question_clip, split_flat, through_room
 from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.recipe import UNKNOWN
 from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING, SpeechUnavailable, say
 
 
@@ -38,7 +39,7 @@ def test_a_question_lies_where_its_label_says() -> None:
         spoken = np.flatnonzero(clip["phones"].reshape(-1, 2).any(1))
         assert len(clip["phones"]) == 2 * len(clip["pcm"]) // FRAME
         assert BEFORE - 1 <= spoken[0] <= loud[0] + 1 and loud[-1] - 1 <= spoken[-1] <= clip["end"]
-        if clip["exchange"] != lm_data.UNKNOWN:
+        if clip["exchange"] != UNKNOWN:
             known = lm_data.heard_words()
             wanted = [known.get(word, lm_data.OTHER_WORD) for word in dialogues.words(clip["text"])]
             assert [word for _, word in clip["words"]] == wanted

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+import random
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from moshi_mlx_training.lm import data as lm_data
 from moshi_mlx_training.lm import tokenizer as lm_tokenizer
-from moshi_mlx_training.lm.batch import delayed, spoil, training_batch
+from moshi_mlx_training.lm.batch import delayed, drop_acoustic, spoil, training_batch
 from moshi_mlx_training.lm.dialogue import (
+    BETWEEN,
     GAP,
     LEAD,
     NONE,
     PHONES_AFTER,
     STOP,
+    Manner,
     Pieces,
     Window,
     answer_tokens,
     compose,
+    mixed,
     stretched,
 )
 from moshi_mlx_training.speech import dialogues
-from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING
+from moshi_mlx_training.speech.recipe import UNKNOWN, Recipe
+from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING, unheard
 
 from moshi_mlx.checkpoint.resolve import BUILTIN
 from moshi_mlx.config import LmConfig, ModelConfig
@@ -211,11 +216,105 @@ def test_phones_follow_the_user_s_sound(pieces: Pieces) -> None:
 
 def test_held_out_speakers_are_not_in_training() -> None:
     """If this fails, the figures for unseen speakers are worth nothing."""
-    assert not set(lm_data.VOICES["train"]) & set(HELD_OUT)
-    assert not set(lm_data.VOICES["known"]) & set(HELD_OUT)
-    assert set(lm_data.VOICES["held"]) == set(HELD_OUT)
+    rng = random.Random(0)
+    for recipe in (Recipe(), Recipe(voices="all"), Recipe(voices="all", leave_out="espeak")):
+        heard = {recipe.speaker(rng) for _ in range(4000)}
+        assert len(heard) > 5 and not heard & set(HELD_OUT) and not heard & set(unheard(recipe.leave_out))
     held = {voice.split("/")[1] for voice in HELD_OUT}
     assert not held & {voice.split("/")[1] for voice in TRAINING}
+
+
+def test_two_questions_get_two_answers(pieces: Pieces, tokenizer: TextTokenizer) -> None:
+    """If this fails, the second of two questions is taught to be forgotten, or answered into the first answer."""
+    by_length = sorted(pieces.questions, key=lambda q: pieces.answers[q.answer].frames)
+    for one, other in zip(by_length[:10], by_length[-10:]):
+        if UNKNOWN in (one.exchange, other.exchange):
+            continue
+        first, second = pieces.answers[one.answer], pieces.answers[other.answer]
+        both = pieces.said(replace(one, second=other.exchange))
+        assert both.frames == first.frames + BETWEEN + second.frames
+        np.testing.assert_array_equal(both.codes[: first.frames], first.codes[: first.frames])
+        np.testing.assert_array_equal(both.codes[first.frames + BETWEEN :], second.codes)
+        assert len(set(both.tokens[:, 0].tolist())) == len(both.tokens) and (np.diff(both.tokens[:, 0]) > 0).all()
+        assert tokenizer.decode(both.tokens[:, 1].tolist()) == " ".join(
+            dialogues.answers()[q.answer] for q in (one, other)
+        )
+        assert len(both.deciding) == len(both.tokens)
+        assert pieces.said(one) is first
+    asking = copy(pieces)
+    asking.questions = [replace(q, second=q.exchange) for q in pieces.questions if q.exchange != UNKNOWN]
+    window = compose(asking, 400, np.random.default_rng(0))
+    text = tokenizer.decode(window.tokens[0].tolist())
+    answer = dialogues.answers()[window.answer[np.flatnonzero(window.first)[0]]]
+    assert text.startswith(f"{answer} {answer}")
+
+
+def test_who_may_not_have_ended_is_waited_for(pieces: Pieces) -> None:
+    """If this fails, "I did not understand." is spoken into the pauses of what was not understood."""
+    missed = dialogues.answers().index(dialogues.NOT_UNDERSTOOD)
+    asking = copy(pieces)
+    asking.questions = [replace(q, exchange=UNKNOWN) if i % 3 == 0 else q for i, q in enumerate(pieces.questions)]
+    found: dict[bool, list[int]] = {True: [], False: []}
+    for seed in range(30):
+        window = compose(asking, 400, np.random.default_rng(seed), Manner(unknown_gap=(12, 15)))
+        for begin in np.flatnonzero(window.first):
+            asked = np.flatnonzero(window.answer[:begin] == NONE)[-1] + 1
+            found[bool(window.answer[begin] == missed)].append(int(begin + LEAD - asked))
+    assert set(found[True]) == {12, 13, 14} and set(found[False]) == {6, 7}
+
+
+def test_speakers_are_mixed_and_words_are_not(pieces: Pieces) -> None:
+    """If this fails, mixing speakers changes what was said, or nothing."""
+    one, other = pieces.questions[0], next(q for q in pieces.questions if q.exchange != pieces.questions[0].exchange)
+    longer = replace(other, codes=np.repeat(other.codes, 2, axis=0), end=2 * other.end)
+    for theirs in (other, longer):
+        both = mixed(one, theirs)
+        np.testing.assert_array_equal(both.codes[:, 0], one.codes[:, 0])
+        spoken = slice(one.onset, one.end)
+        assert (both.codes[spoken, 1:] != one.codes[spoken, 1:]).mean() > 0.9
+        assert {tuple(row) for row in both.codes[spoken, 1:]} <= {tuple(row) for row in theirs.codes[:, 1:]}
+        np.testing.assert_array_equal(np.delete(both.codes, np.arange(one.onset, one.end), 0)[:, 1:], QUIET)
+        assert both.words is one.words and both.phones is one.phones
+    plain = [compose(pieces, 300, np.random.default_rng(seed)).tokens for seed in range(5)]
+    again = [compose(pieces, 300, np.random.default_rng(seed), Manner()).tokens for seed in range(5)]
+    always = [compose(pieces, 300, np.random.default_rng(seed), Manner(mixed=1)).tokens for seed in range(5)]
+    assert all(np.array_equal(a, b) for a, b in zip(plain, again))
+    assert not any(np.array_equal(a, b) for a, b in zip(plain, always))
+
+
+def test_acoustic_codes_are_hidden_and_what_is_said_stays(config: LmConfig) -> None:
+    """If this fails, the model may lean on the sound of voices that it knows, or cannot hear at all."""
+    own = 1 + config.own_q
+    clean = np.random.default_rng(0).integers(0, config.card, (17, 60)).astype(np.int32)
+    clean[:, 0] = config.audio_start_id
+    hidden, books, spans = [], set(), set()
+    for seed in range(200):
+        inputs = clean.copy()
+        drop_acoustic(inputs, config, np.random.default_rng(seed))
+        np.testing.assert_array_equal(inputs[: own + 1], clean[: own + 1])
+        np.testing.assert_array_equal(inputs[:, 0], clean[:, 0])
+        assert inputs.min() >= 0 and inputs.max() <= config.audio_start_id
+        changed = inputs != clean
+        if changed.any():
+            books.add(int(np.flatnonzero(changed.any(1))[0]) - own)
+            spans.add(int(changed.any(0).sum()))
+            hidden.append(bool((inputs[changed] == config.audio_start_id).all()))
+    assert books == {1, 2, 3, 4, 5, 6, 7} and max(spans) == 59 and len(spans) > 20
+    assert 0.3 < np.mean(hidden) < 0.7
+
+
+def test_hidden_codes_are_inputs_only(pieces: Pieces, config: LmConfig) -> None:
+    """If this fails, what was hidden is learnt as truth, or other data changes with it."""
+    plain, dropped = (training_batch(pieces, config, 4, 96, 0, 0, dropped=share) for share in (0.0, 1.0))
+    before, after = np.array(plain.inputs), np.array(dropped.inputs)
+    assert (before != after)[:, 2 + config.own_q :].mean() > 0.2
+    for name in ("text", "text_weight", "answer", "heard", "phones", "first_weight"):
+        assert np.array(getattr(plain, name)).shape == np.array(getattr(dropped, name)).shape
+    rng = np.random.default_rng([0, 0, 0])
+    clean = np.stack([delayed(compose(pieces, 96, rng).tokens, config) for _ in range(4)])
+    np.testing.assert_array_equal(np.array(dropped.text), clean[:, 0, 1:].reshape(-1))
+    targets = clean[:, :9, 1:].transpose(0, 2, 1).reshape(-1, 9)
+    np.testing.assert_array_equal(np.array(dropped.depth_tokens), targets[np.array(dropped.depth_rows)])
 
 
 def test_sets_from_another_codec_are_not_mixed_in(tmp_path: Path, tokenizer: TextTokenizer) -> None:

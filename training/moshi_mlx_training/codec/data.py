@@ -21,10 +21,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech import channel, dialogues, sentences
+from moshi_mlx_training.speech import recipe as recipes
+from moshi_mlx_training.speech.recipe import FIRST, FLITE_SHARE, Recipe
 from moshi_mlx_training.speech.synthesis import (
     ANSWERING_VOICE,
     LABEL_SAMPLES,
+    LEVEL_DB,
     SAMPLE_RATE,
     TRAINING,
     SpeechUnavailable,
@@ -34,21 +37,23 @@ from moshi_mlx_training.speech.synthesis import (
 KINDS = ("answer", "user")
 FRAME_SAMPLES = 2 * LABEL_SAMPLES  # 80 ms: one column of codes
 SHARD_MINUTES = 10
-_FLITE_SHARE = 0.35  # of user speech; the rest is espeak-ng, whose speakers are many but alike
 
 
-def utterance_plan(kind: str, rng: random.Random) -> tuple[str, str]:
+def utterance_plan(kind: str, rng: random.Random, recipe: Recipe = FIRST) -> tuple[str, str]:
     """(voice, text) of the next sentence of a shard of this kind."""
     if kind == "answer":
         text = rng.choice(dialogues.answers()) if rng.random() < 0.35 else sentences.sentence(rng)
         return ANSWERING_VOICE, text
-    flite = rng.random() < _FLITE_SHARE
+    if recipe.voices == "all" or recipe.wordings == "many":
+        voice = recipe.speaker(rng)
+        return voice, recipe.asked(rng, 0.5).text if rng.random() < 0.4 else sentences.sentence(rng)
+    flite = rng.random() < FLITE_SHARE
     group = [v for v in TRAINING if v != ANSWERING_VOICE and v.startswith("flite/") == flite]
     text = dialogues.ask(dialogues.pick(rng), rng) if rng.random() < 0.4 else sentences.sentence(rng)
     return rng.choice(group), text
 
 
-def make_shard(folder: Path, kind: str, number: int, minutes: float = SHARD_MINUTES) -> float:
+def make_shard(folder: Path, kind: str, number: int, minutes: float = SHARD_MINUTES, recipe: Recipe = FIRST) -> float:
     """Synthesize one shard unless it is there; returns its length in seconds. Files appear whole or not at all."""
     stem = folder / f"{kind}-{number:04d}"
     if stem.with_suffix(".pcm").exists():
@@ -60,9 +65,9 @@ def make_shard(folder: Path, kind: str, number: int, minutes: float = SHARD_MINU
     labels: list[NDArray[np.uint8]] = []
     total = 0
     while total < wanted:
-        voice, text = utterance_plan(kind, plan)
+        voice, text = utterance_plan(kind, plan, recipe)
         try:
-            utterance = say(text, voice, rng)
+            utterance = say(text, voice, rng) if kind == "answer" else recipe.say(text, voice, rng)
         except SpeechUnavailable:
             if total == 0:
                 raise
@@ -84,10 +89,11 @@ def make_shard(folder: Path, kind: str, number: int, minutes: float = SHARD_MINU
 
 
 class Corpus:
-    """The shards of one folder, as crops and batches."""
+    """The shards of one folder, as crops and batches; ``wide`` channels are all of `channel`."""
 
-    def __init__(self, folder: Path, kinds: Sequence[str] = KINDS) -> None:
+    def __init__(self, folder: Path, kinds: Sequence[str] = KINDS, wide: bool = False) -> None:
         self.folder = folder
+        self.wide = wide
         self.kinds = tuple(kinds)
         self.refresh()
         missing = [kind for kind in self.kinds if not self.shards[kind]]
@@ -133,6 +139,9 @@ class Corpus:
             if kind == "answer":
                 pcm = pcm * np.float32(rng.uniform(0.8, 1.1))
                 heard.append(pcm)
+            elif self.wide:
+                pcm = pcm * np.float32(10 ** ((rng.uniform(channel.QUIETEST, channel.LOUDEST) - LEVEL_DB) / 20))
+                heard.append(channel.through(pcm, rng, levels=False) if rng.random() < 0.7 else pcm)
             else:
                 pcm = pcm * np.float32(10 ** (rng.uniform(-14, 5) / 20))
                 heard.append(through_microphone(pcm, rng) if rng.random() < 0.45 else pcm)
@@ -177,12 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m moshi_mlx_training.codec.data", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the shards go; those already there are kept")
     parser.add_argument("--minutes", type=float, default=60, help="in all, half of it the answering voice (60)")
+    recipes.add_options(parser, "wordings", "voices", "leave_out", "morphed")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
+    recipe = recipes.from_options(options)
+    try:
+        recipes.hold(options.folder, recipe)
+    except ValueError as error:
+        parser.error(str(error))
     began, seconds = time.monotonic(), 0.0
     for number in range(max(1, round(options.minutes / 2 / SHARD_MINUTES))):
         for kind in KINDS:
-            seconds += make_shard(options.folder, kind, number)
+            seconds += make_shard(options.folder, kind, number, recipe=recipe)
         print(f"{seconds / 3600:.2f} h of speech after {time.monotonic() - began:.0f} s", flush=True)
     print(json.dumps({"hours": round(seconds / 3600, 3), "seconds": round(time.monotonic() - began, 1)}))
 

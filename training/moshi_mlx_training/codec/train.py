@@ -35,6 +35,7 @@ from moshi_mlx_training.codec.export import from_published
 from moshi_mlx_training.codec.losses import RESOLUTIONS, low_loss, spectral_loss
 from moshi_mlx_training.codec.mimi_torch import Mimi
 from moshi_mlx_training.process import Stop, half_precision, keep_memory
+from moshi_mlx_training.speech import recipe as recipes
 from moshi_mlx_training.speech.synthesis import SAMPLE_RATE
 
 Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each parameter
@@ -204,7 +205,8 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
-    corpus, local, refreshed, parent = Corpus(options.data), Mimi(), time.monotonic(), os.getppid()
+    corpus = Corpus(options.data, wide=options.channel == "wide")
+    local, refreshed, parent = Mimi(), time.monotonic(), os.getppid()
     crops, judge = CROPS, None if shared.judge is None else Judge()
     if options.stage == "decoder":
         freeze_codes(local.eval())
@@ -393,6 +395,7 @@ def parser_for(module: str, description: str, rate: float, answer_share: float) 
     parser.add_argument(
         "--save-every", type=float, default=3, metavar="MINUTES", help="minutes between checkpoints (3)"
     )
+    recipes.add_options(parser, "channel")
     parser.add_argument("--seed", type=int, default=0, help="of the batches and the first weights (0)")
     parser.add_argument(
         "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this mimi.safetensors"

@@ -34,13 +34,14 @@ from moshi_mlx.engine.text import PAD, TextTokenizer
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import Sampling
 from moshi_mlx_training.lm.batch import make_batch
-from moshi_mlx_training.lm.data import UNKNOWN, answer_clip, trimmed
+from moshi_mlx_training.lm.data import answer_clip, trimmed
 from moshi_mlx_training.lm.dialogue import Answer, Pieces, Window, answer_tokens, compose
 from moshi_mlx_training.lm.evaluate import BEFORE, load_weights, question_stream, room_codes, said
 from moshi_mlx_training.lm.model import FIGURES
 from moshi_mlx_training.lm.train import Trainer, preload_blas, read_model
 from moshi_mlx_training.process import Stop, keep_memory
 from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.recipe import UNKNOWN
 
 SHIFT = 16  # frames: 1.3 s, longer than any word
 VARIANTS = {"moshi": (0, 0), "no-monologue": (0, 0), "text-first": (0, SHIFT), "sound-first": (SHIFT, 0)}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moshi_mlx.config import LmConfig
 from moshi_mlx.engine.text import EPAD, PAD
-from moshi_mlx_training.lm.dialogue import LEAD, NONE, Pieces, Window, compose
+from moshi_mlx_training.lm.dialogue import AS_BEFORE, LEAD, NONE, Manner, Pieces, Window, compose
 
 PAD_WEIGHT, WORD_WEIGHT, FIRST_WEIGHT = 0.3, 1.0, 10.0  # of text tokens
 DECIDING_WEIGHT = 8.0  # of words that tell answers apart
@@ -101,6 +101,20 @@ def spoil(inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator)
     inputs[0, lost] = PAD
 
 
+def drop_acoustic(inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator) -> None:
+    """Hide the user's acoustic codes in inputs [streams, time], in place: what is said is in the semantic ones.
+
+    All of the books or the last of them, throughout or for a while; they hold random codes then, or what streams hold
+    before they begin.
+    """
+    own, time = 1 + config.own_q, inputs.shape[1]
+    first = own + (1 if rng.random() < 0.6 else int(rng.integers(1, len(inputs) - own)))
+    begin, end = (0, time) if rng.random() < 0.5 else np.sort(rng.integers(0, time + 1, 2))
+    part = inputs[first:, begin:end]
+    hidden = config.audio_start_id if rng.random() < 0.5 else rng.integers(0, config.card, part.shape)
+    inputs[first:, begin:end] = np.where(part == config.audio_start_id, part, hidden)
+
+
 def _rows(
     index: NDArray[np.intp], count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -112,14 +126,16 @@ def _rows(
     return rows, weight
 
 
-def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Generator) -> Batch:
-    """A step's arrays from conversations of equal length."""
+def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Generator, dropped: float = 0.0) -> Batch:
+    """A step's arrays from conversations of equal length; ``dropped`` of them without all of the user's codes."""
     time = windows[0].tokens.shape[1]
     n = len(windows) * time
     shifted = np.stack([delayed(window.tokens, config) for window in windows])
     inputs, targets = shifted[:, :, :-1].copy(), shifted[:, : 1 + config.dep_q, 1:]
     for row in inputs:
         spoil(row, config, rng)
+        if dropped and rng.random() < dropped:
+            drop_acoustic(row, config, rng)
     text = np.stack([window.tokens[0] for window in windows]).reshape(n)
     first = np.stack([window.first for window in windows]).reshape(n)
     weight = np.where(text == PAD, PAD_WEIGHT, WORD_WEIGHT).astype(np.float32)
@@ -166,8 +182,16 @@ def make_batch(windows: Sequence[Window], config: LmConfig, rng: np.random.Gener
 
 
 def training_batch(
-    pieces: Pieces, config: LmConfig, size: int, frames: int, seed: int, step: int, worker: int = 0
+    pieces: Pieces,
+    config: LmConfig,
+    size: int,
+    frames: int,
+    seed: int,
+    step: int,
+    worker: int = 0,
+    manner: Manner = AS_BEFORE,
+    dropped: float = 0.0,
 ) -> Batch:
     """The batch of one worker at one step: depends on its arguments and the pieces alone."""
     rng = np.random.default_rng([seed, step, worker])
-    return make_batch([compose(pieces, frames, rng) for _ in range(size)], config, rng)
+    return make_batch([compose(pieces, frames, rng, manner) for _ in range(size)], config, rng, dropped)

@@ -29,29 +29,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx_training.speech import dialogues, sentences
+from moshi_mlx_training.speech import dialogues, morph, wordings
+from moshi_mlx_training.speech import recipe as recipes
+from moshi_mlx_training.speech.recipe import FIRST, Asked, Recipe
 from moshi_mlx_training.speech.synthesis import (
     ANSWERING_VOICE,
+    EVERYONE,
     HELD_OUT,
     SAMPLE_RATE,
-    TRAINING,
     SpeechUnavailable,
     say,
 )
 
 FRAME = 1920  # samples: one column of codes
 RATE = SAMPLE_RATE / FRAME  # frames a second
-UNKNOWN = -1  # "exchange" of a sentence that no answer belongs to
-UNKNOWN_SHARE = 0.08
 BEFORE, AFTER = 8, 8  # frames of room around a question
 DROPPED = 5  # of them, frames at the start whose codes still feel the beginning of the clip
 ROOMS, ROOM_FRAMES, DEAD_ROOMS = 32, 500, 4  # rooms 0 to 3 are digital silence
 ANSWER_BEFORE, ANSWER_AFTER = 32, 24  # frames of silence around an answer when it is encoded
 SHARD = 500  # questions
-FLITE_SHARE = 0.35  # of the training questions; espeak-ng's voices are many but alike
 TRAINING_POWER = 0.7  # how much likelier large topics are asked in training: sums have most to tell apart
-USERS = tuple(voice for voice in TRAINING if voice != ANSWERING_VOICE)
-VOICES = {"train": USERS, "known": USERS, "held": HELD_OUT}
 OTHER_WORD = 0
 
 Pcm = NDArray[np.float32]
@@ -59,9 +56,13 @@ Pcm = NDArray[np.float32]
 
 @cache
 def heard_words() -> dict[str, int]:
-    """Index of every word of the questions; 0 stands for any other. Teaches listening; not part of the model."""
-    names = {word for question in dialogues.questions() for word in dialogues.words(question)}
-    return {name: index for index, name in enumerate(sorted(names), start=1)}
+    """Index of every word of the questions; 0 stands for any other. Teaches listening; not part of the model.
+
+    Words of `dialogues` come first, so that data made when there were no others keeps its indices.
+    """
+    names = sorted({word for question in dialogues.questions() for word in dialogues.words(question)})
+    names += [name for name in wordings.all_words() if name not in names]
+    return {name: index for index, name in enumerate(names, start=1)}
 
 
 def taught() -> int:
@@ -90,25 +91,30 @@ def trimmed(pcm: Pcm, threshold: float = 0.01) -> tuple[int, int]:
     return max(0, int(loud[0]) - 240), min(len(pcm), int(loud[-1]) + 720)
 
 
-def question_clip(split: str, rng: random.Random, noise: np.random.Generator) -> dict[str, Any]:
-    """One spoken question or unknown sentence in a room: pcm [frames * 1920] and what is known about it."""
-    from moshi_mlx_training.codec.data import through_microphone
+def question_clip(split: str, rng: random.Random, noise: np.random.Generator, recipe: Recipe = FIRST) -> dict[str, Any]:
+    """One spoken question or unknown sentence in a room: pcm [frames * 1920] and what is known about it.
 
-    if rng.random() < UNKNOWN_SHARE:
-        exchange, text = UNKNOWN, sentences.sentence(rng)
-    else:
-        chosen = dialogues.pick(rng, TRAINING_POWER if split == "train" else 0.5)
-        exchange, text = dialogues.exchanges().index(chosen), dialogues.ask(chosen, rng)
-    voices = VOICES[split]
-    if split != "held":
-        flite = rng.random() < FLITE_SHARE
-        voices = tuple(v for v in voices if v.startswith("flite/") == flite)
-    voice = rng.choice(voices)
-    utterance = say(text, voice, noise)
+    ``split`` is ``train``, or ``known`` or ``held`` for evaluation, by speakers of training or those held out.
+    """
+    asked = recipe.asked(rng, TRAINING_POWER if split == "train" else 0.5)
+    return spoken_clip(asked, rng.choice(HELD_OUT) if split == "held" else recipe.speaker(rng), noise, recipe)
+
+
+def spoken_clip(asked: Asked, voice: str, noise: np.random.Generator, recipe: Recipe = FIRST) -> dict[str, Any]:
+    """The same of what is asked and who asks."""
+    utterance = recipe.say(asked.text, voice, noise)
+    pause = recipe.pause(asked, noise)
+    if pause is not None:
+        utterance = morph.paused(utterance, *pause)
     first, last = trimmed(utterance.pcm)
-    pcm = utterance.pcm[first:last] * np.float32(10 ** (noise.uniform(-14, 5) / 20))
-    if noise.random() < 0.4:
-        pcm = through_microphone(np.pad(pcm, (0, SAMPLE_RATE // 5)), noise)[: len(pcm) + SAMPLE_RATE // 10]
+    pcm = utterance.pcm[first:last]
+    through = recipes.channels(recipe.channel)
+    if recipe.channel == "wide":
+        pcm = through(np.pad(pcm, (0, SAMPLE_RATE // 5)), noise)
+    else:
+        pcm = pcm * np.float32(10 ** (noise.uniform(-14, 5) / 20))
+        if noise.random() < 0.4:
+            pcm = through(np.pad(pcm, (0, SAMPLE_RATE // 5)), noise)[: len(pcm) + SAMPLE_RATE // 10]
     shift = int(noise.integers(FRAME))  # speech starts anywhere inside a frame
     spoken = -(-(shift + last - first) // FRAME)
     clip = np.zeros((BEFORE + spoken + AFTER) * FRAME, np.float32)
@@ -118,19 +124,22 @@ def question_clip(split: str, rng: random.Random, noise: np.random.Generator) ->
     clip = np.clip(through_room(clip, room, noise), -1, 1)
     starts = [(word, start * SAMPLE_RATE - first + at) for word, start in utterance.words]
     ends = [start for _, start in starts[1:]] + [at + last - first]
+    if pause is not None:
+        ends[pause[0] - 1] -= pause[1] * SAMPLE_RATE
     index = heard_words()
     words = [
         (int(end / FRAME), index.get(name.lower(), OTHER_WORD)) for (name, _), end in zip(starts, ends, strict=True)
     ]
     return {
         "pcm": np.round(clip * 32767).astype(np.int16),
-        "exchange": exchange,
-        "voice": (*TRAINING, *HELD_OUT).index(voice),
+        "exchange": asked.exchange,
+        "second": asked.second,
+        "voice": EVERYONE.index(voice),
         "room": room,
         "end": BEFORE + spoken,
         "words": words,
         "phones": utterance.labels(2 * (len(clip) // FRAME), (at - first) / SAMPLE_RATE),
-        "text": text,
+        "text": asked.text,
     }
 
 
@@ -165,7 +174,7 @@ def split_flat(data: NDArray[Any], count: NDArray[Any]) -> list[NDArray[Any]]:
     return np.split(data, np.cumsum(count)[:-1])
 
 
-def speak_set(folder: Path, name: str, size: int) -> bool:
+def speak_set(folder: Path, name: str, size: int, recipe: Recipe = FIRST) -> bool:
     """Write ``name``.pcm.npz with ``size`` clips unless it is there; returns whether it was made."""
     path = folder / f"{name}.pcm.npz"
     if path.exists():
@@ -175,12 +184,14 @@ def speak_set(folder: Path, name: str, size: int) -> bool:
     clips: list[dict[str, Any]] = []
     while len(clips) < size:
         try:
-            clips.append(question_clip(name.split("-")[0], rng, noise))
+            clips.append(question_clip(name.split("-")[0], rng, noise, recipe))
         except SpeechUnavailable:
             if not clips:
                 raise  # nothing works here, as against one strange word
     words = [np.array(clip["words"], np.int32).reshape(-1, 2) for clip in clips]
-    arrays = {key: np.array([clip[key] for clip in clips]) for key in ("exchange", "voice", "room", "end", "text")}
+    arrays = {
+        key: np.array([clip[key] for clip in clips]) for key in ("exchange", "second", "voice", "room", "end", "text")
+    }
     pieces = _flat([clip["pcm"] for clip in clips])
     spelled = _flat(words)
     arrays |= {"words": spelled["data"], "word_count": spelled["count"]}
@@ -285,19 +296,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     speak.add_argument("--questions", type=int, default=32000, help="spoken questions to train on (32000)")
     speak.add_argument("--evaluated", type=int, default=200, help="questions of each kind to evaluate on (200)")
+    recipes.add_options(speak)
     encode.add_argument("--codec", type=Path, required=True, help="codec.pt, or a published mimi.safetensors")
     encode.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     if options.command == "speak":
+        recipe = recipes.from_options(options)
+        try:
+            recipes.hold(options.folder, recipe)
+        except ValueError as error:
+            parser.error(str(error))
         if options.share[0] == 0:
             speak_answers(options.folder)
             speak_rooms(options.folder)
         for number, (name, size) in enumerate(set_names(options.questions, options.evaluated)):
             if number % options.share[1] != options.share[0]:
                 continue
-            made = speak_set(options.folder, name, size)
+            made = speak_set(options.folder, name, size, recipe)
             print(f"{name}: {size} questions{'' if made else ' (kept)'}, {time.monotonic() - began:.0f} s", flush=True)
         return
     import torch

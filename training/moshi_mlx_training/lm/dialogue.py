@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.engine.text import EPAD, PAD, TextTokenizer
-from moshi_mlx_training.lm.data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
+from moshi_mlx_training.lm.data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, split_flat, taught
 from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.recipe import NO_SECOND, UNKNOWN
 
 LEAD = 2  # frames by which a word's first token comes before its sound
 # Frames from the end of a question to the first sound of its answer: 6 or 7. The text begins three frames before that,
@@ -35,12 +36,33 @@ GAP = (6, 8)
 PAUSE = (3, 20)  # frames from the end of an answer to the next question's clip
 STOP = 4  # frames after the user's first sound from which an interrupted answer is quiet at the latest
 INTERRUPTED, SILENT = 1 / 4, 0.07  # shares of turns
+BETWEEN = 4  # frames from the first to the second answer of two that were asked for at once
 PHONES_AFTER = 2  # frames until the phones of a frame are to be known: the acoustic codes come one frame late
 WARPED = 0.08  # share of a question's frames left out or doubled, in half of the questions
 STEADY = 40  # frames after which the codes of a room no longer feel its beginning
 NONE = -1  # label: nothing to learn here
 
 Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How conversations are put together; the defaults are those of the model in the package.
+
+    Attributes
+    ----------
+    unknown_gap : (int, int)
+        Frames from the end of a sentence that is none of the questions to the answer's sound, the second excluded:
+        who may not have ended is waited for longer.
+    mixed : float
+        Share of questions whose acoustic codes are another speaker's.
+    """
+
+    unknown_gap: tuple[int, int] = GAP
+    mixed: float = 0.0
+
+
+AS_BEFORE = Manner()
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,7 @@ class Question:
     words: NDArray[np.int32]
     phones: NDArray[np.uint8]
     text: str
+    second: int = NO_SECOND
 
     @property
     def onset(self) -> int:
@@ -88,6 +111,17 @@ class Answer:
 def answer_index(exchange: int) -> int:
     text = dialogues.NOT_UNDERSTOOD if exchange == UNKNOWN else dialogues.exchanges()[exchange].answer
     return dialogues.answers().index(text)
+
+
+def joined(one: Answer, other: Answer) -> Answer:
+    """Two answers, one after the other."""
+    begin = one.frames + BETWEEN
+    return Answer(
+        np.concatenate([one.codes[:begin], other.codes]),
+        begin + other.frames,
+        np.concatenate([one.tokens, other.tokens + np.array([begin, 0], np.int32)]),
+        np.concatenate([one.deciding, other.deciding]),
+    )
 
 
 def answer_tokens(answer: str, starts: Sequence[float], tokenizer: TextTokenizer) -> Ints:
@@ -185,9 +219,10 @@ class Pieces:
             if str(loaded["codec"]) != self.codec:
                 continue  # left over from another codec; `encode` will replace it
             self._read.add(path.name)
+            seconds = loaded.get("second", np.full(len(loaded["end"]), NO_SECOND))
             self.questions += [
-                Question(codes, int(exchange), int(voice), int(room), int(end), words, phones, str(text))
-                for codes, exchange, voice, room, end, words, phones, text in zip(
+                Question(codes, int(exchange), int(voice), int(room), int(end), words, phones, str(text), int(second))
+                for codes, exchange, voice, room, end, words, phones, text, second in zip(
                     split_flat(loaded["data"], loaded["count"]),
                     loaded["exchange"],
                     loaded["voice"],
@@ -196,10 +231,18 @@ class Pieces:
                     split_flat(loaded["words"], loaded["word_count"]),
                     split_flat(loaded["phones"], loaded["count"]),
                     loaded["text"],
+                    seconds,
                     strict=True,
                 )
             ]
         return len(self.questions)
+
+    def said(self, question: Question) -> Answer:
+        """What is to be answered to a question, or to both of two."""
+        answer = self.answers[question.answer]
+        if question.second == NO_SECOND:
+            return answer
+        return joined(answer, self.answers[answer_index(question.second)])
 
     def _load(self, name: str) -> dict[str, Any]:
         try:
@@ -263,7 +306,15 @@ def stretched(question: Question, rng: np.random.Generator) -> Question:
     )
 
 
-def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
+def mixed(question: Question, other: Question) -> Question:
+    """The question with the acoustic codes of another one, faster or slower as needed: only what is said stays."""
+    codes = question.codes.copy()
+    spoken, theirs = slice(question.onset, question.end), other.codes[other.onset : other.end]
+    codes[spoken, 1:] = theirs[np.linspace(0, len(theirs) - 1, question.end - question.onset).round().astype(int), 1:]
+    return replace(question, codes=codes)
+
+
+def compose(pieces: Pieces, frames: int, rng: np.random.Generator, manner: Manner = AS_BEFORE) -> Window:
     """A conversation of so many frames."""
     books = pieces.rooms[0].shape[1]
     room_frames = len(pieces.rooms[0])
@@ -282,6 +333,8 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
     room, said = pieces.rooms[0], pieces.answers[0]
     while True:
         question = pieces.questions[int(rng.integers(len(pieces.questions)))]
+        if manner.mixed and rng.random() < manner.mixed:
+            question = mixed(question, pieces.questions[int(rng.integers(len(pieces.questions)))])
         if rng.random() < 0.5:
             question = stretched(question, rng)
         if not interrupts and rng.random() < SILENT:
@@ -307,8 +360,8 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator) -> Window:
         phones[spoken] = question.phones
         room = pieces.rooms[question.room]
         end = at + question.end
-        said = pieces.answers[question.answer]
-        sound = end + int(rng.integers(*GAP))
+        said = pieces.said(question)
+        sound = end + int(rng.integers(*(manner.unknown_gap if question.exchange == UNKNOWN else GAP)))
         own[:, sound : sound + len(said.codes)] = said.codes.T
         speaking[sound : sound + said.frames + 2] = True
         text[sound + said.tokens[:, 0]] = said.tokens[:, 1]

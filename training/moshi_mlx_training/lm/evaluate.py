@@ -29,10 +29,10 @@ from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import Sampling
-from moshi_mlx_training.lm.data import UNKNOWN
 from moshi_mlx_training.lm.dialogue import STEADY, STOP, Pieces, Question
 from moshi_mlx_training.lm.train import preload_blas, read_model
 from moshi_mlx_training.speech import dialogues
+from moshi_mlx_training.speech.recipe import UNKNOWN
 
 BEFORE, AFTER = 8, 75  # frames of room before a question and after its clip
 SILENT_FRAMES = 375

@@ -33,9 +33,10 @@ from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx_training.lm.batch import training_batch
-from moshi_mlx_training.lm.dialogue import Pieces
+from moshi_mlx_training.lm.dialogue import GAP, Manner, Pieces
 from moshi_mlx_training.lm.model import FIGURES, Learner, flat, losses
 from moshi_mlx_training.process import Stop, keep_memory
+from moshi_mlx_training.speech.recipe import share
 
 WARMUP = 100  # steps
 CLIP = 1.0
@@ -219,7 +220,15 @@ def work(worker: int, shared: SharedSum | None, orders: Any, results: Any, optio
                 trainer.save(value["path"], codec=pieces.codec, **value["extra"])
             continue
         batch = training_batch(
-            pieces, config, options.batch // options.workers, options.frames, options.seed, trainer.step_count, worker
+            pieces,
+            config,
+            options.batch // options.workers,
+            options.frames,
+            options.seed,
+            trainer.step_count,
+            worker,
+            Manner(tuple(options.unknown_gap), options.mix_speakers),
+            options.drop_acoustic,
         )
         figures, norm = trainer.step(batch.arrays(), value)
         results.put(("step", worker, figures, norm))
@@ -362,6 +371,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--start-from", type=Path, metavar="FILE", help="a new run begins with the weights of this model.safetensors"
     )
+    parser.add_argument(
+        "--drop-acoustic",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of conversations in which acoustic codes of the user are hidden (0)",
+    )
+    parser.add_argument(
+        "--mix-speakers",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of questions that have the acoustic codes of another speaker (0)",
+    )
+    parser.add_argument(
+        "--unknown-gap",
+        type=int,
+        nargs=2,
+        default=GAP,
+        metavar=("FROM", "BEFORE"),
+        help=f"frames until a sentence that is none of the questions is answered ({GAP[0]} {GAP[1]})",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", action="store_true", help="draw the log to lm.png and end")
     options = parser.parse_args(arguments)
@@ -370,6 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.batch % options.workers:
         parser.error(f"--batch {options.batch} must be a multiple of --workers {options.workers}")
+    if not 3 < options.unknown_gap[0] < options.unknown_gap[1]:
+        parser.error("--unknown-gap needs two numbers of frames above 3, the second above the first")
     preload_blas()
     keep_memory()
     train(options)

@@ -1,17 +1,21 @@
-"""Speech from flite and espeak-ng, in this process, with phone and word times.
+"""Speech from flite, espeak-ng and festival, with phone and word times.
 
-Both libraries are reached through ctypes, so nothing is compiled and no process is started. They are process-wide
-and not thread-safe: every call holds one lock. This module knows voices and phones; it does not know what is said.
+The first two are libraries reached through ctypes, so nothing is compiled and no process is started; festival is a
+process that is kept. None of them is thread-safe: every call holds one lock. This module knows voices and phones; it
+does not know what is said.
 
 A *speaker* is a voice that a listener would tell from the others. ``HELD_OUT`` speakers are never used in training,
-under any rate, pitch or accent.
+under any rate, pitch or accent, and one synthesizer is left out wholly (`speakers`).
 """
 
 from __future__ import annotations
 
 import ctypes as C
 import ctypes.util
+import os
 import re
+import subprocess
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +55,22 @@ TRAINING = (
 )
 HELD_OUT = ("flite/rms", *(f"espeak/{variant}" for variant in ESPEAK_HELD_OUT))
 
+# What the synthesizers have besides: every accent of English, whispers, old people, Klatt's synthesis, foreign names;
+# not the robots. festival's kal is flite's, its slt the answering voice, synthesized in other ways.
+ALL_ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
+ESPEAK_MORE = (
+    "AnxiousAndy Diogo Henrique Nguyen RicishayMax RicishayMax2 RicishayMax3 Tweaky caleb croak edward2 grandma "
+    "grandpa gustave iven2 iven3 iven4 kaukovalta klatt klatt2 klatt3 klatt4 klatt5 klatt6 marcelo whisper whisperf"
+).split()
+MORE = ("flite/kal", *(f"espeak/{variant}" for variant in ESPEAK_MORE))
+FESTIVAL = ("festival/kal_diphone", "festival/ked_diphone", "festival/cmu_us_slt_arctic_hts")
+SYNTHESIZERS = ("flite", "espeak", "festival")
+EVERYONE = (*TRAINING, *HELD_OUT, *MORE, *FESTIVAL)  # indices of voices in data are into this
+
 _INSTALL = "install them with 'apt install flite espeak-ng' (Debian, Ubuntu) or 'brew install flite espeak-ng'"
+_INSTALL_FESTIVAL = (
+    "install it with 'apt install festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts' (Debian, Ubuntu)"
+)
 _LOCK = threading.RLock()
 
 
@@ -86,6 +105,16 @@ class Utterance:
             out[int(start * LABEL_RATE + 0.5) : int(end * LABEL_RATE + 0.5)] = PHONE_INDEX[name]
             start = end
         return out
+
+
+def speakers(left_out: str = "festival") -> tuple[str, ...]:
+    """Every speaker that may be heard in training, the answering voice too: all but ``HELD_OUT`` and ``left_out``."""
+    return tuple(voice for voice in EVERYONE if voice not in HELD_OUT and not voice.startswith(f"{left_out}/"))
+
+
+def unheard(left_out: str = "festival") -> tuple[str, ...]:
+    """The speakers of the synthesizer that is left out wholly, to judge by."""
+    return tuple(voice for voice in EVERYONE if voice.startswith(f"{left_out}/"))
 
 
 def load_library(*names: str) -> C.CDLL:
@@ -368,6 +397,84 @@ class Espeak:
         return _Raw(self.sample_rate, samples, phones, word_starts(text, events, len(samples) / self.sample_rate))
 
 
+class Festival:
+    """Festival, as a process that reads Scheme and is kept; sound comes through a file."""
+
+    _SAY = """(define (speak text file)
+      (let ((utt (utt.synth (eval (list 'Utterance 'Text text)))))
+        (utt.save.wave utt file 'riff)
+        (mapcar (lambda (s) (format t "phone %s %f\\n" (item.name s) (item.feat s "end")))
+          (utt.relation.items utt 'Segment))
+        (mapcar (lambda (s) (if (not (item.parent s)) (format t "word %f\\n" (item.feat s
+          "daughter1.R:SylStructure.daughter1.daughter1.R:Segment.p.end")))) (utt.relation.items utt 'Token))))"""
+    _END = "that is all"
+
+    def __init__(self) -> None:
+        try:
+            self.process = subprocess.Popen(
+                ["festival", "--pipe"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="latin-1",
+            )
+        except OSError as error:
+            raise SpeechUnavailable(f"festival cannot be started ({error.strerror}): {_INSTALL_FESTIVAL}") from None
+        self.folder = tempfile.TemporaryDirectory(prefix="festival-")
+        self.voice = ""
+        self.run(self._SAY)
+
+    def run(self, scheme: str) -> list[list[str]]:
+        """What festival prints, by line and word."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        lines: list[list[str]] = []
+        wrong = ""
+        try:
+            self.process.stdin.write(f'{scheme}\n(format t "\\n{self._END}\\n") (fflush nil)\n')
+            self.process.stdin.flush()
+        except OSError:
+            raise SpeechUnavailable("festival has ended") from None
+        for line in self.process.stdout:
+            if line.strip() == self._END:
+                if wrong:
+                    raise SpeechUnavailable(f"festival: {wrong}")
+                return lines
+            if "SIOD ERROR" in line:
+                wrong = line.strip()
+            lines.append(line.split())
+        raise SpeechUnavailable("festival has ended")
+
+    def say(self, text: str, voice: str, stretch: float, pitch: float) -> _Raw:
+        if voice != self.voice:
+            try:
+                self.run(f"(voice_{voice})")
+            except SpeechUnavailable:
+                raise SpeechUnavailable(f"festival has no voice {voice!r}: {_INSTALL_FESTIVAL}") from None
+            self.voice = voice
+        mean = round(105 * pitch)  # of diphone voices; an HTS voice has its own
+        self.run(f"(Parameter.set 'Duration_Stretch {stretch:.3f})")
+        self.run(f"(set! int_lr_params '((target_f0_mean {mean}) (target_f0_std {mean // 7})"
+                 " (model_f0_mean 170) (model_f0_std 34)))")  # fmt: skip
+        path = os.path.join(self.folder.name, "said.wav")
+        quoted = text.encode("ascii", "ignore").decode().replace("\\", "").replace('"', "")
+        lines = self.run(f'(speak "{quoted}" "{path}")')
+        import soundfile
+
+        samples, rate = soundfile.read(path, dtype="int16")
+        phones = [(line[1], float(line[2])) for line in lines if line[:1] == ["phone"]]
+        starts = [float(line[1]) for line in lines if line[:1] == ["word"]]
+        if len(starts) != len(spans(text)) or starts != sorted(starts):
+            raise SpeechUnavailable(f"festival does not say when the words of {text!r} start")
+        return _Raw(int(rate), samples, phones, starts)
+
+
+@cache
+def festival() -> Festival:
+    with _LOCK:
+        return Festival()
+
+
 @cache
 def flite() -> Flite:
     with _LOCK:
@@ -385,15 +492,21 @@ def resample(pcm: NDArray[np.floating[Any]], rate: int, to: int = SAMPLE_RATE) -
     return pcm.astype(np.float32) if rate == to else soxr.resample(pcm.astype(np.float32), rate, to)
 
 
-def say(text: str, voice: str = ANSWERING_VOICE, rng: np.random.Generator | None = None) -> Utterance:
+def say(
+    text: str,
+    voice: str = ANSWERING_VOICE,
+    rng: np.random.Generator | None = None,
+    accents: Sequence[str] = ESPEAK_ACCENTS,
+) -> Utterance:
     """Speak a sentence.
 
     Parameters
     ----------
     text : English
-    voice : ``flite/<name>`` or ``espeak/<variant>``
+    voice : ``flite/<name>``, ``espeak/<variant>`` or ``festival/<name>``
     rng : varies rate, pitch, intonation and vocal tract (of the answering voice, only the noise in its breath);
         None speaks plainly and repeats exactly
+    accents : of espeak-ng, of which ``rng`` draws one
 
     Raises
     ------
@@ -410,16 +523,25 @@ def say(text: str, voice: str = ANSWERING_VOICE, rng: np.random.Generator | None
             phones = [(_FROM_FLITE.get(p, p) if p in _FROM_FLITE or p in PHONE_INDEX else "pau", t)
                       for p, t in raw.phones]  # fmt: skip
         elif engine == "espeak":
-            accent = ESPEAK_ACCENTS[int(r.integers(len(ESPEAK_ACCENTS)))] if vary else "en-us"
+            accent = accents[int(r.integers(len(accents)))] if vary else "en-us"
             rate, pitch, intonation = r.integers((125, 30, 30), (191, 71, 71)) if vary else (155, 50, 50)
-            if name not in (*ESPEAK_TRAINING, *ESPEAK_HELD_OUT):  # espeak-ng itself ignores a variant it does not know
-                raise SpeechUnavailable(f"no speaker {voice!r}: {', '.join((*TRAINING, *HELD_OUT))}")
+            if name not in (
+                *ESPEAK_TRAINING,
+                *ESPEAK_HELD_OUT,
+                *ESPEAK_MORE,
+            ):  # espeak-ng itself ignores a variant it does not know
+                raise SpeechUnavailable(f"no speaker {voice!r}: {', '.join((*TRAINING, *HELD_OUT, *MORE))}")
             seed_noise(int(r.integers(1 << 30)))
             raw = espeak().say(text, f"{accent}+{name}", int(rate), int(pitch), int(intonation))
             phones = [(espeak_phone(p), t) for p, t in raw.phones]
+        elif engine == "festival":
+            stretch, pitch = r.uniform((0.85, 0.85), (1.25, 1.35)) if vary else (1.0, 1.0)
+            raw = festival().say(text, name, float(stretch), float(pitch))
+            phones = [(_FROM_FLITE.get(p, p) if p in _FROM_FLITE or p in PHONE_INDEX else "pau", t)
+                      for p, t in raw.phones]  # fmt: skip
         else:
             raise SpeechUnavailable(
-                f"no synthesizer {engine!r} (voice {voice!r}): use flite/<name> or espeak/<variant>"
+                f"no synthesizer {engine!r} (voice {voice!r}): use flite/<name>, espeak/<variant> or festival/<name>"
             )
     # A shorter or longer vocal tract is the same sound played at another rate: it moves pitch and formants together.
     warp = int(r.integers(46, 56)) if vary else 50
