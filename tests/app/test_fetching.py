@@ -70,14 +70,17 @@ def test_a_download_is_announced_and_resumed(
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("blobs/*")) == sum(map(len, FILES.values()))
 
 
-def test_load_model(hub: FakeHub, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_model(
+    hub: FakeHub, model: FakeModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If this fails, the chosen model is not the one that is loaded, or nobody is told which one it is."""
-    args = argparse.Namespace(model=None, codec="auto")
+    monkeypatch.setattr(fetching, "fetch", fetch)  # the true one
+    args = argparse.Namespace(model=None, codec="auto", backend="auto")
     load_model(args)
     assert args.model == model.loaded[0][0] == "small"
     said = capsys.readouterr().err  # why none of the published ones depends on this machine
     assert said.startswith("model: small, the built-in one: ") and "kyutai/moshiko-mlx" in said
-    load_model(argparse.Namespace(model=NAME, codec="mlx"))
+    load_model(argparse.Namespace(model=NAME, codec="mlx", backend="auto"))
     assert model.loaded[1][0] == NAME and model.loaded[1][1]["codec"] == "mlx"
     assert "weights.safetensors" in hub.fetched()
 
