@@ -226,6 +226,10 @@ class Generator:
         """End a conversation. Memory goes back when the rest needs a quarter of the rows, or a smaller ring."""
         self._rows.leave(row)
 
+    def fill(self, row: int) -> None:
+        """Let a conversation cost what a long one costs, as :meth:`moshi_mlx.engine.Batch.fill`."""
+        self._rows.fill(row)
+
     # A frame
 
     def reset(self, *, text: ArrayLike | None = None, own_codes: ArrayLike | None = None) -> Step:

@@ -322,6 +322,16 @@ class Rows:
             self._put([null for _, null in guided], take_rows(parts[1], [index for index, _ in guided]))
         self._write_book([main for main, _ in places], book)
 
+    def fill(self, name: int) -> None:
+        """Move somebody to a position from which its rings are full: the slots that were never written hold zeros."""
+        member = self.get(name)
+        further = -(-self._lm.config.context // self.columns) * self.columns  # each position keeps its column
+        self.book["position"][member.main] += further
+        for row in (member.main, member.null):
+            if row is not None:
+                self.state["transformer"]["offset"][row] += further
+        self.make_room()
+
     def leave(self, name: int) -> None:
         """Take somebody out."""
         self.get(name)

@@ -96,6 +96,13 @@ class Batch:
         """Run what comes before a conversation's first frame at once."""
         self._predict.open(row)
 
+    def fill(self, row: int) -> None:
+        """Let a conversation that has opened take time and memory as one that is longer than the model's context.
+
+        For measurements: what it answers from now on means nothing.
+        """
+        self._predict.fill(row)
+
     def frames(self, row: int) -> int:
         """Frames that a conversation has answered."""
         return self._predict.frames(row)

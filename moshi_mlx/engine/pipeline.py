@@ -423,6 +423,10 @@ class Predict:
         if held is not None:
             self._generator.leave(held.name)
 
+    def fill(self, row: int) -> None:
+        """Let a row that has opened cost what a long conversation costs, as :meth:`Batch.fill`."""
+        self._generator.fill(self._rows[row].name)
+
     def opening(self, row: int) -> bool:
         """Whether the row's next step is one before its first frame."""
         return self._rows[row].opening > 0

@@ -167,8 +167,14 @@ class Conversation:
         if kind is None:
             self.check()
 
-    def start(self) -> Conversation:
+    def start(self, ready: Callable[[], object] | None = None) -> Conversation:
         """Start the threads and wait until they can take sound.
+
+        Parameters
+        ----------
+        ready : callable, optional
+            On a scheduler, do not wait: it is called, in a worker thread, once sound can be taken, or once the
+            conversation has failed (:attr:`error`).
 
         Raises
         ------
@@ -181,19 +187,25 @@ class Conversation:
             raise StateError("a conversation can be started once; make another")
         self._started = True
         try:
-            self._driver.start(self)
-            self.check()
+            self._driver.start(self, ready)
+            if ready is None:
+                self.check()
+                self._resumed = None
         except BaseException:  # Ctrl-C, too: nobody else would end the threads
             self.stop()
             raise
-        self._resumed = None
         return self
 
-    def stop(self) -> bool:
+    def stop(self, wait: bool = True) -> bool:
         """End the conversation. Returns within a second, whatever the threads do.
 
         Frames that the model has answered still become sound, and go to the tap. The threads are kept for the next
         conversation (see :mod:`.workers`).
+
+        Parameters
+        ----------
+        wait : bool
+            False: on a scheduler, come back at once; the row is free before the next frame.
 
         Returns
         -------
@@ -201,7 +213,7 @@ class Conversation:
             False if a thread is still inside one long computation: it ends after that, and touches nothing more.
         """
         self._stopping = True
-        return not self._started or self._driver.stop()
+        return not self._started or self._driver.stop(wait)
 
     @property
     def running(self) -> bool:

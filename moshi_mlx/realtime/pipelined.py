@@ -61,19 +61,21 @@ class Pipelined:
         self._stopping = False
         self._answering = self._speaking = False  # whether the model, the decoder have not come to their end
 
-    def start(self, conversation: Conversation) -> None:
-        """Start the threads and wait until they can take sound, or have failed."""
+    def start(self, conversation: Conversation, ready: Callable[[], object] | None) -> None:
+        """Start the threads and wait until they can take sound, or have failed; ``ready`` is called then."""
         stages = [("encoder", self._encode), ("model", self._model), ("decoder", self._decode)]
         self._answering = self._speaking = True
         for name, stage in stages:
             self._threads.append(run(f"moshi {name}", partial(self._guard, conversation, name, stage)))
         for _ in self._threads:
             self._ready.acquire()
+        if ready is not None:
+            ready()
 
-    def stop(self) -> bool:
+    def stop(self, wait: bool) -> bool:
         """Let the threads come to their end; False if one is still inside a long computation after a second."""
         self._end()
-        until = time.monotonic() + _STOP_WITHIN
+        until = time.monotonic() + (_STOP_WITHIN if wait else 0.0)
         for work in self._threads:
             if work.thread is not threading.current_thread():
                 work.join(max(0.0, until - time.monotonic()))

@@ -6,9 +6,11 @@
         with Conversation(scheduler, seed=1) as conversation:    # as many as there are clients
             conversation.feed(...)
 
-A tick takes one frame of each conversation that has a whole one, and the next tick begins when it is over: there is no
-grid, and nobody is waited for. A conversation without a frame costs nothing, one that fails ends alone, and what waits
-for one that falls behind is bounded by its ``backlog``.
+A tick takes one frame of each conversation that has a whole one. It begins when all have one, or a quarter of a frame
+after the last began: frames that come one by one share a tick, which costs little more for many than for one. Where
+somebody is behind, nobody is waited for. A conversation without a frame costs nothing, one that fails ends alone, and
+what waits for one that falls behind is bounded by its ``backlog``. Those who come get a part of the time, so that a
+crowd at the door is not heard by those inside.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,8 @@ __all__ = ["Scheduler"]
 
 _POLL = 0.1
 _STOP_WITHIN = 1.0
+_GATHER = 0.25  # frames from the beginning of a tick to that of the next, where somebody may still come
+_TO_JOIN = 0.05  # frames of time between two ticks for those who come; one may always
 _Heard = dict[int, tuple[NDArray[np.float32], float]]
 
 
@@ -65,6 +70,7 @@ class Scheduler:
         self._trace = trace
         self._bell = Bell()
         self._waiting: deque[_Seat] = deque()  # seats that come or go
+        self._joining: deque[_Seat] = deque()  # those of them that come
         self._seats: dict[int, _Seat] = {}
         self._took = {"encode": 0.0, "model": 0.0, "decode": 0.0}
         self._stopping = False
@@ -137,28 +143,43 @@ class Scheduler:
         finally:
             self._stopping = True
             seats, self._seats = list(self._seats.values()), {}
-            while self._waiting:
-                seats.append(self._waiting.popleft())
+            for queue in (self._joining, self._waiting):
+                while queue:
+                    seats.append(queue.popleft())
             for seat in seats:
                 seat.end(failure)
 
     def _run(self) -> None:
         batch = Batch(self.engine, kv_bits=self.kv_bits)
         batch.on_stage = self._timed
+        began = 0.0
         while not self._stopping:
             self._come_and_go(batch)
+            rest = self._rest(batch, began)
+            if rest:
+                self._bell.wait(rest)
+                continue
             heard = self._hear(batch)
             began = time.monotonic()
             answers = batch.step({row: pcm for row, (pcm, _) in heard.items()})
-            if not answers and not any(batch.opening(row) for row in self._seats):
-                if not heard:
-                    self._bell.wait(_POLL)
-                continue
             for row, answer in answers.items():
                 self._answer(batch, row, answer, heard.get(row))
             self.ticks.add(time.monotonic() - began)
             if self._trace is not None:
                 self._trace.span("tick", began, time.monotonic(), {"rows": len(answers)})
+
+    def _rest(self, batch: Batch, began: float) -> float:
+        """Seconds until the next tick may begin, if nobody rings before; ``began``: when the last one did."""
+        size, ready, behind = self.engine.frame_size, 0, False
+        for row, seat in self._seats.items():
+            waiting = size if batch.opening(row) else seat.conversation._pcm_in.available
+            ready += waiting >= size
+            behind |= waiting >= 2 * size
+        if not ready:
+            return 0.0 if self._joining else _POLL
+        if behind or ready == len(self._seats):
+            return 0.0
+        return max(0.0, began + _GATHER / self.engine.frame_rate - time.monotonic())
 
     def _come_and_go(self, batch: Batch) -> None:
         """Who joins, leaves, begins anew or is to be kept."""
@@ -167,10 +188,18 @@ class Scheduler:
             if seat.leaving:
                 self._drop(batch, seat, None)
             else:
+                self._joining.append(seat)
+        now = time.monotonic()
+        until, frame = now + _TO_JOIN / self.engine.frame_rate, 1 / self.engine.frame_rate
+        while self._joining:
+            seat = self._joining.popleft()
+            if not seat.leaving:
                 self._join(batch, seat, seat.conversation._resumed)
+                if time.monotonic() >= until:
+                    break
         for seat in list(self._seats.values()):
             conversation = seat.conversation
-            if seat.resets != conversation._resets:
+            if seat.resets != conversation._resets and now - seat.began >= frame:
                 seat.resets = conversation._resets
                 self._leave(batch, seat)
                 conversation._forget()
@@ -225,7 +254,8 @@ class Scheduler:
             self._drop(batch, seat, error)
             return
         self._seats[seat.row] = seat
-        seat.ready.set()
+        seat.began = time.monotonic()
+        seat.tell()
 
     def _leave(self, batch: Batch, seat: _Seat) -> None:
         batch.leave(seat.row)
@@ -255,39 +285,49 @@ class _Seat:
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
         self.row = -1
+        self.began = 0.0
         self.resets = 0
         self.leaving = False
-        self.ready = threading.Event()
+        self._told: Callable[[], object] | None = None
         self._left = threading.Event()
 
-    def start(self, conversation: Conversation) -> None:
-        """Join, and wait until it is done or has failed."""
+    def start(self, conversation: Conversation, ready: Callable[[], object] | None) -> None:
+        """Join; wait until it is done or has failed, or have ``ready`` called then."""
         self.conversation = conversation
         if not self._scheduler.running:
             raise StateError("the scheduler does not run: start it first, or use it with 'with'")
+        joined = threading.Event()
+        self._told = joined.set if ready is None else ready
         self._scheduler._post(self)
-        while not self.ready.wait(_POLL):
-            if not self._scheduler.alive:  # or it would come to it
-                self.end(StateError("the scheduler was stopped"))
+        if self._scheduler._stopping:  # or it would come to it
+            self.end(StateError("the scheduler was stopped"))
+        if ready is None:
+            joined.wait()
 
-    def stop(self) -> bool:
-        """Leave; False if the scheduler has not come to it within a second."""
-        if self._left.is_set():
+    def stop(self, wait: bool) -> bool:
+        """Leave; False if the scheduler has not come to it, within a second where it is waited for."""
+        if self._left.is_set() or not self._scheduler.alive:
             return True
         self.leaving = True
         self._scheduler._post(self)
-        return self._left.wait(_STOP_WITHIN) or not self._scheduler.running
+        return self._left.wait(_STOP_WITHIN if wait else 0) or not self._scheduler.running
 
     def wake(self) -> None:
         """There may be a frame."""
         self._scheduler._bell.ring()
 
+    def tell(self) -> None:
+        """It has joined, or failed to."""
+        told, self._told = self._told, None
+        if told is not None:
+            told()
+
     def end(self, error: BaseException | None) -> None:
         """It has left, for this reason if there is one."""
-        if self._left.is_set():
+        conversation = self.__dict__.pop("conversation", None)
+        if conversation is None:
             return
         if error is not None and not self.leaving:
-            self.conversation._fail(f"the conversation failed: {error}", error)
-        del self.conversation
+            conversation._fail(f"the conversation failed: {error}", error)
         self._left.set()
-        self.ready.set()
+        self.tell()

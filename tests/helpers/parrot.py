@@ -38,6 +38,8 @@ class Parrot:
         What each stage takes for a frame.
     fails_at : int
         Frame at which the model raises; -1 for never.
+    fails_for : int, optional
+        Seed of the conversations in which it does; by default all.
 
     Attributes
     ----------
@@ -53,8 +55,8 @@ class Parrot:
     begun: list[dict[str, Any]] | None = None
     reader: Any = None
 
-    def __init__(self, seconds: float = 0.0, fails_at: int = -1):
-        self.seconds, self.fails_at = seconds, fails_at
+    def __init__(self, seconds: float = 0.0, fails_at: int = -1, fails_for: int | None = None):
+        self.seconds, self.fails_at, self.fails_for = seconds, fails_at, fails_for
         self.config = SimpleNamespace(stt_config={}, model_type="moshi", lm_gen_config={})
         self.lm = SimpleNamespace(config=SimpleNamespace(own_q=BOOKS, user_q=BOOKS, delays=(0,) * 17))
         self.codec = SimpleNamespace(num_codebooks=BOOKS, encoder=lambda: _Ear(self), decoder=lambda: _Mouth(self))
@@ -70,7 +72,7 @@ class Parrot:
     def _mind(self, **settings: Any) -> _Mind:
         if self.begun is not None:
             self.begun.append(settings)
-        return _Mind(self)
+        return _Mind(self, self.fails_at if self.fails_for in (None, settings["seed"]) else -1)
 
     def _reader(self) -> Any:
         return _Silent() if self.reader is None else self.reader(self)
@@ -105,11 +107,11 @@ class _Mouth(_Ear):
 
 
 class _Mind:
-    def __init__(self, parrot: Parrot):
-        self.parrot, self.count = parrot, 0
+    def __init__(self, parrot: Parrot, fails_at: int):
+        self.parrot, self.fails_at, self.count = parrot, fails_at, 0
 
     def step(self, codes: np.ndarray) -> Step:
-        if self.count == self.parrot.fails_at:
+        if self.count == self.fails_at:
             raise RuntimeError("broken on purpose")
         time.sleep(self.parrot.seconds)
         self.count += 1
@@ -152,6 +154,9 @@ def main() -> int:
     arguments = sys.argv[1:]
     install(Parrot())
     from moshi_mlx_app.cli import main as program
+    from moshi_mlx_app.models import fetch
+
+    fetch.fetch = lambda *_, **__: None  # there is nothing to fetch
 
     if arguments[:1] == ["--fake-card"]:
         from moshi_mlx_app.audio import portaudio

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import secrets
 import signal
@@ -42,8 +41,6 @@ examples:
 The browser gives a page the microphone on this machine, or over TLS. With --tls
 a certificate is made once and kept; the browser asks whether to trust it.
 """
-_SHARE_OF_TIME = 0.8
-_FRAMES_MEASURED = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-browser", action="store_true", help="do not open the page")
     group.add_argument(
-        "--places",
+        "--max-sessions",
         type=bounded(int, 1, 1000),
         metavar="N",
-        help="how many may talk at once (default: what this machine's speed allows, measured at the start)",
+        help="how many may talk at once (default: what this machine's speed and memory allow, measured at the start)",
     )
+    group.add_argument("--places", type=bounded(int, 1, 1000), dest="max_sessions", help=argparse.SUPPRESS)
     group.add_argument("--tls", action="store_true", help="encrypt, with a certificate made here")
     group.add_argument("--cert", metavar="FILE", help="encrypt with this certificate (PEM, with its chain)")
     group.add_argument("--key", metavar="FILE", help="and this key")
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, shown=not args.quiet)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
-        places = int(args.places or _places(model))
+        places = int(args.max_sessions or _places(model, args.kv_bits))
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     if opus_missing():
@@ -111,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if fingerprint:
         warn(f"the browser will ask whether to trust a certificate made here; its SHA-256 is {fingerprint}", "notice")
     server = Server(
-        Engine(model, args.kv_bits, record),
+        Engine(model, args.kv_bits, record, alone=places == 1),
         Guard(args.host, token),
         Line(places),
         generation_from(args, generation_defaults(model.config)),
@@ -140,18 +138,22 @@ def run(args: argparse.Namespace) -> int:
     return 130 if stopped == signal.SIGINT else 0
 
 
-def _places(model: Moshi) -> int:
-    """How many conversations at once this machine has the time for, one at least."""
-    from moshi_mlx_app.models.measure import unpaced
+def _places(model: Moshi, kv_bits: int | None) -> int:
+    """How many conversations at once this machine has time and memory for, one at least."""
+    import mlx.core as mx
 
-    frame = 1 / model.frame_rate
-    spent = float(unpaced(model, _FRAMES_MEASURED)["frame"]["p50"]) / 1e3
-    if spent > 3 * frame:  # the three stages work side by side
+    from moshi_mlx_app.models.catalog import room
+    from moshi_mlx_app.models.measure import machine
+    from moshi_mlx_app.web.places import measure_places
+
+    found = measure_places(model, room(machine()) - mx.get_active_memory(), kv_bits=kv_bits)
+    alone, frame = found.ticks[1], 1 / model.frame_rate
+    if alone > 3 * frame:  # one alone has its three stages side by side
         warn(
-            f"this machine takes {spent * 1e3:.0f} ms for {frame * 1e3:.0f} ms of sound: Moshi will not keep up with "
+            f"this machine takes {alone * 1e3:.0f} ms for {frame * 1e3:.0f} ms of sound: Moshi will not keep up with "
             "anyone (moshi-mlx-local check says more)"
         )
-    return max(1, math.floor(_SHARE_OF_TIME * frame / max(spent, 1e-6)))
+    return found.count
 
 
 def _has_screen() -> bool:

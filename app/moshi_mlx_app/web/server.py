@@ -193,6 +193,7 @@ async def listening(server: Server, host: str, port: int, tls: ssl.SSLContext | 
         await door.shut()
         await runner.cleanup()
         await door.clear()
+        await asyncio.to_thread(server.engine.stop)
         loop.set_exception_handler(None)
         for logger in loggers:
             logger.removeHandler(faults)

@@ -1,14 +1,13 @@
 """One connection: from the line to a conversation and to its end.
 
 Four tasks on the event loop: ``_receive`` reads messages, ``_send`` writes them, ``_watch`` looks at the time, and
-``run`` waits for the first reason to end. The conversation's own threads hand over what it says by :meth:`Talk._tap`,
-in the decoder's thread, where it is also compressed: the loop only passes messages on.
+``run`` waits for the first reason to end. The thread that computes for all hands over what the model says by
+:meth:`Talk._tap` and goes on: sound is compressed on the loop, since Opus holds the interpreter wherever it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import deque
@@ -215,20 +214,21 @@ class Talk:
 
     async def _with_engine(self, settings: Settings) -> None:
         """Begin to talk; returns only when this task is cancelled and everything has been given back."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self._engine.begin, settings, self._tap))
+        running = self._running = Running(self._engine, settings, self._tap)
+        starting = asyncio.ensure_future(running.start())
         try:
-            self._running = await asyncio.shield(starting)
-            self._begin(self._running.conversation, settings)
+            await asyncio.shield(starting)
+            self._begin(running.conversation, settings)
             await asyncio.Future()
         finally:
             self._conversation = None
-            await asyncio.wait([starting])  # what is half started cannot be stopped
-            if not starting.cancelled() and starting.exception() is None:
-                running = starting.result()
-                await asyncio.to_thread(running.stop)
-                self._notices()
-                self.recorded = [] if running.recorder is None else running.recorder.files
-                self._running = None  # else each would hold the other until Python looks for such cycles
+            if running.waits:
+                await asyncio.wait([starting])  # what is half started cannot be stopped
+            starting.cancel()
+            await running.stop()
+            self._notices()
+            self.recorded = [] if running.recorder is None else running.recorder.files
+            self._running = None  # else each would hold the other until Python looks for such cycles
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
         transcript = self._engine.transcript(settings)
@@ -416,25 +416,25 @@ class Talk:
     # -------------------------------------------------------------------------------------------- what goes out
 
     def _tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
-        """In the conversation's thread: a frame's messages."""
-        said = [message(self._sound.kind, self._sound.encode(frame.pcm))]
-        if frame.text:
-            said.append(message(Kind.TEXT, frame.text))
-            if isinstance(self._settings, Settings) and self._settings.events:
-                seconds = round(frame.index * self._frame_seconds, 3)
-                said.append(message(Kind.EVENT, {"type": "text", "text": frame.text, "time_s": seconds}))
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody hears it any more
-            self._loop.call_soon_threadsafe(self._speak, said)
+        """In the thread that computes for all: hand the frame over."""
+        self._engine.tell(self._loop, lambda: self._speak(frame))
 
-    def _speak(self, said: list[bytes]) -> None:
+    def _speak(self, frame: SessionFrame) -> None:
+        """A frame's messages."""
         if self._over.done():
             return
         self._unsent += 1
         if self._unsent * self._frame_seconds > self._limits.unsent:
             self.end(End(WSCloseCode.POLICY_VIOLATION, "the client reads too slowly"))
             return
-        for data in said:
-            self._post(data)
+        try:
+            self._post(message(self._sound.kind, self._sound.encode(frame.pcm)))
+        except Exception as error:
+            self.end(End(WSCloseCode.INTERNAL_ERROR, f"a fault in {program()}: {type(error).__name__}: {error}"))
+            return
+        if frame.text:
+            self._post(message(Kind.TEXT, frame.text))
+            self._tell({"type": "text", "text": frame.text, "time_s": round(frame.index * self._frame_seconds, 3)})
 
     def _tell(self, event: dict[str, Any]) -> None:
         if isinstance(self._settings, Settings) and self._settings.events:

@@ -1,0 +1,135 @@
+"""How many can talk at once: measured with the load that they will be.
+
+All of them go through the model in one thread. A frame that comes waits for the tick that runs, and then for its own:
+twice the time of a tick with everybody in it is the longest that an answer takes, and must be within a frame. So the
+model never has more than half of the interpreter's time, and the connections have the other half.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_mlx.engine import Batch, Engine, Settings
+from moshi_mlx.model import Moshi
+from moshi_mlx.streaming import state_bytes
+
+from .wire import Opus, Pcm, Sound, opus_missing
+
+__all__ = ["Places", "measure_places"]
+
+_MOST = 256
+_SECONDS = 0.4  # for each number of conversations
+_SPOKEN = 64  # frames of speech
+
+
+@dataclass(frozen=True)
+class Places:
+    """What was measured.
+
+    Attributes
+    ----------
+    count : int
+        Conversations at once; one at least.
+    ticks : dict of int to float
+        Seconds of a tick (p95), by the number of conversations in it.
+    full : bool
+        Whether memory, not time, is what limits the count.
+    """
+
+    count: int
+    ticks: dict[int, float]
+    full: bool = False
+
+
+def measure_places(model: Moshi, room: float = float("inf"), *, kv_bits: int | None = None) -> Places:
+    """Run conversations of 1, 2, 4 and more, all of them long ones, on recorded speech; a fraction of a second each.
+
+    Parameters
+    ----------
+    model : Moshi
+    room : float
+        Bytes that their states may take.
+    kv_bits : {None, 8}
+        Precision of the cache.
+    """
+    from moshi_mlx_app.models.measure import question
+
+    engine, frame = model.engine, 1 / model.frame_rate
+    speech = list(islice(question(model), _SPOKEN))
+    most = min(_held(room, row_bytes(engine, kv_bits)), _MOST)
+    batch, rows, sounds = Batch(engine, kv_bits=kv_bits), list[int](), list[Sound]()
+    ticks: dict[int, float] = {}
+    count = 1
+    while True:
+        while len(rows) < count:
+            rows.append(batch.join(Settings(seed=len(rows))))
+            sounds.append(Pcm() if opus_missing() else Opus(model.sample_rate))
+        ticks[count] = _tick(batch, rows, sounds, speech, frame)
+        if 2 * ticks[count] > frame or count >= most:
+            return Places(_between(ticks, frame), ticks, 2 * ticks[count] <= frame)
+        count = min(2 * count, most)
+
+
+def row_bytes(engine: Engine, kv_bits: int | None) -> int:
+    """What the state of a long conversation takes in the language model."""
+    lm = engine.lm
+    return state_bytes(lm.init_state(1, kv_bits=kv_bits, slots=lm.config.context))
+
+
+def _held(room: float, each: int) -> int:
+    """How many rows find room: there is a power of two of them, and half as many beside them while they move."""
+    count = 1
+    while count < _MOST and 3 * count * each <= room:
+        count *= 2
+    return count
+
+
+def _tick(
+    batch: Batch, rows: Sequence[int], sounds: Sequence[Sound], speech: Sequence[NDArray[np.float32]], frame: float
+) -> float:
+    """Seconds (p95) in which everybody's frame is answered and compressed."""
+    took: list[float] = []
+
+    def tick(index: int) -> float:
+        began = time.perf_counter()
+        heard = {row: speech[(index + 7 * row) % len(speech)] for row in rows}
+        for answer, sound in zip(batch.step(heard).values(), sounds, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            sound.encode(answer.pcm)
+        return time.perf_counter() - began
+
+    new = [row for row in rows if batch.opening(row)]
+    while any(batch.opening(row) for row in new):
+        failed: Any = batch.step({})
+        for error in failed.values():
+            raise error
+    tick(0)
+    for row in new:
+        batch.fill(row)
+    tick(1)  # the first of a size compiles and allocates
+    until = time.perf_counter() + _SECONDS
+    while len(took) < 3 or time.perf_counter() < until:
+        took.append(tick(2 + len(took)))
+        if sum(took) > 10 * frame:  # so slow that more of it tells nothing
+            break
+    return float(np.percentile(took, 95))
+
+
+def _between(ticks: dict[int, float], frame: float) -> int:
+    """The largest number whose tick fits twice into a frame; between two measured ones time grows evenly."""
+    fits = [count for count, took in ticks.items() if 2 * took <= frame]
+    if not fits:
+        return 1
+    low, high = max(fits), max(ticks)
+    if low == high:
+        return low
+    share = (frame / 2 - ticks[low]) / (ticks[high] - ticks[low])
+    return low + int(share * (high - low))
