@@ -97,9 +97,10 @@ class Batch:
         self._predict.open(row)
 
     def fill(self, row: int) -> None:
-        """Let a conversation that has opened take time and memory as one that is longer than the model's context.
+        """Let a conversation take time and memory as one that is longer than the model's context.
 
-        For measurements: what it answers from now on means nothing.
+        For measurements: what it answers from now on means nothing. It must have answered one frame more than the
+        model's longest delay.
         """
         self._predict.fill(row)
 

@@ -11,7 +11,7 @@ from moshi_mlx_app.web.wire import Pcm
 
 import moshi_mlx
 
-from .serving import FRAME, serving
+from .serving import FRAME, SOON, Served, serving
 
 
 def test_the_engines_sound_arrives_bit_for_bit():
@@ -48,3 +48,34 @@ def test_the_engines_sound_arrives_bit_for_bit():
     got, told = asyncio.run(run())
     np.testing.assert_array_equal(np.concatenate(got), np.concatenate(expected))
     assert np.abs(np.concatenate(got)).max() > 0 and told == text
+
+
+def test_twelve_at_once_get_what_each_gets_alone():
+    """If it fails, people who talk at the same time hear answers that are not theirs, or not in order."""
+    path = files("moshi_mlx") / "assets" / "questions.wav"
+    sound = soundfile.read(str(path), 40 * FRAME, dtype="int16")[0].reshape(40, FRAME)
+    model, wire, frames = moshi_mlx.load("small"), Pcm(), 6
+
+    def alone(seed: int) -> np.ndarray:
+        with model.session(seed=seed) as session:
+            heard = (wire.decode(frame.tobytes()) for frame in sound[seed : seed + frames])
+            return np.concatenate([np.frombuffer(wire.encode(session.step(one).pcm), "<i2") for one in heard])
+
+    async def talk(served: Served, seed: int) -> np.ndarray:
+        async with served.client(f"audio=pcm&seed={seed}") as client:
+            await client.begun()
+            await asyncio.sleep(0.01 * seed)
+            return np.concatenate([await client.say(frame) for frame in sound[seed : seed + frames]])
+
+    async def run() -> list[np.ndarray]:
+        async with serving(model, places=12) as served:
+            got = await asyncio.gather(*(talk(served, seed) for seed in range(12)))
+            await served.until_free(12)
+            until = asyncio.get_running_loop().time() + SOON
+            while served.server.engine.computing().rows:
+                assert asyncio.get_running_loop().time() < until, "rows are still taken"
+                await asyncio.sleep(0.01)
+            return got
+
+    for seed, got in enumerate(asyncio.run(run())):
+        np.testing.assert_array_equal(got, alone(seed), err_msg=f"seed {seed}")

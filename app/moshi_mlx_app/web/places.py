@@ -8,15 +8,14 @@ model never has more than half of the interpreter's time, and the connections ha
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.engine import Batch, Engine, Settings
+from moshi_mlx.engine import Batch, Engine, SessionFrame, Settings
 from moshi_mlx.model import Moshi
 from moshi_mlx.streaming import state_bytes
 
@@ -71,7 +70,7 @@ def measure_places(model: Moshi, room: float = float("inf"), *, kv_bits: int | N
         while len(rows) < count:
             rows.append(batch.join(Settings(seed=len(rows))))
             sounds.append(Pcm() if opus_missing() else Opus(model.sample_rate))
-        ticks[count] = _tick(batch, rows, sounds, speech, frame)
+        ticks[count] = _tick(batch, rows, sounds, speech, frame, max(model.lm.config.delays))
         if 2 * ticks[count] > frame or count >= most:
             return Places(_between(ticks, frame), ticks, 2 * ticks[count] <= frame)
         count = min(2 * count, most)
@@ -92,7 +91,12 @@ def _held(room: float, each: int) -> int:
 
 
 def _tick(
-    batch: Batch, rows: Sequence[int], sounds: Sequence[Sound], speech: Sequence[NDArray[np.float32]], frame: float
+    batch: Batch,
+    rows: Sequence[int],
+    sounds: Sequence[Sound],
+    speech: Sequence[NDArray[np.float32]],
+    frame: float,
+    delay: int,
 ) -> float:
     """Seconds (p95) in which everybody's frame is answered and compressed."""
     took: list[float] = []
@@ -100,27 +104,31 @@ def _tick(
     def tick(index: int) -> float:
         began = time.perf_counter()
         heard = {row: speech[(index + 7 * row) % len(speech)] for row in rows}
-        for answer, sound in zip(batch.step(heard).values(), sounds, strict=True):
-            if isinstance(answer, Exception):
-                raise answer
+        for answer, sound in zip(_checked(batch.step(heard)), sounds, strict=True):
             sound.encode(answer.pcm)
         return time.perf_counter() - began
 
     new = [row for row in rows if batch.opening(row)]
     while any(batch.opening(row) for row in new):
-        failed: Any = batch.step({})
-        for error in failed.values():
-            raise error
-    tick(0)
+        _checked(batch.step({}))
+    for index in range(delay + 1):
+        tick(index)
     for row in new:
         batch.fill(row)
-    tick(1)  # the first of a size compiles and allocates
+    tick(0)  # the first of a size compiles and allocates
     until = time.perf_counter() + _SECONDS
     while len(took) < 3 or time.perf_counter() < until:
-        took.append(tick(2 + len(took)))
+        took.append(tick(len(took)))
         if sum(took) > 10 * frame:  # so slow that more of it tells nothing
             break
     return float(np.percentile(took, 95))
+
+
+def _checked(answers: Mapping[int, SessionFrame | Exception]) -> list[SessionFrame]:
+    for error in answers.values():
+        if isinstance(error, Exception):
+            raise error
+    return [answer for answer in answers.values() if isinstance(answer, SessionFrame)]
 
 
 def _between(ticks: dict[int, float], frame: float) -> int:
