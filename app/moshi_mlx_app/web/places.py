@@ -1,8 +1,8 @@
 """How many can talk at once: measured with the load that they will be.
 
 All of them go through the model in one thread. A frame that comes waits for the tick that runs, and then for its own:
-twice the time of a tick with everybody in it is the longest that an answer takes, and must be within a frame. So the
-model never has more than half of the interpreter's time, and the connections have the other half.
+twice the time of a tick with everybody in it is the longest that an answer takes, and must be less than a frame. So the
+model has less than half of the interpreter's time, and the connections have the rest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .wire import Opus, Pcm, Sound, opus_missing
 __all__ = ["Places", "measure_places"]
 
 _MOST = 256
+_SHARE = 0.4  # of a frame, for a tick: a fifth of the time is left for what else the machine may do
 _SECONDS = 0.4  # for each number of conversations
 _SPOKEN = 64  # frames of speech
 
@@ -71,8 +72,8 @@ def measure_places(model: Moshi, room: float = float("inf"), *, kv_bits: int | N
             rows.append(batch.join(Settings(seed=len(rows))))
             sounds.append(Pcm() if opus_missing() else Opus(model.sample_rate))
         ticks[count] = _tick(batch, rows, sounds, speech, frame, max(model.lm.config.delays))
-        if 2 * ticks[count] > frame or count >= most:
-            return Places(_between(ticks, frame), ticks, 2 * ticks[count] <= frame)
+        if ticks[count] > _SHARE * frame or count >= most:
+            return Places(_between(ticks, _SHARE * frame), ticks, ticks[count] <= _SHARE * frame)
         count = min(2 * count, most)
 
 
@@ -131,13 +132,13 @@ def _checked(answers: Mapping[int, SessionFrame | Exception]) -> list[SessionFra
     return [answer for answer in answers.values() if isinstance(answer, SessionFrame)]
 
 
-def _between(ticks: dict[int, float], frame: float) -> int:
-    """The largest number whose tick fits twice into a frame; between two measured ones time grows evenly."""
-    fits = [count for count, took in ticks.items() if 2 * took <= frame]
+def _between(ticks: dict[int, float], most: float) -> int:
+    """The largest number whose tick takes ``most`` seconds; between two measured ones time grows evenly."""
+    fits = [count for count, took in ticks.items() if took <= most]
     if not fits:
         return 1
     low, high = max(fits), max(ticks)
     if low == high:
         return low
-    share = (frame / 2 - ticks[low]) / (ticks[high] - ticks[low])
+    share = (most - ticks[low]) / (ticks[high] - ticks[low])
     return low + int(share * (high - low))
