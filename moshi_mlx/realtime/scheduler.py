@@ -6,11 +6,11 @@
         with Conversation(scheduler, seed=1) as conversation:    # as many as there are clients
             conversation.feed(...)
 
-A tick takes one frame of each conversation that has a whole one. It begins when all have one, or a quarter of a frame
-after the last began: frames that come one by one share a tick, which costs little more for many than for one. Where
-somebody is behind, nobody is waited for. A conversation without a frame costs nothing, one that fails ends alone, and
-what waits for one that falls behind is bounded by its ``backlog``. Those who come get a part of the time, so that a
-crowd at the door is not heard by those inside.
+A tick takes one frame of each conversation that has a whole one. It begins when all have one, or when the last is as
+long ago as it took, a quarter of a frame after its beginning at most: frames that come one by one share a tick, which
+costs little more for many than for one. Where somebody is behind, nobody is waited for. A conversation without a frame
+costs nothing, one that fails ends alone, and what waits for one that falls behind is bounded by its ``backlog``. Those
+who come get a part of the time, so that a crowd at the door is not heard by those inside.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ class Scheduler:
             return 0.0 if self._joining else _POLL
         if behind or ready == len(self._seats):
             return 0.0
-        return max(0.0, began + _GATHER / self.engine.frame_rate - time.monotonic())
+        gathering = min(_GATHER / self.engine.frame_rate, 2 * self.ticks.last)
+        return max(0.0, began + gathering - time.monotonic())
 
     def _come_and_go(self, batch: Batch) -> None:
         """Who joins, leaves, begins anew or is to be kept."""

@@ -80,6 +80,7 @@ def test_a_tap_that_raises_ends_alone():
 def test_frames_that_come_together_share_a_tick():
     """If this fails, many conversations cost as much for each as one, or one of them is kept waiting for nobody."""
     scheduler = Scheduler(Parrot())
+    scheduler.ticks.add(0.05)
     batch: Any = SimpleNamespace(opening=lambda row: row == 9)
 
     def rest(*waiting: int, since: float = 0.0, joining: int = 0) -> float:
@@ -96,6 +97,8 @@ def test_frames_that_come_together_share_a_tick():
     assert rest(2 * FRAME, 0) == 0  # somebody is behind
     assert rest(0, 0) > 0.02 and rest() > 0.02 and rest(0, joining=1) == 0
     assert 0.01 < rest(*[0] * 10) <= 0.02  # one that is opening has something to do
+    scheduler.ticks.add(0.001)
+    assert rest(FRAME, 0) <= 0.002  # a tick that costs nothing is not worth waiting
 
 
 def test_coming_and_going_waits_for_nothing():
