@@ -21,7 +21,7 @@ CLIENT_READY = $(CLIENT)/.installed
 QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
+.PHONY: help install test test-gpu-path talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,11 @@ $(READY): pyproject.toml scripts/make_venv.py
 
 test: $(READY)  ## the default tests: no network, no reference packages
 	$(BIN)/python -m pytest
+
+# The networks in MLX also where numpy would compute: engine, live conversations, program and server.
+test-gpu-path: $(READY)  ## tests of what computes, with MLX in place of numpy: what a GPU runs
+	MOSHI_MLX_BACKEND=mlx $(BIN)/python -m pytest tests/engine tests/realtime tests/test_session.py \
+	    tests/app/test_small.py tests/app/test_file.py tests/web/test_small.py tests/web/test_talk.py
 
 talk: $(READY)  ## the built-in model answers the recorded questions
 	$(BIN)/moshi-mlx-local file $(QUESTIONS) -o answer.wav --force

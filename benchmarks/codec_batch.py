@@ -16,7 +16,7 @@ import numpy as np
 
 import moshi_mlx
 from benchmarks.workers import machine
-from moshi_mlx.codec import Codec
+from moshi_mlx.codec.base import Codec
 
 BATCHES = (1, 2, 4, 8, 12, 16)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import moshi_mlx
 from benchmarks.workers import clocks, machine, resident
-from moshi_mlx.codec import Codec
+from moshi_mlx.codec.base import Codec
 
 EARLY, WINDOW = 3000, 2000
 

@@ -2,6 +2,10 @@
 
 The built-in model advances a batch of conversations together on one thread, and so does its codec. Processor time, so
 that it is what a core of this kind could do undisturbed. Real time is 12.5 frames a second.
+
+Then 16 conversations beside one, in numpy and in MLX (with weights of float32): begun together, begun one after the
+other, and with four of them waiting. MLX's wheel for Linux multiplies without vector instructions, so that 16 rows cost
+it what 16 times one row cost; OpenBLAS in front of it (LD_PRELOAD) shows what is not its product.
 """
 
 from __future__ import annotations
@@ -11,16 +15,53 @@ import json
 import time
 from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.generate import Generator
-from moshi_mlx.model import generation_defaults
+from moshi_mlx.config import UNGENERATED
+from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.tasks.dialogue import generation_defaults
 
 from . import codec_batch
 from .workers import machine
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+MANY = 16
+
+
+def many_beside_one(lm: Lm, config: GenerationConfig, steps: int) -> dict[str, float]:
+    """Milliseconds of processor time a step (medians), of one conversation and of many."""
+    one, together, staggered = (Generator(lm, config, seeds=None) for _ in range(3))
+    rng, users = np.random.default_rng(0), lm.config.user_q
+
+    def step(generator: Generator, names: Sequence[int]) -> float:
+        codes = rng.integers(0, lm.config.card, (len(names), users))
+        codes[[generator.position_of(name) == 0 for name in names]] = UNGENERATED
+        used = time.process_time()
+        generator.step_rows(names, codes)
+        return 1e3 * (time.process_time() - used)
+
+    one.join()
+    for number in range(MANY):
+        together.join(seed=number)
+        staggered.join(seed=number)
+        for _ in range(3):
+            step(one, one.rows)
+            step(staggered, staggered.rows)
+    for _ in range(3 * MANY // 2):  # as many keys to read as the staggered ones have on average
+        step(together, together.rows)
+    took: dict[str, list[float]] = {"one": [], "together": [], "staggered": [], "a quarter waits": []}
+    for _ in range(steps + 3):
+        took["one"].append(step(one, one.rows))
+        took["together"].append(step(together, together.rows))
+        took["staggered"].append(step(staggered, staggered.rows))
+        some = rng.permutation(staggered.rows)[: MANY * 3 // 4].tolist()
+        took["a quarter waits"].append(step(staggered, some))
+    return {name: float(np.median(times[3:])) for name, times in took.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +119,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"in real time on one core: {max(alone, default=0)} conversations or more (model alone), "
         f"{max(together, default=0)} or more with the codec"
     )
-    result = {"rows": rows, "real_time_model": alone, "real_time_both": together}
+    crowds = {"numpy": many_beside_one(model.lm, generation_defaults(model.config), args.steps)}
+    dense, made = Lm(config), generate.make_stepper
+    mx.eval(dense.parameters())
+    generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm)
+    try:
+        crowds["MLX"] = many_beside_one(dense, generation_defaults(model.config), args.steps)
+    finally:
+        generate.make_stepper = made
+    print(f"{MANY} conversations beside one, ms a step")
+    for name, times in crowds.items():
+        cells = [f"{kind} {took:.1f} (x {took / times['one']:.2f})" for kind, took in times.items()]
+        print(f"{name:6} " + ", ".join(cells))
+    result = {
+        "rows": rows,
+        "real_time_model": alone,
+        "real_time_both": together,
+        "crowds": crowds,
+    }
     print(json.dumps({"benchmark": "lm_batch", "machine": about, "model": args.model, **result}))
 
 

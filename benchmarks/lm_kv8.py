@@ -19,8 +19,9 @@ import soundfile
 
 import moshi_mlx
 from moshi_mlx.config import ModelConfig
+from moshi_mlx.cpu.lm import make_stepper
 from moshi_mlx.layers.attention import Attention
-from moshi_mlx.streaming import state_bytes
+from moshi_mlx.state import state_bytes
 
 from .workers import machine
 
@@ -34,12 +35,12 @@ def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
     size = model.frame_size
     columns: list[np.ndarray] = []
     with model.session() as session:
-        stepper = session.generator._stepper
+        stepper = type(make_stepper(model.lm))
         plain = stepper.temporal
 
-        def recorded(tokens: np.ndarray, state: Any, rows: Any = None) -> Any:
+        def recorded(self: Any, tokens: np.ndarray, state: Any, rows: Any = None) -> Any:
             columns.append(tokens[0].copy())
-            return plain(tokens, state, rows)
+            return plain(self, tokens, state, rows)
 
         stepper.temporal = recorded  # type: ignore[method-assign]
         try:
@@ -47,7 +48,7 @@ def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
                 start = index * size % (len(pcm) - size)
                 session.step(pcm[start : start + size])
         finally:
-            del stepper.temporal  # type: ignore[method-assign]
+            stepper.temporal = plain  # type: ignore[method-assign]
     return np.stack(columns)
 
 

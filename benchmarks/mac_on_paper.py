@@ -27,11 +27,11 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, Plan, make_plan, modules_of
 
 from benchmarks.workers import graph
 from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import NumpyStepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.mimi import Mimi, MimiConfig
-from moshi_mlx.streaming import state_arrays
+from moshi_mlx.cpu.lm import NumpyStepper
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.mimi import Mimi, MimiConfig
+from moshi_mlx.state import state_arrays
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "data" / "configs"
 MODELS = {"Moshi 7B": "moshi_7b", "Hibiki 2B": "hibiki_2b", "Hibiki 1B": "hibiki_1b"}

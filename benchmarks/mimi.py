@@ -31,9 +31,9 @@ def write_weights(path: Path, codebooks: int) -> None:
     """A file of the published codec's names and sizes; its values are random, and do not fade on their way."""
     import mlx.core as mx
 
+    from moshi_mlx.checkpoint.mimi import published_mimi_weights
     from moshi_mlx.layers.conv import CausalConv, CausalConvTranspose
-    from moshi_mlx.mimi import Mimi
-    from moshi_mlx.mimi_weights import published_mimi_weights
+    from moshi_mlx.models.mimi import Mimi
 
     mx.random.seed(0)
     mimi = Mimi(num_codebooks=codebooks)

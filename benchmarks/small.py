@@ -22,7 +22,7 @@ from moshi_mlx_app.models.measure import memory_used, paced, question
 
 import moshi_mlx
 from benchmarks.workers import machine
-from moshi_mlx.model import Moshi
+from moshi_mlx.tasks.dialogue import Moshi
 
 CORES = 2
 STAGES = ("encode", "step", "decode", "frame")

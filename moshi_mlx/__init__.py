@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 from .config import LmConfig, ModelConfig
+from .engine.generator import GenerationConfig, Generator, Step
+from .engine.text import TextTokenizer, Word
 from .errors import (
     AudioError,
     CheckpointError,
@@ -22,13 +24,11 @@ from .errors import (
     StateError,
     TokenError,
 )
-from .generate import GenerationConfig, Generator, Step
-from .lm import Lm, LmOutput
 from .loading import load
-from .mimi import Mimi, MimiConfig
-from .model import Moshi, Reply, Session, SessionFrame
-from .sampling import Sampling
-from .text import TextTokenizer, Word
+from .models.lm import Lm, LmOutput
+from .models.mimi import Mimi, MimiConfig
+from .models.sampling import Sampling
+from .tasks.dialogue import Moshi, Reply, Session, SessionFrame
 
 __all__ = [
     "AudioError",

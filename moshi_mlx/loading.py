@@ -8,21 +8,23 @@ from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
-from .checkpoint.files import read_json, read_safetensors
+from .checkpoint.download import Progress
 from .checkpoint.finite import check_finite
-from .checkpoint.repo import Progress
-from .codec import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
+from .checkpoint.fit import load_config, load_lm
+from .checkpoint.readers import read_json, read_safetensors
+from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
+from .codec.base import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
+from .cpu.lm import NumpyStepper
+from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
-from .hub import BUILTIN, CheckpointFiles, resolve
-from .lm import Lm
-from .mimi import Mimi, MimiConfig
-from .model import Moshi
-from .text import TextTokenizer
-from .weights import load_config, load_lm
+from .models.lm import Lm
+from .models.mimi import Mimi, MimiConfig
+from .tasks.dialogue import Moshi
 
-__all__ = ["load", "measure_codec"]
+__all__ = ["load", "load_codec", "measure_backend", "measure_codec"]
 
 _UNTRAINED_SEED = 0
 
@@ -35,6 +37,7 @@ def load(
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
+    backend: Literal["auto", "mlx", "numpy"] = "auto",
     on_progress: Callable[[str], None] | None = None,
 ) -> Moshi:
     """Load a checkpoint: language model, codec and tokenizer.
@@ -46,13 +49,16 @@ def load(
     weights : str, optional
         Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
     codec : {"auto", "rust", "mlx", "numpy"}
-        What computes the codec; see :func:`moshi_mlx.codec.make_codec`.
+        What computes the codec; see :func:`moshi_mlx.codec.base.make_codec`.
     lora : path, optional
         ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
     lora_scaling : float, optional
         Factor on it; by default what the checkpoint says.
     dtype : mx.Dtype, optional
         Type of weights that are not quantized; by default the file's.
+    backend : {"auto", "mlx", "numpy"}
+        What computes the language model: MLX, or numpy, which takes float32 models up to 2 GB in memory. ``auto`` is
+        numpy for those where MLX computes on the CPU, otherwise MLX; :func:`measure_backend` says which is faster.
     on_progress : callable, optional
         Called with a short sentence at each stage, and as files come in.
 
@@ -78,8 +84,11 @@ def load(
         lm = load_lm(config, files.weights, lora=lora or files.lora, lora_scaling=lora_scaling, dtype=dtype)
     else:
         lm = _random_lm(config.lm)
+    lm.backend = backend
+    if backend == "numpy" and not NumpyStepper.suits(lm):
+        raise ConfigError(f"{source} is too large for the backend numpy, or not in float32: choose the backend mlx")
     say("reading the codec")
-    voice, voice_trained = _load_codec(config, files, codec, builtin)
+    voice = load_codec(config, files, codec)
     tokenizer = None if files.tokenizer is None else TextTokenizer(files.tokenizer)
     if tokenizer is None and voice is not None:
         raise _lacking(files, "tokenizer", "a SentencePiece model for its text")
@@ -89,7 +98,7 @@ def load(
             "it belongs to another model"
         )
     name = str(source) if builtin or files.revision is not None else files.folder.name
-    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and voice_trained)
+    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and (voice is None or files.mimi is not None))
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:
@@ -106,7 +115,7 @@ def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | No
     Returns
     -------
     dict of str to float
-        See :func:`moshi_mlx.codec.measure_codecs`; empty if the checkpoint has no codec.
+        See :func:`moshi_mlx.codec.base.measure_codecs`; empty if the checkpoint has no codec.
 
     Raises
     ------
@@ -118,6 +127,45 @@ def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | No
     return measure_codecs(files.mimi, sizes, codebooks) if codebooks and files.mimi is not None else {}
 
 
+def measure_backend(model: Moshi, seconds: float = 0.2) -> dict[str, float]:
+    """How long a step of a language model takes here with every backend that can compute it.
+
+    Parameters
+    ----------
+    model : Moshi
+    seconds : float
+        For each; the first steps, which compile and allocate, do not count.
+
+    Returns
+    -------
+    dict of str to float
+        Milliseconds of one conversation's step (wall time, median) by backend, the fastest first; empty for a model
+        that only one can compute. What is the fastest once is so until machine or versions change: keep it, and give
+        it to :func:`load` as ``backend``.
+    """
+    lm, asked = model.lm, model.lm.backend
+    if not lm.config.n_q or not NumpyStepper.suits(lm):
+        return {}
+    codes = np.zeros((1, lm.config.user_q), np.int32) if lm.config.user_q else None
+    found: dict[str, float] = {}
+    try:
+        for backend in ("numpy", "mlx"):
+            lm.backend = backend
+            predict = model.engine.predict()
+            predict.join(0)
+            predict.open(0)
+            took: list[float] = []
+            until = time.perf_counter() + seconds
+            while len(took) < 5 or time.perf_counter() < until:
+                began = time.perf_counter()
+                predict.step([0], [np.zeros(0, np.int32) if codes is None else codes[0]])
+                took.append(time.perf_counter() - began)
+            found[backend] = 1e3 * float(np.median(took[2:]))
+    finally:
+        lm.backend = asked
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
 def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfig, int]:
     """Sizes of a checkpoint's codec, and how many codebooks the model uses; 0 if it has no use for a codec."""
     lm = config.lm
@@ -126,8 +174,6 @@ def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfi
         return MimiConfig(), 0
     if lm.own_q not in (0, codebooks):
         raise ConfigError(f"{lm.own_q} own and {lm.user_q} user codebooks: one codec cannot serve both")
-    if files.mimi_config is None and "mimi_config" in files.names:
-        raise CheckpointError(f"{files.folder} lacks {files.names['mimi_config']}, which config.json names: fetch it")
     sizes = MimiConfig() if files.mimi_config is None else MimiConfig.from_dict(read_json(files.mimi_config))
     if sizes.quantizer.bins != lm.card:
         unnamed = (
@@ -139,20 +185,21 @@ def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfi
     return sizes, codebooks
 
 
-def _load_codec(config: ModelConfig, files: CheckpointFiles, kind: str, builtin: bool) -> tuple[Codec | None, bool]:
+def load_codec(config: ModelConfig, files: CheckpointFiles, kind: str = "auto") -> Codec | None:
+    """A checkpoint's codec; None if it has no use for one. Parameters and errors as :func:`load`."""
     sizes, codebooks = _codec_sizes(config, files)
     if not codebooks:
-        return None, True
+        return None
     if files.mimi is not None:
         made = make_codec(files.mimi, sizes, codebooks, kind)
         if isinstance(made, RustMimi):  # which reads the file by itself, and does not look
             check_finite(read_safetensors(files.mimi)[0], str(files.mimi))
-        return made, True
-    if not builtin:
+        return made
+    if files.folder.parent != BUILTIN:
         raise _lacking(files, "mimi", "the weights of its codec")
     if kind == "rust":
         raise CodecError("the Rust codec knows the published Mimi only: choose the codec mlx or numpy for this model")
-    return mimi_codec(_random_mimi(sizes, codebooks), kind), False
+    return mimi_codec(_random_mimi(sizes, codebooks), kind)
 
 
 def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:

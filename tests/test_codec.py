@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.codec import (
+from moshi_mlx.codec.base import (
     KINDS,
     Codec,
     MimiCodec,
@@ -29,16 +29,8 @@ from moshi_mlx.codec import (
 )
 from moshi_mlx.errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
 from moshi_mlx.loading import measure_codec
-from moshi_mlx.mimi import MimiConfig
-from moshi_mlx.streaming import (
-    concatenate_rows,
-    copy_state,
-    load_state,
-    put_rows,
-    save_state,
-    state_arrays,
-    take_rows,
-)
+from moshi_mlx.models.mimi import MimiConfig
+from moshi_mlx.state import concatenate_rows, copy_state, load_state, put_rows, save_state, state_arrays, take_rows
 from tests.helpers.mimi import TINY, tiny_mimi, unproven_differences
 from tests.helpers.signal import speechlike
 
@@ -409,8 +401,8 @@ def test_what_computes_is_measured(rust: RustMimi, monkeypatch: pytest.MonkeyPat
     def load(path: Any, config: MimiConfig, num_codebooks: int) -> Any:
         return tiny_mimi()
 
-    monkeypatch.setattr("moshi_mlx.codec.load_mimi", load)
-    monkeypatch.setattr("moshi_mlx.codec.is_published_layout", lambda path: True)
+    monkeypatch.setattr("moshi_mlx.codec.base.load_mimi", load)
+    monkeypatch.setattr("moshi_mlx.codec.base.is_published_layout", lambda path: True)
     assert set(measure_codecs(rust.path, num_codebooks=8, seconds=0.05)) == {"numpy", "mlx", "rust"}
     monkeypatch.setattr(Tokenizer, "encode_step", lambda self, pcm: None)  # one that fails is no candidate
     assert set(measure_codecs(rust.path, num_codebooks=8, seconds=0.05)) == {"numpy", "mlx"}
@@ -544,7 +536,7 @@ def test_a_missing_package_is_named(rust: RustMimi, monkeypatch: pytest.MonkeyPa
 
 def test_auto_takes_rust_for_the_published_codec(monkeypatch: pytest.MonkeyPatch, rust: RustMimi) -> None:
     """If this fails, the slow codec is taken where the fast one would do, or the fast one where it cannot."""
-    import moshi_mlx.codec as module
+    import moshi_mlx.codec.base as module
 
     def load(path: Any, config: MimiConfig, num_codebooks: int) -> Any:
         return tiny_mimi()

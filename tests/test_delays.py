@@ -7,7 +7,7 @@ import random
 import mlx.core as mx
 import numpy as np
 
-from moshi_mlx.delays import delay_tokens, undelay
+from moshi_mlx.tokens import delay_tokens, undelay
 
 
 def test_delay_by_hand() -> None:

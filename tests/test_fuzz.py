@@ -24,6 +24,7 @@ from .fuzz import FUZZERS, ROOT, Attack, Attempt, attack, fuzzer, load
         ("conversations", 60),
         ("kills", 6),
         ("messages", 60),
+        ("requests", 150),
     ],
 )
 def test_fuzzed(name: str, inputs: int) -> None:

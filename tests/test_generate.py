@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from moshi_mlx import generate
 from moshi_mlx.config import UNGENERATED, ZERO_TOKEN
+from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
 from moshi_mlx.errors import ConfigError, StateError, TokenError
-from moshi_mlx.generate import GenerationConfig, Generator, Step
-from moshi_mlx.lean import Stepper
-from moshi_mlx.lm import DepthCache, Lm
-from moshi_mlx.sampling import GREEDY, Sampling, filter_logits, gumbel_noise
-from moshi_mlx.streaming import describe_state, load_state, save_state, state_arrays, state_bytes
+from moshi_mlx.models.lm import DepthCache, Lm
+from moshi_mlx.models.sampling import GREEDY, Sampling, filter_logits, gumbel_noise
+from moshi_mlx.state import describe_state, load_state, save_state, state_arrays, state_bytes
 
 from .helpers import golden_lm
 from .helpers.golden_lm import Run, relative_error, small_model

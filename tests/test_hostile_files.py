@@ -21,11 +21,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.checkpoint.files import read_json, read_safetensors, write_safetensors
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.checkpoint.gguf import read_gguf
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
+from moshi_mlx.checkpoint.readers import read_json, read_safetensors, write_safetensors
+from moshi_mlx.checkpoint.voices import list_voices, load_speaker, load_voice_prompt
 from moshi_mlx.errors import CheckpointError, MoshiError
-from moshi_mlx.weights import list_voices, load_config, load_lm, load_speaker, load_voice_prompt
 
 from .fuzz import attack
 from .helpers.checkpoints import small_config, write_checkpoint
@@ -366,6 +367,8 @@ def evil_programs(witness: Path) -> dict[str, bytes]:
         "long int": b"\x80\x02\x8b\xff\xff\xff\x7f.",
         "decimal": b"L" + b"9" * 100_000 + b"L\n.",
         "integer keys": b"\x80\x02}(" + integer(1) + good + b"u.",
+        "deep keys": b"\x80\x02}N" + b"\x85" * 500_000 + b"Ns.",
+        "deep arguments": b"\x80\x02ccollections\nOrderedDict\n(N" + b"\x85" * 500_000 + b"Nt\x85R.",
         "beyond": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 1, [2], [1]) + b"u.",
         "far stride": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 0, [2], [2**40]) + b"u.",
         "negative stride": b"\x80\x02}(" + text("a") + tensor("0", "FloatStorage", 2, 1, [2], [-1]) + b"u.",
@@ -486,7 +489,7 @@ def test_misshapen_speakers(tmp_path: Path) -> None:
 
 _ALONE = """
 import json, sys, time
-import moshi_mlx.weights
+import moshi_mlx.checkpoint.fit
 from moshi_mlx.errors import MoshiError
 from tests.helpers.load_memory import peak_bytes
 module, name = sys.argv[1].split(":")
@@ -535,9 +538,9 @@ def tar_of(name: str, kind: bytes, size: int, data: bytes, times: int = 1) -> by
     return buffer.getvalue()
 
 
-JSON = "moshi_mlx.checkpoint.files:read_json"
-HEADER = "moshi_mlx.checkpoint.files:read_safetensors"
-VOICES = "moshi_mlx.weights:list_voices"
+JSON = "moshi_mlx.checkpoint.readers:read_json"
+HEADER = "moshi_mlx.checkpoint.readers:read_safetensors"
+VOICES = "moshi_mlx.checkpoint.voices:list_voices"
 # What reads it, a name, how it is made, and what is said of it; "": nothing is wrong with it.
 GREEDY: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
     "500,000 tensors": (HEADER, "x", lambda: many_tensors(500_000), "header of 29388891 bytes is not believable"),
@@ -625,13 +628,13 @@ def test_messages_stay_short() -> None:
         ("gguf", 300, 100),
         ("torch", 300, 150),
         ("pickles", 300, 200),
-        ("archives", 60, 20),
+        ("archives", 40, 10),
         ("speakers", 200, 100),
         ("checkpoints", 60, 30),
         ("tokenizers", 100, 50),
         ("texts", 300, 200),
-        ("configs", 1500, 700),
-        ("codec-configs", 500, 300),
+        ("configs", 600, 300),
+        ("codec-configs", 300, 200),
     ],
 )
 def test_fuzzed_files(name: str, inputs: int, refused: int) -> None:

@@ -19,10 +19,11 @@ import huggingface_hub
 import huggingface_hub.utils._http
 import pytest
 
-from moshi_mlx import hub
-from moshi_mlx.checkpoint import repo as repo_module
+from moshi_mlx.checkpoint import resolve as hub
+from moshi_mlx.checkpoint import transfer
+from moshi_mlx.checkpoint.download import HubRepo
+from moshi_mlx.checkpoint.resolve import builtin_models, resolve, survey
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
-from moshi_mlx.hub import builtin_models, fetch_file, resolve, survey
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
 
@@ -37,6 +38,11 @@ FILES = {
     "README.md": b"not needed",
     "other.safetensors": b"not needed either" * 1000,
 }
+
+
+def fetch(name: str, cache: Path) -> Path:
+    """One file of the repository."""
+    return HubRepo(NAME, cache=cache).fetch([name])[name]
 
 
 @pytest.fixture
@@ -190,7 +196,7 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fetches_only_what_is_needed(server: FakeHub, cache: Path) -> None:
     """Broken: loading a model downloads whole repositories, or asks again for what is in the cache."""
     server.repos[NAME] = FakeRepo(FILES | {"empty": b""})
-    assert fetch_file(f"hf://{NAME}/empty", cache=cache).read_bytes() == b""
+    assert fetch("empty", cache).read_bytes() == b""
     server.requests.clear()
     files = resolve(NAME, cache=cache)
     assert files.weights[0].read_bytes() == FILES["weights.safetensors"]
@@ -236,8 +242,8 @@ def test_other_repository_by_reference(server: FakeHub, cache: Path) -> None:
     server.repos["someone/codec"] = FakeRepo({"sub/mimi@125.safetensors": b"codec", "big": b"b"}, sha="c" * 40)
     files = resolve(NAME, cache=cache)
     assert files.mimi is not None and files.mimi.read_bytes() == b"codec"
-    path = fetch_file("hf://someone/codec/sub/mimi@125.safetensors", cache=cache)
-    assert path.read_bytes() == b"codec"
+    codec = HubRepo("someone/codec", cache=cache).fetch(["sub/mimi@125.safetensors"])
+    assert codec["sub/mimi@125.safetensors"].read_bytes() == b"codec"
     assert "big" not in server.fetched()
 
 
@@ -277,7 +283,7 @@ def test_unreachable_hub_falls_back_to_the_cache(server: FakeHub, cache: Path, m
 
 def test_silent_hub_times_out(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken: a hub that accepts the connection and never answers hangs the program."""
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME] = FakeRepo(dict(FILES), delay=1.5)
     start = time.monotonic()
     with pytest.raises(DownloadError, match="cannot be reached"):
@@ -309,7 +315,7 @@ def test_missing_repository_and_file(server: FakeHub, cache: Path) -> None:
     with pytest.raises(CheckpointError, match=r"names lost\.safetensors"):
         resolve(NAME, cache=cache)
     with pytest.raises(DownloadError, match=r"no such file: x\.wav"):
-        fetch_file(f"hf://{NAME}/x.wav", cache=cache)
+        fetch("x.wav", cache)
 
 
 def test_disk_space_is_checked_first(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +335,7 @@ def test_full_disk_while_writing(server: FakeHub, cache: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(repo_module._Hashed, "update", full)
+    monkeypatch.setattr(transfer._Hashed, "update", full)
     with pytest.raises(DownloadError, match="the disk is full.*HF_HOME"):
         resolve(NAME, cache=cache)
 
@@ -483,12 +489,12 @@ def test_small_files_have_the_hash_that_git_gives_them(server: FakeHub, cache: P
     data = b'{"moshi_name": "w.safetensors"}'
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     repo = server.repos[NAME] = FakeRepo({"config.json": data}, headers={"ETag": f'"{git}"'})
-    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert fetch("config.json", cache).read_bytes() == data
     assert (cache / "models--someone--model" / "blobs" / git).read_bytes() == data
     repo.sha, repo.files["config.json"] = "b" * 40, data.replace(b"w", b"v")
     (cache / "models--someone--model" / "blobs" / git).unlink()
     with pytest.raises(DownloadError, match="arrived damaged"):
-        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+        fetch("config.json", cache)
 
 
 def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> None:
@@ -496,16 +502,16 @@ def test_the_hash_in_the_list_of_files_counts(server: FakeHub, cache: Path) -> N
     repo = server.repos[NAME] = FakeRepo(dict(FILES), body=lambda data: [b"?" * len(data)])
     repo.headers["ETag"] = f'"{hashlib.sha256(b"?" * 5000).hexdigest()}"'
     with pytest.raises(DownloadError, match="arrived damaged"):
-        fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache)
+        fetch("weights.safetensors", cache)
     repo.body = None
-    assert fetch_file(f"hf://{NAME}/weights.safetensors", cache=cache).read_bytes() == FILES["weights.safetensors"]
+    assert fetch("weights.safetensors", cache).read_bytes() == FILES["weights.safetensors"]
     assert [path.name for path in cache.rglob("blobs/*")] == [hashlib.sha256(FILES["weights.safetensors"]).hexdigest()]
 
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """If this fails, a small file fills the disk, or an error's explanation the memory."""
-    monkeypatch.setattr(repo_module, "_TRIES", 1)
+    monkeypatch.setattr(transfer, "_TRIES", 1)
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -522,7 +528,7 @@ def test_a_body_without_an_end(server: FakeHub, cache: Path, monkeypatch: pytest
 
     server.repos[NAME] = FakeRepo(dict(FILES), lie=lie)
     with pytest.raises(DownloadError, match="arrived damaged" if status == 200 else "cannot be reached"):
-        fetch_file(f"hf://{NAME}/config.json", cache=cache)
+        fetch("config.json", cache)
     assert sent < 40e6 and not list(cache.rglob("blobs/*"))
 
 
@@ -541,8 +547,8 @@ def test_a_list_without_an_end(server: FakeHub, cache: Path) -> None:
 @pytest.mark.parametrize("what", ["body", "header of a file", "list", "header of the list"])
 def test_what_comes_a_byte_at_a_time(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """If this fails, a hub keeps the program waiting for ever, without ever being late for a socket."""
-    for name, value in (("_WINDOW", 0.5), ("_TIMEOUT", 0.4), ("_PAUSE", 0.0)):
-        monkeypatch.setattr(repo_module, name, value)
+    for name, value in (("_WINDOW", 0.5), ("TIMEOUT", 0.4), ("_PAUSE", 0.0)):
+        monkeypatch.setattr(transfer, name, value)
     ended = threading.Event()
 
     def drops() -> Iterator[bytes]:
@@ -614,7 +620,7 @@ def test_the_token_goes_to_the_hub_only(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: answer.client)
     monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: answer.client)
-    assert fetch_file(f"hf://{NAME}/config.json", cache=cache).read_bytes() == data
+    assert fetch("config.json", cache).read_bytes() == data
     assert answer.tokens[f"HEAD {here}"] == "Bearer hf_secret"
     assert answer.tokens[f"GET {absolute}"] is None
 
@@ -623,7 +629,7 @@ def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkey
     """If this fails, each step of loading a model that is here waits anew for a hub that does not answer."""
     server.repos[NAME] = FakeRepo(dict(FILES))
     files = resolve(NAME, cache=cache)
-    monkeypatch.setattr(repo_module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME].delay = 1.0
     server.requests.clear()
     assert survey(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files
@@ -682,7 +688,7 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(MoshiError):
         resolve(name, offline=True)
     with pytest.raises(MoshiError):
-        fetch_file(name, offline=True)
+        HubRepo(name, offline=True)
     contents = {"config.json": json.dumps({"moshi_name": name, "mimi_name": name}), "model.safetensors": b"x"}
     with pytest.raises(MoshiError):
         resolve(make_folder(tmp_path / "m", contents))  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from moshi_mlx import lean, threads
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import NumpyStepper, Stepper, make_stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
+from moshi_mlx.cpu import blas as threads
+from moshi_mlx.cpu import lm as lean
+from moshi_mlx.cpu.lm import NumpyStepper, Stepper, make_stepper
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
 
 from .helpers import golden_lm
 from .helpers.golden_lm import relative_error, small_model
@@ -81,7 +82,7 @@ def test_a_conversation_goes_on_with_the_other_stepper(name: str, monkeypatch: p
     frames = golden_lm.run(name, "greedy").frames[:40]
     config, seeds = GenerationConfig(GREEDY, Sampling(0.8, top_k=5)), range(frames.shape[1])
     numpy_one = Generator(lm, config, seeds=seeds)
-    monkeypatch.setattr("moshi_mlx.generate.make_stepper", lambda lm, kv_bits=None: Stepper(lm))
+    monkeypatch.setattr("moshi_mlx.engine.generator.make_stepper", lambda lm, kv_bits=None: Stepper(lm))
     module_one = Generator(lm, config, seeds=seeds)
     assert isinstance(numpy_one._stepper, NumpyStepper) and not isinstance(module_one._stepper, NumpyStepper)
     for frame in frames[:20]:
@@ -114,8 +115,24 @@ def test_weights_are_not_held_twice() -> None:
     weight = lm.transformer.layers[0].gating.linear_in.weight
     stepper = make_stepper(lm)
     assert isinstance(stepper, NumpyStepper)
-    seen = stepper._layers[0]._gating._in
+    seen = stepper._layers[0]._gating._in.weight
     assert seen.__array_interface__["data"][0] == np.array(weight, copy=False).__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_products_of_any_number_of_rows(laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the blocks of a weight, or what is padded to fill the last one, are put together wrongly."""
+    monkeypatch.setattr(lean, "_BLOCKED_BYTES", 200 * 130 * 4)
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((200, 130), (64, 64), (300, 10), (201, 130)):
+        weight = rng.normal(size=(outputs, inputs)).astype(np.float32).T
+        matrix = lean._Matrix(np.ascontiguousarray(weight) if laid_out else weight)
+        for rows in (1, 2, 5, 16, 60, 70):
+            x = rng.normal(size=(rows, inputs)).astype(np.float32)
+            made = matrix(x)
+            assert made.shape == (rows, outputs)
+            assert np.abs(made - x.astype(np.float64) @ weight).max() < 1e-4
+        assert (matrix._blocks is None) == (inputs == 201)
 
 
 def test_new_weights_are_noticed() -> None:

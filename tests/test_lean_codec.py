@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx.lean_codec import Decoder, Encoder, _Conv
-from moshi_mlx.mimi import Mimi
-from moshi_mlx.streaming import describe_state
+from moshi_mlx.cpu.mimi import Decoder, Encoder, _Conv
+from moshi_mlx.models.mimi import Mimi
+from moshi_mlx.state import describe_state
 from tests.helpers.mimi import TINY, tiny_mimi, unproven_differences
 from tests.helpers.signal import speechlike
 
@@ -133,7 +133,7 @@ def test_nothing_grows_with_time() -> None:
 
 def test_matrices_that_do_not_fit_the_cache_go_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of large codecs would miss a part of the matrix, or round otherwise in company."""
-    monkeypatch.setattr("moshi_mlx.lean_codec._PANEL", 50)
+    monkeypatch.setattr("moshi_mlx.cpu.mimi._PANEL", 50)
     mimi = tiny_mimi()
     encoder, decoder = Encoder(mimi), Decoder(mimi)
     heard, said = encoder.init_state(3), decoder.init_state(3)

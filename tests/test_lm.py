@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from moshi_mlx.delays import delay_tokens
 from moshi_mlx.errors import ConfigError, TokenError
 from moshi_mlx.layers.conditioning import TensorCondition
-from moshi_mlx.lm import DepthCache, Lm
-from moshi_mlx.streaming import State, copy_state, describe_state, load_state, save_state, state_arrays, state_bytes
+from moshi_mlx.models.lm import DepthCache, Lm
+from moshi_mlx.state import State, copy_state, describe_state, load_state, save_state, state_arrays, state_bytes
+from moshi_mlx.tokens import delay_tokens
 
 from .helpers import golden_lm
 from .helpers.golden_lm import HELIUM, MOSHI, relative_error, small_model

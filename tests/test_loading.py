@@ -13,9 +13,9 @@ import mlx.core as mx
 import pytest
 
 import moshi_mlx
-from moshi_mlx.checkpoint.files import read_tensors
 from moshi_mlx.checkpoint.finite import check_finite
-from moshi_mlx.codec import RustMimi
+from moshi_mlx.checkpoint.readers import read_tensors
+from moshi_mlx.codec.base import RustMimi
 from moshi_mlx.errors import CheckpointError, ConfigError, MoshiError
 
 from .helpers.checkpoints import small_config, write_checkpoint
@@ -68,7 +68,7 @@ def test_the_fixture_loads(folder: Path) -> None:
 def test_missing_configurations_are_named(folder: Path) -> None:
     """If this fails, a file that was not copied along is blamed on shapes or sizes."""
     (folder / "mimi.json").rename(folder / "hidden.json")
-    assert refusal(folder) == f"{folder} lacks mimi.json, which config.json names: fetch it"
+    assert f"{folder}: config.json names mimi.json (mimi_config_name), which is missing" in refusal(folder)
     edit_config(folder, mimi_config_name=None)
     message = refusal(folder, ConfigError)
     assert re.search(r"2048 entries per codebook, .* 64. config\.json names no mimi_config\.json", message), message

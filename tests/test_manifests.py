@@ -10,13 +10,19 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from moshi_mlx.checkpoint.files import read_shapes, read_tensors
+from moshi_mlx.checkpoint.fit import (
+    fit_lm,
+    flat_parameters,
+    guess_config,
+    load_config,
+)
 from moshi_mlx.checkpoint.layouts import detect_layout, from_internal
 from moshi_mlx.checkpoint.lora import merge_lora
+from moshi_mlx.checkpoint.mimi import mimi_weights
+from moshi_mlx.checkpoint.readers import read_shapes, read_tensors
+from moshi_mlx.checkpoint.voices import load_speaker, load_voice_prompt
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError
-from moshi_mlx.mimi_weights import mimi_weights
-from moshi_mlx.weights import fit_lm, flat_parameters, guess_config, load_config, load_speaker, load_voice_prompt
 
 from .helpers.checkpoints import DATA, manifest_tensors, read_manifest, write_gguf, write_sparse
 from .helpers.torch_files import write_pt

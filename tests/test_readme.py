@@ -42,7 +42,7 @@ NOT_RUN = {
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}
 # Indented blocks that are pictures, by their first words, and what a command prints.
-PICTURES = ("pcm_in > encode", "moshi_mlx/  ", "talk.wav  ", "{'source'")
+PICTURES = ("sound > encode", "moshi_mlx/  ", "talk.wav  ", "{'source'")
 
 
 class Block(NamedTuple):

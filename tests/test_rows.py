@@ -17,15 +17,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_mlx import generate, rows
 from moshi_mlx.config import UNGENERATED
+from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine import rows
+from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
 from moshi_mlx.errors import ConfigError, StateError, TokenError
-from moshi_mlx.generate import GenerationConfig, Generator, Step
 from moshi_mlx.layers.conditioning import TensorCondition
-from moshi_mlx.lean import Stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import GREEDY, Sampling
-from moshi_mlx.streaming import (
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY, Sampling
+from moshi_mlx.state import (
     State,
     concatenate_rows,
     count_rows,
@@ -156,6 +157,7 @@ def crowd(generator: Generator, ticks: int, most: int, seed: int = 0) -> list[Ta
     return list(talks.values())
 
 
+@pytest.mark.timeout(300 if TICKS < 1000 else 0)
 @pytest.mark.usefixtures("steppers", "small_rings")
 def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
     """If this fails, a conversation hears its neighbours, or one who left, or loses a frame while it waits."""
@@ -428,8 +430,8 @@ def test_rings_of_a_snapshot_fit_its_row(monkeypatch: pytest.MonkeyPatch) -> Non
 CHILD = """
 import sys
 import numpy as np
-from moshi_mlx.generate import Generator
-from moshi_mlx.streaming import load_state
+from moshi_mlx.engine.generator import Generator
+from moshi_mlx.state import load_state
 from tests.helpers.golden_lm import small_model
 
 generator = Generator(small_model(), seeds=None)
@@ -506,7 +508,11 @@ def test_refusals() -> None:
         generator.adopt({**before, "settings": mx.full(before["settings"].shape, -1.0)})
     with pytest.raises(StateError, match="damaged"):
         generator.adopt({**before, "position": before["position"] + 1})
+    with pytest.raises(StateError, match="no conversation"):
+        generator.adopt(take_rows(before, []))
     empty = Generator(lm, seeds=None)
+    with pytest.raises(StateError, match="no conversation"):
+        empty.reset()
     with pytest.raises(StateError, match="without a conversation"):
         assert empty.first
     with pytest.raises(StateError, match="0 conversations"):

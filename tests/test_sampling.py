@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.sampling import (
+from moshi_mlx.models.sampling import (
     AUDIO_SAMPLING,
     GREEDY,
     TEXT_SAMPLING,

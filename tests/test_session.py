@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.codec import MimiCodec
+from moshi_mlx.codec.base import MimiCodec
+from moshi_mlx.cpu.lm import NumpyStepper
 from moshi_mlx.errors import StateError
-from moshi_mlx.lean import NumpyStepper
 
 SILENCE = np.zeros(1920, np.float32)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moshi_mlx.errors import StateError
-from moshi_mlx.streaming import (
+from moshi_mlx.state import (
     State,
     StateEntry,
     as_mlx,

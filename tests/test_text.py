@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moshi_mlx.engine.text import BOS, EOS, EPAD, PAD, TextTokenizer, Word, WordTracker
 from moshi_mlx.errors import CheckpointError, StateError, TokenError
-from moshi_mlx.streaming import load_state, save_state
-from moshi_mlx.text import BOS, EOS, EPAD, PAD, TextTokenizer, Word, WordTracker
+from moshi_mlx.state import load_state, save_state
 from tests.helpers.tokenizer import CORPUS, tokenizer_bytes, train_tokenizer
 
 SENTENCES = [

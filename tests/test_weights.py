@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.checkpoint.layouts import detect_layout, from_internal, to_internal, to_mlx_layout, to_torch_layout
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config, load_lm
+from moshi_mlx.checkpoint.layouts import detect_layout, from_internal, to_internal
 from moshi_mlx.checkpoint.lora import merge_lora
+from moshi_mlx.checkpoint.mimi import load_mimi
+from moshi_mlx.checkpoint.resolve import CheckpointFiles, resolve
+from moshi_mlx.checkpoint.voices import list_voices, load_voice_prompt
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import CheckpointError, ConfigError
-from moshi_mlx.hub import CheckpointFiles, resolve
 from moshi_mlx.layers.conditioning import TensorCondition
-from moshi_mlx.lm import Lm
-from moshi_mlx.mimi_weights import load_mimi
-from moshi_mlx.weights import fit_lm, flat_parameters, list_voices, load_config, load_lm, load_voice_prompt
+from moshi_mlx.models.lm import Lm
 
 from .helpers.checkpoints import (
     LAYOUTS,
@@ -100,7 +101,7 @@ def test_layouts_give_one_model(tmp_path: Path, layout: str, make_config: Callab
     model = load(folder)
     expected = random_params(ModelConfig.from_dict(config))
     equal(flat_parameters(model), expected)
-    direct = fit_lm(ModelConfig.from_dict(config), to_mlx_layout(expected, model.config))
+    direct = fit_lm(ModelConfig.from_dict(config), from_internal(expected, "mlx", model.config))
     for a, b in zip(logits(model), logits(direct), strict=True):
         assert mx.array_equal(a, b) and bool(mx.isfinite(a).all())
 
@@ -130,10 +131,10 @@ def test_layouts_round_trip() -> None:
         stored = from_internal(params, layout, config.lm)
         assert detect_layout(stored) == layout
         equal(to_internal(stored, layout, config.lm), params)
-    stored = to_torch_layout(params, config.lm)
+    stored = from_internal(params, "torch", config.lm)
     assert stored["depformer.layers.0.self_attn.in_proj_weight"].shape == (3 * 3 * 64, 64)
     assert stored["out_norm.alpha"].shape == (1, 1, 128)
-    sliced = to_mlx_layout(params, config.lm)
+    sliced = from_internal(params, "mlx", config.lm)
     assert sliced["depformer.slices.1.linear_in.weight"] is sliced["depformer.slices.2.linear_in.weight"]
 
 
@@ -186,7 +187,7 @@ def test_models_without_configuration(tmp_path: Path) -> None:
 def test_strict() -> None:
     """Broken: a checkpoint of another model loads, with parts of it random or unused."""
     config = ModelConfig.from_dict(small_config())
-    good = to_torch_layout(random_params(config), config.lm)
+    good = from_internal(random_params(config), "torch", config.lm)
     cases = [
         ({"out_norm.alpha": None, "emb.3.weight": None}, r"2 tensors are missing: emb\.3\.weight, out_norm"),
         ({"extra_heads.0.weight": mx.zeros((6, 128))}, r"1 tensors are not part of this model: extra_heads\.0"),
@@ -276,7 +277,7 @@ def test_quantized_model_computes_the_same(tmp_path: Path) -> None:
         for name, value in params.items()
         if not name.endswith((".scales", ".biases"))
     }
-    plain = fit_lm(load_config(folder / "config.json"), to_mlx_layout(expanded, model.config))
+    plain = fit_lm(load_config(folder / "config.json"), from_internal(expanded, "mlx", model.config))
     for a, b in zip(logits(model), logits(plain), strict=True):
         assert a.dtype == mx.float32
         assert float(mx.abs(a - b).max()) < 1e-4 * float(mx.abs(b).max())
@@ -335,7 +336,7 @@ def test_configured_quantization_must_agree(tmp_path: Path) -> None:
 def test_broken_quantization() -> None:
     """Broken: quantized tensors that cannot be right are fed to the matrix product."""
     config = ModelConfig.from_dict(small_config())
-    good = to_mlx_layout(quantized_params(random_params(config), config, lambda _: dict(Q4)), config.lm)
+    good = from_internal(quantized_params(random_params(config), config, lambda _: dict(Q4)), "mlx", config.lm)
     w, s = good["text_linear.weight"], good["text_linear.scales"]
     cases = [
         ({"text_linear.biases": None}, r"text_linear\.biases is missing"),
@@ -376,7 +377,7 @@ def test_gguf_blocks(tmp_path: Path) -> None:
 def test_bitsandbytes_rows() -> None:
     """Broken: Kyutai's 8-bit PyTorch files load with wrong scales, or not at all."""
     config = ModelConfig.from_dict(small_config())
-    good = to_torch_layout(random_params(config, dtype=mx.float16), config.lm)
+    good = from_internal(random_params(config, dtype=mx.float16), "torch", config.lm)
     names = ["text_linear.weight", "depformer.layers.1.self_attn.in_proj_weight", "linears.0.weight"]
     quantized = dict(good)
     for name in names:
@@ -571,7 +572,7 @@ def test_complete_checkpoint(tmp_path: Path) -> None:
     files = resolve(write_checkpoint(tmp_path, mimi=True, lora="new"))
     assert files.mimi is not None and files.mimi_config is not None and files.tokenizer is not None
     assert files.lora is not None
-    from moshi_mlx.mimi import MimiConfig
+    from moshi_mlx.models.mimi import MimiConfig
 
     mimi = load_mimi(files.mimi, MimiConfig.from_dict(json.loads(files.mimi_config.read_text())))
     codes = mimi.encode(mx.zeros((1, 1, 1920)))

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -156,7 +155,7 @@ def _run(arguments: list[str]) -> int:
         parser = build_parser()
         args = parse(parser, arguments)
         if args.verb in ("talk", "file", "check", "bench"):
-            importlib.import_module("moshi_mlx.model")
+            importlib.import_module("moshi_mlx.tasks.dialogue")
     status: int = args.run(args)
     return status
 
@@ -213,7 +212,7 @@ def _report(error: Exception, *, debug: bool) -> int:
             "run it again with --debug to see where"
         )
     # The library speaks of its own arguments; here they are options.
-    warn(re.sub(r"\b(?:kind|codec)='(\w+)'", r"--codec \1", message), "error")
+    warn(message.replace("choose the codec mlx or numpy", "choose --codec mlx or --codec numpy"), "error")
     return 1
 
 

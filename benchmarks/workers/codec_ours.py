@@ -19,7 +19,7 @@ ask = json.loads(sys.argv[1])
 if ask["blas"]:  # MLX looks for the function in what the process has loaded for everybody
     ctypes.CDLL(ask["blas"], ctypes.RTLD_GLOBAL).openblas_set_num_threads(1)
 
-from moshi_mlx.codec import make_codec  # noqa: E402
+from moshi_mlx.codec.base import make_codec  # noqa: E402
 
 codec = make_codec(ask["path"], num_codebooks=ask["codebooks"], kind=ask["kind"])
 encoder, decoder = codec.encoder(), codec.decoder()

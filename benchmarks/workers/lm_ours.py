@@ -14,12 +14,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from benchmarks.workers import graph
-from moshi_mlx import generate
 from moshi_mlx.config import LmConfig
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lean import NumpyStepper, Stepper
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import GREEDY
+from moshi_mlx.cpu.lm import NumpyStepper, Stepper
+from moshi_mlx.engine import generator as generate
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY
 
 
 def build(ask: dict[str, Any]) -> Lm:
@@ -114,10 +114,10 @@ def products(generator: Generator) -> float:
             gating = layer._gating[weights]
             matrices += [layer._in[weights], layer._out[weights], gating._in, gating._out]
         matrices.append(depth._out[index])
-    rows = {size: np.ones((1, size), np.float32) for size in {m.shape[0] for m in matrices}}
+    rows = {size: np.ones((1, size), np.float32) for size in {len(m.weight) for m in matrices}}
     began = time.process_time()
     for matrix in matrices:
-        rows[matrix.shape[0]] @ matrix
+        matrix(rows[len(matrix.weight)])
     return (time.process_time() - began) * 1e3
 
 

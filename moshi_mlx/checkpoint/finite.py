@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .files import shown
+from .readers import shown
 
 __all__ = ["check_finite"]
 

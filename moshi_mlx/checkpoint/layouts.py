@@ -1,7 +1,7 @@
 """The names that each program gives to the same weights, as tables that are read in both directions.
 
-A row pairs a name in a file with a name in :class:`moshi_mlx.lm.Lm`. In a row, ``{n}`` is a layer or stream, ``{s}`` a
-weight set of the depth transformer, ``{k}`` a depth step, ``{x}`` whatever follows (``weight``, ``scales``,
+A row pairs a name in a file with a name in :class:`moshi_mlx.models.lm.Lm`. In a row, ``{n}`` is a layer or stream,
+``{s}`` a weight set of the depth transformer, ``{k}`` a depth step, ``{x}`` whatever follows (``weight``, ``scales``,
 ``low_rank.weight``, ...). Layouts that unroll the depth transformer into one slice per step repeat what steps share:
 there a row with ``{k}`` on the left and ``{s}`` (or neither) on the right stands for several equal copies.
 
@@ -22,17 +22,9 @@ import mlx.core as mx
 
 from ..config import LmConfig
 from ..errors import CheckpointError
-from .files import shown
+from .readers import shown
 
-__all__ = [
-    "LAYOUTS",
-    "detect_layout",
-    "from_internal",
-    "stored_names",
-    "to_internal",
-    "to_mlx_layout",
-    "to_torch_layout",
-]
+__all__ = ["LAYOUTS", "detect_layout", "from_internal", "stored_names", "to_internal"]
 
 MISMATCH = ". Do config.json and the weights belong together?"
 
@@ -199,7 +191,7 @@ def stored_names(name: str, layout: str, config: LmConfig) -> list[str]:
 
 
 def to_internal(tensors: Tensors, layout: str, config: LmConfig) -> dict[str, mx.array]:
-    """Rename a file's tensors to those of :class:`moshi_mlx.lm.Lm`, quantized parts included.
+    """Rename a file's tensors to those of :class:`moshi_mlx.models.lm.Lm`, quantized parts included.
 
     Parameters
     ----------
@@ -353,16 +345,6 @@ def from_internal(params: Tensors, layout: str, config: LmConfig) -> dict[str, m
     if layout == "mlx":
         return result
     return _to_torch_habits(result, layout, config)
-
-
-def to_mlx_layout(params: Tensors, config: LmConfig) -> dict[str, mx.array]:
-    """Kyutai's MLX names, with one slice per depth step; shared weights come once per slice, as the same array."""
-    return from_internal(params, "mlx", config)
-
-
-def to_torch_layout(params: Tensors, config: LmConfig) -> dict[str, mx.array]:
-    """Kyutai's PyTorch names, the depth transformer's projections stacked over weight sets."""
-    return from_internal(params, "torch", config)
 
 
 def _to_torch_habits(tensors: Tensors, layout: str, config: LmConfig) -> dict[str, mx.array]:

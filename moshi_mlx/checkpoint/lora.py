@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from ..config import LmConfig
 from ..errors import CheckpointError
-from .files import shown
 from .layouts import to_internal
+from .readers import shown
 
 __all__ = ["merge_lora"]
 

@@ -1,21 +1,21 @@
 """Tensors from a file of ``torch.save``, without torch and without running anything that the file says.
 
 Such a file is a ZIP archive of uncompressed members: ``data.pkl`` describes a tree of tensors, ``data/N`` are their
-bytes. Python's unpickler would call whatever functions a pickle names; the small machine below knows some thirty
-opcodes and three names, builds dicts, lists, tuples and tensors out of them, and refuses the rest.
+bytes. Python's unpickler would call whatever functions a pickle names; the one below knows some thirty instructions and
+three names, builds dicts, lists, tuples and tensors out of them, and refuses the rest.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickletools
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -44,12 +44,9 @@ class _Refused(Exception):
     """The pickle does something that a dict of tensors has no need of."""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A global that the pickle named; never looked up, only compared."""
-
-    module: str
-    name: str
+class _Instructions(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> NoReturn:
+        raise _Refused(f"its description uses the instruction {chr(code)!r}")
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,6 @@ class _Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-_REBUILD = _Name("torch._utils", "_rebuild_tensor_v2")
-_ORDERED = _Name("collections", "OrderedDict")
 
 
 def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None = None) -> dict[str, mx.array]:
@@ -103,6 +96,7 @@ def read_torch_tensors(source: str | os.PathLike[str] | bytes, where: str | None
             f"{where}: {error}; only a dict of tensors is read, as safetensors or torch.save"
         ) from None
     except (
+        pickle.UnpicklingError,
         zipfile.BadZipFile,
         ValueError,
         LookupError,
@@ -139,7 +133,7 @@ def _read(file: BinaryIO, size: int) -> dict[str, mx.array]:
 
         if prefix + "byteorder" in members and member("byteorder", 16) != b"little":
             raise _Refused("its byte order is not little-endian")
-        tree = _Machine().run(member("data.pkl", MAX_PICKLE))
+        tree = _Unpickler(BytesIO(member("data.pkl", MAX_PICKLE))).load()
         if not isinstance(tree, dict) or not tree:
             raise _Refused(f"it holds a {type(tree).__name__.strip('_').lower()}, not a dict of tensors")
         if not all(isinstance(key, str) and isinstance(value, _Tensor) for key, value in tree.items()):
@@ -184,117 +178,68 @@ def _build(tensor: _Tensor, member: Callable[[str, int], bytes], limit: int) -> 
     return result.view(mx.bfloat16) if tensor.storage.kind == "BFloat16Storage" else result
 
 
-class _Machine:
-    """Runs the harmless part of the pickle language."""
+class _Dict(dict[str, Any]):
+    """A dict that hashes strings only: tuples in tuples in tuples would overflow the stack."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.tensors = 0
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str):
+            raise _Refused("it has keys that are not strings")
+        super().__setitem__(key, value)
 
-    def run(self, program: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self._step(opcode.name, argument)
-        raise _Refused("its description has no end")
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in ("PROTO", "FRAME"):
-            return
-        if name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in _LITERALS:
-            stack.append(argument)
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(self._since_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            reverse = [self._pop() for _ in range(int(name[-1]))]
-            stack.append(tuple(reverse[::-1]))
-        elif name in ("SETITEM", "SETITEMS"):
-            self._set_items(self._since_mark() if name == "SETITEMS" else [self._pop(), self._pop()][::-1])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self.memo[argument])
-        elif name == "GLOBAL":
-            self._name(*argument.split(" ", 1))
-        elif name == "STACK_GLOBAL":
-            attribute, module = self._pop(), self._pop()
-            self._name(module, attribute)
-        elif name == "BINPERSID":
-            stack.append(self._storage(self._pop()))
-        elif name == "REDUCE":
-            arguments, function = self._pop(), self._pop()
-            stack.append(self._call(function, arguments))
-        else:
-            raise _Refused(f"its description uses the instruction {name}")
+def _no_items() -> _Dict:
+    """What torch saves as an empty OrderedDict."""
+    return _Dict()
 
-    def _pop(self) -> Any:
-        if self.marks and len(self.stack) <= self.marks[-1]:
-            raise _Refused("its description is malformed")
-        return self.stack.pop()
 
-    def _since_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
+class _Unpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, with a few of its instructions and without any name looked up.
 
-    def _set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict) or len(items) % 2:
-            raise _Refused("its description is malformed")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):
-                raise _Refused("it has keys that are not strings")
-            target[key] = value
+    Unlike the one in C it keeps its memo in a dict, where a large index takes no memory.
+    """
 
-    def _name(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise _Refused("its description is malformed")
-        found = _Name(module, name)
-        if found not in (_REBUILD, _ORDERED) and not (found.module == "torch" and found.name in _STORAGES):
-            raise _Refused(f"it wants to use {found.module[:60]}.{found.name[:60]}")
-        self.stack.append(found)
+    dispatch = _Instructions(
+        (code, run)
+        for code, run in pickle._Unpickler.dispatch.items()
+        if bytes([code])
+        in (
+            pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+            pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE,
+            pickle.SHORT_BINUNICODE, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
+            pickle.TUPLE2, pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINPUT, pickle.LONG_BINPUT,
+            pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID,
+            pickle.REDUCE,
+        )
+    )  # fmt: skip
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
+    tensors = 0
 
-    def _storage(self, identity: Any) -> _Storage:
-        match identity:
-            case ("storage", _Name(module="torch", name=kind), str(key), str(), int()) if key.isalnum():
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return _no_items
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise _Refused(f"it wants to use {module[:60]}.{name[:60]}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", str(kind), str(key), str(), int()) if kind in _STORAGES and key.isalnum():
                 return _Storage(key, kind)
         raise _Refused("it refers to bytes in an unknown way")
 
-    def _call(self, function: Any, arguments: Any) -> Any:
-        if function == _ORDERED and arguments == ():
-            return {}
-        if function == _REBUILD and isinstance(arguments, tuple) and len(arguments) >= 4:
-            storage, offset, shape, strides = arguments[:4]
-            self.tensors += 1
-            if (
-                isinstance(storage, _Storage)
-                and all(_naturals(part) for part in ((offset,), shape, strides))
-                and len(shape) == len(strides) <= 8
-                and self.tensors <= MAX_TENSORS
-            ):
-                return _Tensor(storage, offset, shape, strides)
-            raise _Refused("it has an impossible tensor")
-        raise _Refused("it calls something in an unexpected way")
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+        self.tensors += 1
+        if (
+            isinstance(storage, _Storage)
+            and all(_naturals(part) for part in ((offset,), shape, strides))
+            and len(shape) == len(strides) <= 8
+            and self.tensors <= MAX_TENSORS
+        ):
+            return _Tensor(storage, offset, shape, strides)
+        raise _Refused("it has an impossible tensor")
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**48 for value in values)
-
-
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "NONE": lambda: None,
-    "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-}  # fmt: skip
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT",
-}  # fmt: skip

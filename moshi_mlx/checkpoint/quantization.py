@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError, ConfigError
 
 __all__ = [
+    "FLOATS",
     "MODES",
     "Quantization",
     "dequantize_tables",
@@ -34,7 +35,8 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((8,), (32,)),
 }
 
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+"""Types of weights that are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _from_shapes(module: str, tensors: Mapping[str, mx.array], width: int) -> Qu
     if biases is not None:
         if biases.shape != scales.shape or biases.dtype != scales.dtype:
             raise CheckpointError(f"{module}: scales and biases differ in shape or type")
-        if scales.dtype not in _FLOATS:
+        if scales.dtype not in FLOATS:
             raise CheckpointError(f"{module}.scales are {scales.dtype}; floats are needed")
         modes = ["affine"]
     elif scales.dtype == mx.uint8:

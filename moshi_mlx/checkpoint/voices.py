@@ -13,9 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .files import read_safetensors
 from .opening import open_file
 from .pickled import read_torch_tensors
+from .quantization import FLOATS
+from .readers import read_safetensors
 
 __all__ = ["VoicePrompt", "list_voices", "load_speaker", "load_voice_prompt"]
 
@@ -27,7 +28,6 @@ MAX_EXTENSION = 2**16
 """Bytes of what extends a member's header: its long name, its PAX attributes."""
 _BLOCK = tarfile.BLOCKSIZE
 _EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VoicePrompt:
     Attributes
     ----------
     embeddings : mx.array [frames, dim], float
-        Summed input embeddings, one per frame, for :meth:`moshi_mlx.lm.Lm.step_embedded`.
+        Summed input embeddings, one per frame, for :meth:`moshi_mlx.models.lm.Lm.step_embedded`.
     cache : mx.array [streams, slots], int64
         Tokens of the last frames, text first, to be installed afterwards.
     """
@@ -52,7 +52,7 @@ def load_speaker(path: str | os.PathLike[str]) -> mx.array:
     wavs = tensors.get("speaker_wavs")
     if set(tensors) != {"speaker_wavs"} or wavs is None or wavs.ndim != 3 or wavs.shape[0] != 1 or 0 in wavs.shape:
         raise CheckpointError(f"{path} should hold one tensor, speaker_wavs [1, dim, frames]")
-    if wavs.dtype not in _FLOATS:
+    if wavs.dtype not in FLOATS:
         raise CheckpointError(f"{path}: speaker_wavs is {wavs.dtype}; floats are needed")
     return wavs[0].T.astype(mx.float32)
 
@@ -95,7 +95,7 @@ def _checked(tensors: dict[str, mx.array], where: str) -> VoicePrompt:
     if set(tensors) != {"embeddings", "cache"}:
         raise CheckpointError(f"{where} should hold embeddings and cache, found {sorted(tensors)[:4]}")
     embeddings, cache = tensors["embeddings"], tensors["cache"]
-    if embeddings.ndim != 4 or embeddings.shape[1:3] != (1, 1) or embeddings.dtype not in _FLOATS:
+    if embeddings.ndim != 4 or embeddings.shape[1:3] != (1, 1) or embeddings.dtype not in FLOATS:
         raise CheckpointError(f"{where}: embeddings should be floats [frames, 1, 1, dim], found {embeddings.shape}")
     if cache.ndim != 3 or cache.shape[0] != 1 or cache.dtype not in (mx.int64, mx.int32):
         raise CheckpointError(f"{where}: cache should be integers [1, streams, slots], found {cache.shape}")

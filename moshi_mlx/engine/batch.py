@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..streaming import State
-from ..text import Word
+from ..state import State
 from .pipeline import Engine, SessionFrame, Settings
+from .text import Word
 
 __all__ = ["Batch", "OnStage"]
 

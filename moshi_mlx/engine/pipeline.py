@@ -29,14 +29,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from ..codec import Codec, DecoderStream, EncoderStream, MimiCodec
+from ..codec.base import Codec, DecoderStream, EncoderStream, MimiCodec
 from ..config import UNGENERATED, ModelConfig
 from ..errors import CodecError, ConfigError, StateError
-from ..generate import GenerationConfig, Generator, Step
-from ..lm import Lm
-from ..sampling import GREEDY, Sampling
-from ..streaming import State, put_rows, state_arrays, take_rows
-from ..text import TextTokenizer, Word, WordTracker
+from ..models.lm import Lm
+from ..models.sampling import GREEDY, Sampling
+from ..state import State, put_rows, state_arrays, take_rows
+from .generator import GenerationConfig, Generator, Step
+from .text import TextTokenizer, Word, WordTracker
 
 __all__ = [
     "Answer",
@@ -132,7 +132,7 @@ class Engine:
     Parameters
     ----------
     config, lm, codec, tokenizer, name
-        As for :class:`~moshi_mlx.model.Moshi`.
+        As for :class:`~moshi_mlx.tasks.dialogue.Moshi`.
 
     Attributes
     ----------

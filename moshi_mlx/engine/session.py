@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..audio import check_frame
 from ..errors import StateError
-from ..streaming import State, read_state, save_state
+from ..state import State, read_state, save_state
 from .batch import Batch, OnStage
 from .pipeline import Engine, SessionFrame, Settings
 
-__all__ = ["Session", "load_conversation", "play", "save_conversation"]
+__all__ = ["Session", "describe_conversation", "load_conversation", "play", "save_conversation"]
 
 Pcm = NDArray[np.float32]
 
@@ -211,13 +211,29 @@ def load_conversation(path: str | os.PathLike[str], engine: Engine, kv_bits: int
     StateError
         If the file is missing, damaged, no conversation, or one with another model or precision of the cache.
     """
-    snapshot, about = read_state(path)
-    if about.get("content") != "conversation":
-        raise StateError(f"{path} is a state, but not that of a conversation")
-    if about.get("fingerprint") != engine.fingerprint():
-        model = about.get("model", "")
+    snapshot, about = _read(path)
+    if about["fingerprint"] != engine.fingerprint():
+        model = about["model"]
         which = f"the model {model}" if model != engine.name else f"another version of the model {model}"
         raise StateError(f"{path} is a conversation with {which}, and this is {engine.name}: load that model for it")
-    if about.get("kv_bits") != str(kv_bits):
-        raise StateError(f"{path} was kept with kv_bits={about.get('kv_bits')}, and this session has {kv_bits}")
+    if about["kv_bits"] != str(kv_bits):
+        raise StateError(f"{path} was kept with kv_bits={about['kv_bits']}, and this session has {kv_bits}")
     return snapshot
+
+
+def describe_conversation(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What :func:`save_conversation` wrote beside the snapshot: ``model``, its name, ``fingerprint`` and ``kv_bits``.
+
+    Raises
+    ------
+    StateError
+        If the file is missing, damaged or no conversation.
+    """
+    return _read(path)[1]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
+    snapshot, about = read_state(path)
+    if about.get("content") != "conversation" or not {"model", "fingerprint", "kv_bits"} <= about.keys():
+        raise StateError(f"{path} is a state, but not that of a conversation")
+    return snapshot, about

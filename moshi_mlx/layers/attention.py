@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ConfigError, StateError
-from ..streaming import State
+from ..state import State
 
 __all__ = [
     "Attention",

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ConfigError
-from ..streaming import State
+from ..state import State
 
 __all__ = ["CausalConv", "CausalConvTranspose", "DepthwiseConvTranspose", "elu"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..streaming import State
+from ..state import State
 from .conv import CausalConv, CausalConvTranspose, elu
 
 __all__ = ["ResidualBlock", "SEANetDecoder", "SEANetEncoder"]

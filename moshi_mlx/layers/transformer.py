@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ConfigError, StateError
-from ..streaming import State
+from ..state import State
 from .attention import Attention, CrossAttention, Rope, Window
 
 __all__ = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .conversation import Conversation, Event
-from .meters import Meters
 from .ring import Ring
 from .scheduler import Scheduler
+from .stats import Meters
 from .trace import Trace
 
 __all__ = ["Conversation", "Event", "Meters", "Ring", "Scheduler", "Trace"]

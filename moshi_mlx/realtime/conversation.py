@@ -22,18 +22,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..audio import check_block
+from ..engine.generator import GenerationConfig
 from ..engine.pipeline import Engine, SessionFrame, Settings
 from ..engine.session import load_conversation, save_conversation
+from ..engine.text import Word
 from ..errors import ConfigError, MoshiError, StateError
-from ..generate import GenerationConfig
-from ..model import Moshi
-from ..streaming import State
-from ..text import Word
-from .meters import Meters
+from ..state import State
+from ..tasks.dialogue import Moshi
+from .jitter_buffer import Player
 from .pipelined import Pipelined
-from .player import Player
 from .ring import Bell, Ring
 from .scheduler import Scheduler
+from .stats import Meters
 from .trace import Trace
 
 __all__ = ["Conversation", "ConversationError", "Event"]

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from ..engine.batch import Batch
 from ..engine.pipeline import Engine, SessionFrame
 from ..errors import StateError
-from .meters import Stopwatch
 from .ring import Bell
+from .stats import Stopwatch
 from .trace import Trace
 from .workers import Work, run
 
 if TYPE_CHECKING:
-    from ..model import Moshi
+    from ..tasks.dialogue import Moshi
     from .conversation import Conversation
 
 __all__ = ["Scheduler"]

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
+from moshi_mlx.checkpoint.resolve import CheckpointFiles, resolve
 from moshi_mlx.errors import CheckpointError, ConfigError
-from moshi_mlx.hub import CheckpointFiles, resolve
 from moshi_mlx.printable import printable
 
 from .measure.compare import LESSONS, measure_recipes

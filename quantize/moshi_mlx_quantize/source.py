@@ -16,21 +16,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.files import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters, load_config
 from moshi_mlx.checkpoint.gguf import iterate_gguf, read_gguf_header
 from moshi_mlx.checkpoint.layouts import stored_names
-from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
+from moshi_mlx.checkpoint.readers import expand_shards, read_json, read_shapes, read_tensors
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.errors import CheckpointError
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.weights import fit_lm, flat_parameters, load_config
 
 from .plan.recipes import Module, modules_of
 from .write.writer import Entry, StreamingWriter
 
-__all__ = ["Source", "open_source", "scratch_bytes"]
-
-_FLOATS = (mx.bfloat16, mx.float16, mx.float32)
+__all__ = ["Source", "any_conditions", "open_source", "scratch_bytes"]
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Source:
     data : dict
         config.json as it is; made from the model's sizes where the checkpoint has none.
     tensors : dict of str to mx.array
-        By the names of :class:`moshi_mlx.lm.Lm`, unread; whoever takes one should also remove it.
+        By the names of :class:`moshi_mlx.models.lm.Lm`, unread; whoever takes one should also remove it.
     modules : list of Module
         What can be quantized.
     quantized : mapping of str to Quantization
@@ -65,6 +63,18 @@ class Source:
     merged: bool
     size: int = 0
 
+    def parts(self, module: str) -> dict[str, mx.array]:
+        """What a module is made of: ``weight``, and ``scales`` and ``biases`` where it is quantized."""
+        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
+        return {part: self.tensors[name] for part, name in names.items() if name in self.tensors}
+
+
+def any_conditions(config: LmConfig) -> list[dict[str, str | None]] | None:
+    """Conditions for one conversation: the first that each table has."""
+    tables = config.conditioners.items()
+    rows = {name: (c.possible_values or (None,))[0] if c.type == "lut" else None for name, c in tables}
+    return [rows] if rows else None
+
 
 def scratch_bytes(files: CheckpointFiles) -> int:
     """Disk space that :func:`open_source` needs: GGUF has to be unpacked first."""
@@ -85,7 +95,7 @@ def open_source(
     Parameters
     ----------
     files : CheckpointFiles
-        From :func:`moshi_mlx.hub.resolve`.
+        From :func:`moshi_mlx.checkpoint.resolve.resolve`.
     scratch : path
         A folder for what has to be unpacked.
     lora, lora_scaling
@@ -136,17 +146,17 @@ def open_source(
 
 def _float_type(tensors: Mapping[str, mx.array]) -> mx.Dtype:
     """The type of most of the weights that are floats."""
-    sizes = dict.fromkeys(_FLOATS, 0)
+    sizes = dict.fromkeys(FLOATS, 0)
     for name, value in tensors.items():
         if value.dtype in sizes and not name.endswith("weight_scb"):
             sizes[value.dtype] += value.nbytes
-    return max(_FLOATS, key=lambda dtype: sizes[dtype])
+    return max(FLOATS, key=lambda dtype: sizes[dtype])
 
 
 def _stored_type(name: str, raw: Mapping[str, mx.array], names: set[str]) -> mx.Dtype:
     """Conditioners keep the type that the file has for them; loading them always gives float32."""
     found = raw[name].dtype if name in names else mx.float32
-    return found if found in _FLOATS else mx.float32
+    return found if found in FLOATS else mx.float32
 
 
 def _unpack(path: Path, scratch: Path) -> Path:

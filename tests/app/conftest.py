@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import moshi_mlx
-from moshi_mlx.model import Moshi, SessionFrame
-from moshi_mlx.text import Word
+from moshi_mlx.engine.text import Word
+from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 
 
 class FakeSession:
@@ -73,8 +73,9 @@ class FakeModel:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    """The fake, in place of every model that would be loaded."""
+    """The fake, in place of every model that would be fetched and loaded."""
     fake = FakeModel()
+    monkeypatch.setattr("moshi_mlx_app.models.fetch.fetch", lambda source, **_: None)
     monkeypatch.setattr(moshi_mlx, "load", fake.load)
     return fake
 

@@ -15,8 +15,8 @@ from moshi_mlx_app.models import select as choice
 from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, room, verdict
 from moshi_mlx_app.models.select import Measured, Selection, select
 
+from moshi_mlx.checkpoint.resolve import Survey
 from moshi_mlx.errors import DownloadError
-from moshi_mlx.hub import Survey
 
 GB = 2**30
 Q4, Q8, BF16 = (f"kyutai/moshiko-mlx-{name}" for name in ("q4", "q8", "bf16"))
@@ -173,7 +173,7 @@ def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, a network that swallows everything keeps people from talking."""
     answers = threading.Event()
     monkeypatch.setattr(choice, "_PATIENCE", 0.05)
-    monkeypatch.setattr("moshi_mlx.hub.survey", lambda name, **_: answers.wait(60))
+    monkeypatch.setattr("moshi_mlx.checkpoint.resolve.survey", lambda name, **_: answers.wait(60))
     began = time.monotonic()
     try:
         chosen = select(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))

@@ -14,7 +14,7 @@ from moshi_mlx_app.cli import main
 from moshi_mlx_app.models import fetch as fetching
 from moshi_mlx_app.models.fetch import fetch, load_model
 
-from moshi_mlx.checkpoint import repo
+from moshi_mlx.checkpoint import transfer
 from moshi_mlx.errors import DownloadError
 from tests.app.conftest import FakeModel
 from tests.helpers.fake_hub import FakeHub, FakeRepo, running_hub
@@ -95,7 +95,7 @@ def test_a_hub_that_never_answers(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
     """If this fails, a person looks at an empty terminal, twice as long as a hub may take, without knowing why."""
     said: list[str] = []
     monkeypatch.setattr(fetching.Loading, "__call__", lambda self, doing: said.append(doing))
-    monkeypatch.setattr(repo, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     hub.repos[NAME].delay = 2.0
     began = time.monotonic()
     with pytest.raises(DownloadError, match="cannot be reached"):

@@ -19,8 +19,8 @@ import soundfile
 import soxr
 from moshi_mlx_app.cli import main
 
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.errors import CheckpointError, CodecError
-from moshi_mlx.generate import GenerationConfig
 from tests.app.conftest import FakeModel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -277,8 +277,8 @@ def test_a_file_that_may_not_grow_and_ctrl_c(card: VirtualAudio, tmp_path: Path)
     program.send_signal(signal.SIGINT)
     out, errors = program.communicate(timeout=20)
     assert time.monotonic() - began < 6 and program.returncode == 130, errors
-    assert "recording waits: File too large" in errors and "could not be recorded" in errors
     figures = json.loads(out)
+    assert f"recording waits: {figures['files'][0]}: File too large" in errors and "could not be recorded" in errors
     recorded = len(soundfile.read(figures["files"][0])[0]) // 1_920
     assert recorded == (room - 44) // (4 * 1_920) and figures["frames"] > recorded
     json.loads(Path(figures["files"][0]).with_suffix(".json").read_text())

@@ -18,8 +18,8 @@ import soundfile
 from moshi_mlx_app.recording import recorder as module
 from moshi_mlx_app.recording.recorder import Recorder
 
-from moshi_mlx.model import SessionFrame
-from moshi_mlx.text import Word
+from moshi_mlx.engine.text import Word
+from moshi_mlx.tasks.dialogue import SessionFrame
 from tests.app.test_device import until
 
 ROOT = Path(__file__).resolve().parents[2]

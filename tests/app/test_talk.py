@@ -20,11 +20,14 @@ import pytest
 import soundfile
 from moshi_mlx_app.audio import device, portaudio
 from moshi_mlx_app.cli import main
-from moshi_mlx_app.screen.panel import State, _panel, decibels
+from moshi_mlx_app.screen.panel import Keys, State, _panel, decibels
 
 import moshi_mlx
+from moshi_mlx.realtime import Conversation
+from moshi_mlx.state import read_state
 from tests.app.test_device import FakeCard, until
 from tests.helpers.parrot import Parrot, install, pump
+from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'app'}"}
@@ -239,3 +242,61 @@ def test_two_talks_record_into_one_folder_and_a_third_is_killed(tmp_path: Path) 
         assert soundfile.info(wav).duration == pytest.approx(line["duration"])
         assert json.loads(wav.with_suffix(".json").read_text())["duration"] == pytest.approx(line["duration"])
     assert not list(tmp_path.glob(".*"))
+
+
+def keys_after(monkeypatch: pytest.MonkeyPatch, script: list[tuple[int, str]]) -> None:
+    """Keys that a person presses: each when so many frames have been heard, by a conversation of this test."""
+    frames = [0]
+    say = Conversation._say
+
+    def counted(self: Conversation, *said: object) -> None:
+        say(self, *said)  # type: ignore[arg-type]
+        frames[0] = self.meters.frames
+
+    def pressed(self: Keys) -> str:
+        return script.pop(0)[1] if script and frames[0] >= script[0][0] else ""
+
+    monkeypatch.setattr(Conversation, "_say", counted)
+    monkeypatch.setattr(Keys, "pressed", pressed)
+
+
+def test_keep_and_resume(
+    card: FakeCard, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a talk that was kept cannot be taken up again, or the wrong model takes it up."""
+    keys_after(monkeypatch, [(10, "k"), (12, "q")])
+    command = ["talk", "--no-aec", "--json", "--backlog", "3", "--record", str(tmp_path / "talks")]
+    assert main([*command, "--model", "small", "--seed", "3"]) == 0
+    said = capsys.readouterr()
+    figures = json.loads(said.out)
+    (kept,) = figures["kept"]
+    assert f"kept: {kept}; --resume goes on with it" in said.err and kept.endswith(".moshi")
+    before = int(np.array(read_state(kept)[0]["frames"])[0])
+    assert 10 <= before <= figures["frames"]
+
+    keys_after(monkeypatch, [(6, "q")])
+    assert main([*command, "--resume", kept]) == 0, "the file knows its model"
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["model"] == "small" and figures["frames"] >= 6 and figures["kept"] == []
+    about = json.loads(Path(figures["files"][0]).with_suffix(".json").read_text())
+    assert about["generation"]["resumed"] == kept
+
+    other = tiny_model(name="other")
+    monkeypatch.setattr(moshi_mlx, "load", lambda *_, **__: other)
+    assert main([*command, "--resume", kept]) == 1
+    assert "with the model small, and this is other: load that model" in capsys.readouterr().err
+    Path(kept).write_bytes(Path(kept).read_bytes()[:-9])
+    monkeypatch.setattr(moshi_mlx, "load", None)
+    for path in (kept, str(tmp_path / "none")):
+        assert main([*command, "--resume", path]) == 1, "before a model is loaded"
+        assert path in capsys.readouterr().err
+
+
+def test_what_cannot_be_kept(
+    card: FakeCard, parrot: Parrot, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, the key that keeps a talk ends it where the codec is rustymimi."""
+    keys_after(monkeypatch, [(3, "k"), (8, "q")])
+    assert main(["talk", "--no-aec", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["kept"] == [] and "a fake cannot be kept" in said.err

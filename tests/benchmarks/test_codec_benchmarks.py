@@ -10,7 +10,7 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan, modules_of
 
 from benchmarks import codec_batch, mac_on_paper, mimi, small
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 
 
 @pytest.mark.parametrize(("recipe", "name"), [(None, "bf16"), ("q8", "q8"), ("q4", "q4")])

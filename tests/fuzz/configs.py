@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from moshi_mlx.checkpoint.files import expand_shards, read_json
+from moshi_mlx.checkpoint.fit import load_config, load_lm
+from moshi_mlx.checkpoint.mimi import mimi_weights, published_mimi_weights
+from moshi_mlx.checkpoint.readers import expand_shards, read_json
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.mimi import Mimi, MimiConfig
-from moshi_mlx.mimi_weights import mimi_weights, published_mimi_weights
-from moshi_mlx.weights import load_config, load_lm
+from moshi_mlx.models.mimi import Mimi, MimiConfig
 from tests.helpers.mimi import TINY, tiny_mimi
 
 from . import Attack, Attempt, fuzzer

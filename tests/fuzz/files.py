@@ -14,10 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from moshi_mlx.checkpoint.files import read_safetensors, read_tensors
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.checkpoint.pickled import read_torch_tensors
-from moshi_mlx.text import TextTokenizer
-from moshi_mlx.weights import list_voices, load_config, load_lm, load_speaker, load_voice_prompt
+from moshi_mlx.checkpoint.readers import read_safetensors, read_tensors
+from moshi_mlx.checkpoint.voices import list_voices, load_speaker, load_voice_prompt
+from moshi_mlx.engine.text import TextTokenizer
 from tests.helpers.checkpoints import small_config, write_checkpoint, write_gguf
 from tests.helpers.tokenizer import tokenizer_bytes
 from tests.helpers.torch_files import integer, tensor, text, write_archive, write_pt

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.realtime import Conversation
 from tests.helpers import parrot
 
@@ -117,7 +117,7 @@ claim = Claim(path)
 def write(number):
     if kind == "safetensors":
         import mlx.core as mx
-        from moshi_mlx.checkpoint.files import write_safetensors
+        from moshi_mlx.checkpoint.readers import write_safetensors
         write_safetensors(path, {"a": mx.full((200_000,), number)}, {"number": str(number)})
     elif kind == "json":
         from moshi_mlx_app.recording.transcript import write_json

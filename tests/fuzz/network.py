@@ -13,9 +13,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx.checkpoint import repo as module
+from moshi_mlx.checkpoint import transfer
+from moshi_mlx.checkpoint.download import _silent
+from moshi_mlx.checkpoint.resolve import resolve, survey
 from moshi_mlx.errors import DownloadError
-from moshi_mlx.hub import resolve, survey
 from tests.helpers.fake_hub import FakeRepo, running_hub
 
 from . import Attack, Attempt, fuzzer
@@ -80,7 +81,7 @@ def hubs(folder: Path) -> Attack:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = False
-    module._TIMEOUT, module._WINDOW, module._PAUSE = 0.3, 0.3, 0.0
+    transfer.TIMEOUT, transfer._WINDOW, transfer._PAUSE = 0.3, 0.3, 0.0
     hub = _until_the_end.enter_context(running_hub())
     os.environ["HF_ENDPOINT"] = hub.url
     cache = folder / "a" / "b" / "c" / "cache"
@@ -118,7 +119,7 @@ def hubs(folder: Path) -> Attack:
 
         def call() -> None:
             hub.repos[NAME] = repo
-            module._silent.clear()
+            _silent.clear()
             shutil.rmtree(cache, ignore_errors=True)
             try:
                 survey(NAME, cache=cache)
@@ -127,7 +128,7 @@ def hubs(folder: Path) -> Attack:
                 ended.set()
                 _check(folder, cache)
                 hub.repos[NAME] = FakeRepo(dict(FILES), sha="b" * 40)
-                module._silent.clear()
+                _silent.clear()
                 try:
                     files = resolve(NAME, cache=cache, progress=lambda *_: None)
                 except DownloadError as error:  # what was begun was wrong

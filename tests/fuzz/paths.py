@@ -7,10 +7,11 @@ import os
 import random
 from pathlib import Path
 
-from moshi_mlx.checkpoint.files import read_json, read_tensors
+from moshi_mlx.checkpoint.download import HubRepo
+from moshi_mlx.checkpoint.readers import read_json, read_tensors
+from moshi_mlx.checkpoint.resolve import resolve, survey
+from moshi_mlx.checkpoint.voices import list_voices, load_voice_prompt
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.hub import fetch_file, resolve, survey
-from moshi_mlx.weights import list_voices, load_voice_prompt
 
 from . import Attack, Attempt, fuzzer
 
@@ -46,8 +47,9 @@ def paths(folder: Path) -> Attack:
         key = rng.choice(_KEYS)
 
         def call() -> None:
-            for read in (read_json, read_tensors, list_voices, load_voice_prompt, fetch_file):
+            for read in (read_json, read_tensors, list_voices, load_voice_prompt):
                 _refused(read, text)
+            _refused(lambda text: HubRepo(text, cache=cache, offline=True).fetch([text]), text)
             for find in (resolve, survey):
                 _refused(lambda text, find=find: find(text, cache=cache, offline=True), text)
             _refused(lambda text: resolve(model, weights=text, extras=[text]), text)

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from moshi_mlx.checkpoint.layouts import from_internal, to_torch_layout
+from moshi_mlx.checkpoint.layouts import from_internal
 from moshi_mlx.config import DEFAULT_MIMI, DEFAULT_TOKENIZER, ModelConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 
 from .tokenizer import train_tokenizer
 
@@ -189,7 +189,7 @@ def _write_weights(path: Path, params: Mapping[str, mx.array], config: ModelConf
     if layout == "gguf":
         write_gguf(path, from_internal(params, "candle", config.lm))
     elif layout == "sharded":
-        tensors = to_torch_layout(params, config.lm)
+        tensors = from_internal(params, "torch", config.lm)
         names = sorted(tensors)
         weight_map = {}
         for shard in range(3):
@@ -231,7 +231,7 @@ def write_lora(
     rng = np.random.default_rng(seed)
     sets = config.lm.num_weight_sets
     update: dict[str, mx.array] = {}
-    for name, value in _split_projections(to_torch_layout(params, config.lm), sets).items():
+    for name, value in _split_projections(from_internal(params, "torch", config.lm), sets).items():
         table = re.search(r"(emb|embed)(\.\d+)?\.weight$", name)
         if value.ndim != 2 or not name.endswith(".weight") or table or name.startswith("condition_provider."):
             continue
@@ -259,8 +259,8 @@ def _stack_updates(update: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 def write_mimi(path: Path, config_path: Path | None = None, seed: int = 0) -> None:
     """Write a small random codec (24 kHz, 12.5 Hz, 8 codebooks of 64 entries) in the published layout."""
-    from moshi_mlx.mimi import Mimi, MimiConfig, MimiTransformerConfig, QuantizerConfig, SEANetConfig
-    from moshi_mlx.mimi_weights import published_mimi_weights
+    from moshi_mlx.checkpoint.mimi import published_mimi_weights
+    from moshi_mlx.models.mimi import Mimi, MimiConfig, MimiTransformerConfig, QuantizerConfig, SEANetConfig
 
     config = MimiConfig(
         seanet=SEANetConfig(dimension=32, n_filters=4),

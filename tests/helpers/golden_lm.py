@@ -15,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.config import UNGENERATED, LmConfig, ModelConfig
 from moshi_mlx.layers.conditioning import Condition, TensorCondition
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import load_config, load_lm
+from moshi_mlx.models.lm import Lm
 
 FOLDER = Path(__file__).parents[1] / "golden" / "lm"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
@@ -84,7 +84,7 @@ class Run:
     data : dict
         All arrays of the file.
     options : dict
-        Arguments for :class:`moshi_mlx.generate.Generator`: seeds and conditions.
+        Arguments for :class:`moshi_mlx.engine.generator.Generator`: seeds and conditions.
     cfg_coef : float
     """
 

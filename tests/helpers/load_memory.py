@@ -24,7 +24,7 @@ CASES = ("mlx", "torch", "torch-split", "candle", "sharded", "helium", "gguf", "
 _CHILD = """
 import json, sys
 import mlx.core as mx
-from moshi_mlx.weights import flat_parameters, load_config, load_lm
+from moshi_mlx.checkpoint.fit import flat_parameters, load_config, load_lm
 from tests.helpers.load_memory import peak_bytes
 mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
 config, weights, lora, dtype = json.loads(sys.argv[1])

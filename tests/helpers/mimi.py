@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from moshi_mlx.layers.conv import CausalConv, CausalConvTranspose
-from moshi_mlx.mimi import Mimi, MimiConfig
+from moshi_mlx.models.mimi import Mimi, MimiConfig
 from tests.helpers.signal import speechlike
 
 TINY: dict[str, Any] = {

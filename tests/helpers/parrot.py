@@ -21,7 +21,7 @@ if __name__ == "__main__":  # as the program itself does: what is being imported
 import numpy as np
 
 import moshi_mlx
-from moshi_mlx.generate import Step
+from moshi_mlx.engine.generator import Step
 from tests.helpers.engines import FakeEngine
 
 __all__ = ["Parrot", "install", "pump"]
@@ -154,9 +154,6 @@ def main() -> int:
     arguments = sys.argv[1:]
     install(Parrot())
     from moshi_mlx_app.cli import main as program
-    from moshi_mlx_app.models import fetch
-
-    fetch.fetch = lambda *_, **__: None  # there is nothing to fetch
 
     if arguments[:1] == ["--fake-card"]:
         from moshi_mlx_app.audio import portaudio
@@ -168,7 +165,7 @@ def main() -> int:
         pump(card)
         arguments = arguments[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv[1:] = [*arguments, "--model", "parrot"]  # without a name it would measure the machine first
+    sys.argv[1:] = [*arguments, "--model", "small"]  # a name that needs no network, nor a measurement of the machine
     return program()
 
 

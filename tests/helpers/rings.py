@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from moshi_mlx.streaming import State
+from moshi_mlx.state import State
 
 LOUD = 1e30
 """A value that only a weight of exactly zero hides."""

@@ -12,7 +12,7 @@ import pytest
 
 from moshi_mlx.errors import ConfigError, StateError
 from moshi_mlx.layers.attention import Attention, CrossAttention, Rope, resize_rings, trim_rings, window_mask
-from moshi_mlx.streaming import (
+from moshi_mlx.state import (
     State,
     as_mlx,
     as_numpy,

@@ -10,7 +10,7 @@ import pytest
 
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.layers.conv import CausalConv, CausalConvTranspose, DepthwiseConvTranspose, elu
-from moshi_mlx.streaming import copy_state, describe_state
+from moshi_mlx.state import copy_state, describe_state
 
 IN, OUT, BATCH = 3, 5, 2
 SIZES = [

@@ -19,7 +19,7 @@ from moshi_mlx.layers.transformer import (
     make_norm,
     make_rope,
 )
-from moshi_mlx.streaming import copy_state, describe_state, load_state, save_state, state_arrays
+from moshi_mlx.state import copy_state, describe_state, load_state, save_state, state_arrays
 
 from ..helpers.rings import fill_rings
 

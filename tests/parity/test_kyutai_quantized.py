@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from moshi_mlx_quantize.cli import main
 
-from moshi_mlx.lm import DepthCache
-from moshi_mlx.weights import load_config, load_lm
+from moshi_mlx.checkpoint.fit import load_config, load_lm
+from moshi_mlx.models.lm import DepthCache
 from tests.helpers.checkpoints import small_config, write_checkpoint
 
 pytestmark = [

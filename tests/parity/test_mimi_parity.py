@@ -20,9 +20,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("moshi")
 
-from moshi_mlx.codec import RustMimi, make_codec  # noqa: E402
-from moshi_mlx.mimi import Mimi  # noqa: E402
-from moshi_mlx.mimi_weights import load_mimi  # noqa: E402
+from moshi_mlx.checkpoint.mimi import load_mimi  # noqa: E402
+from moshi_mlx.codec.base import RustMimi, make_codec  # noqa: E402
+from moshi_mlx.models.mimi import Mimi  # noqa: E402
 from tests.helpers.mimi import unproven_differences  # noqa: E402
 from tests.helpers.mimi_torch import decode_stream, encode_stream, load  # noqa: E402
 from tests.parity.full_mimi import speech, write_checkpoint  # noqa: E402
@@ -177,7 +177,7 @@ def test_rust_streams_reset_and_outlive_their_tables(run: Run) -> None:
 
 def test_the_reference_reads_what_we_write(run: Run, tmp_path: Path) -> None:
     """If this fails, codecs exported from here work nowhere else."""
-    from moshi_mlx.mimi_weights import published_mimi_weights
+    from moshi_mlx.checkpoint.mimi import published_mimi_weights
 
     path = tmp_path / "written.safetensors"
     mx.save_safetensors(str(path), published_mimi_weights(run.mimi))

@@ -23,10 +23,10 @@ import mlx.core as mx
 import numpy as np
 from moshi_mlx_quantize.write.writer import Entry, StreamingWriter
 
-from moshi_mlx.checkpoint.layouts import to_torch_layout
+from moshi_mlx.checkpoint.fit import flat_parameters
+from moshi_mlx.checkpoint.layouts import from_internal
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import flat_parameters
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import small_config
 
@@ -67,7 +67,7 @@ def write_random(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     """Write a checkpoint tensor by tensor; returns its bytes and those of its largest tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     parsed = ModelConfig.from_dict(config)
-    shapes = to_torch_layout(flat_parameters(Lm(parsed.lm)), parsed.lm)
+    shapes = from_internal(flat_parameters(Lm(parsed.lm)), "torch", parsed.lm)
     entries = {name: Entry(tuple(value.shape), mx.bfloat16) for name, value in shapes.items()}
     block = np.random.default_rng(0).standard_normal(2**22, np.float32) * np.float32(0.02)
     with StreamingWriter(folder / "model.safetensors", entries) as writer:

@@ -14,7 +14,7 @@ import pytest
 from moshi_mlx_quantize import run as running
 from moshi_mlx_quantize.cli import build_parser, main
 
-from moshi_mlx.checkpoint.files import read_safetensors, write_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors, write_safetensors
 
 from ..helpers.checkpoints import small_config, write_checkpoint
 from .helpers import error_of

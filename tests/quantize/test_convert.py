@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from moshi_mlx_quantize.cli import main
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.fit import flat_parameters, load_config, load_lm
 from moshi_mlx.checkpoint.quantization import MODES, Quantization
-from moshi_mlx.hub import resolve
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import flat_parameters, load_config, load_lm
+from moshi_mlx.checkpoint.readers import read_safetensors
+from moshi_mlx.checkpoint.resolve import resolve
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import LAYOUTS, conditioned_config, small_config, write_checkpoint
 

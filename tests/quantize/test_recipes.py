@@ -12,11 +12,11 @@ from moshi_mlx_quantize.run import find_recipe
 from moshi_mlx_quantize.source import Source
 from moshi_mlx_quantize.write.convert import planned_entries, quantization_block, weights_name
 
+from moshi_mlx.checkpoint.fit import guess_config
 from moshi_mlx.checkpoint.quantization import MODES, Quantization
 from moshi_mlx.config import ModelConfig
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import guess_config
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import conditioned_config, manifest_tensors, read_manifest, small_config
 
@@ -29,8 +29,8 @@ def modules(**changes: object) -> list[Module]:
 
 def as_source(name: str, fit: Callable[..., object] | None = None) -> Source:
     """A published bf16 checkpoint by its list of tensors."""
+    from moshi_mlx.checkpoint.fit import fit_lm, flat_parameters
     from moshi_mlx.checkpoint.layouts import stored_names
-    from moshi_mlx.weights import fit_lm, flat_parameters
 
     tensors = manifest_tensors(read_manifest(name))
     config = guess_config({key: tuple(value.shape) for key, value in tensors.items()})

@@ -34,10 +34,10 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, make_plan
 from moshi_mlx_quantize.plan.sensitivity import Sensitivity, allocate, measured_plan
 from moshi_mlx_quantize.source import Source, open_source
 
+from moshi_mlx.checkpoint.fit import load_config, load_lm
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.resolve import resolve
 from moshi_mlx.errors import ConfigError
-from moshi_mlx.hub import resolve
-from moshi_mlx.weights import load_config, load_lm
 
 from ..helpers.checkpoints import conditioned_config, helium_config, small_config, write_checkpoint
 from .memory import ROOT
@@ -302,9 +302,9 @@ def test_a_codec_of_another_rate(monkeypatch: pytest.MonkeyPatch) -> None:
             heard.append(len(pcm))
             return np.zeros((8, 3), np.int32)
 
-    monkeypatch.setattr(evaluate, "make_codec", lambda *_: Codec())
+    monkeypatch.setattr(evaluate, "load_codec", lambda *_: Codec())
     files = resolve("small")
-    codes = codes_of(read_recording(None, 2.0), files, load_config(files.config).lm)
+    codes = codes_of(read_recording(None, 2.0), files, load_config(files.config))
     assert codes.shape == (3, 8) and heard == [pytest.approx(32000, abs=2)]
 
 

@@ -19,7 +19,7 @@ from moshi_mlx_quantize.cli import main
 from moshi_mlx_quantize.write import convert, writer
 from moshi_mlx_quantize.write.writer import Entry, StreamingWriter
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.errors import CheckpointError
 
 from ..helpers.checkpoints import conditioned_config, small_config, write_checkpoint

@@ -14,7 +14,7 @@ from moshi_mlx_quantize.cli import main
 from moshi_mlx_quantize.write import staging
 from moshi_mlx_quantize.write.staging import Staging
 
-from moshi_mlx.checkpoint.files import write_safetensors
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.errors import CheckpointError
 
 from ..helpers.checkpoints import small_config, write_checkpoint

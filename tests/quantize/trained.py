@@ -21,10 +21,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from moshi_mlx.checkpoint.files import write_safetensors
-from moshi_mlx.checkpoint.layouts import to_mlx_layout
+from moshi_mlx.checkpoint.layouts import from_internal
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 
 from ..helpers.checkpoints import random_params, small_config, write_checkpoint
 
@@ -87,7 +87,7 @@ def write_trained(folder: Path, steps: int = 400, **changes: Any) -> Path:
     data, params, losses = train(steps, **changes)
     parsed = ModelConfig.from_dict(data)
     write_checkpoint(folder, data, tokenizer=False)
-    tensors = to_mlx_layout({name: value.astype(mx.bfloat16) for name, value in params.items()}, parsed.lm)
+    tensors = from_internal({name: value.astype(mx.bfloat16) for name, value in params.items()}, "mlx", parsed.lm)
     write_safetensors(folder / "model.safetensors", tensors, {"loss": f"{losses[0]:.2f} -> {losses[-1]:.2f}"})
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 
 import moshi_mlx
 from moshi_mlx import AudioError, StateError
-from moshi_mlx.generate import Step
+from moshi_mlx.engine.generator import Step
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.realtime.conversation import ConversationError
 from moshi_mlx.realtime.workers import end_idle

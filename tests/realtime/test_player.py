@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moshi_mlx.realtime.player import Player
+from moshi_mlx.realtime.jitter_buffer import Player
 from moshi_mlx.realtime.ring import Ring
 
 RATE, FRAME, BLOCK = 24_000, 1_920, 480

@@ -11,10 +11,10 @@ from moshi_mlx_training.lm import ablate as lm_ablate
 from moshi_mlx_training.lm.dialogue import Pieces, Window, compose
 from moshi_mlx_training.speech import dialogues
 
+from moshi_mlx.checkpoint.resolve import BUILTIN
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.hub import BUILTIN
-from moshi_mlx.lm import Lm
-from moshi_mlx.text import PAD, TextTokenizer
+from moshi_mlx.engine.text import PAD, TextTokenizer
+from moshi_mlx.models.lm import Lm
 from tests.helpers.lm_data import write_data
 
 SMALL = BUILTIN / "small"

@@ -27,10 +27,10 @@ from moshi_mlx_training.lm.dialogue import (
 from moshi_mlx_training.speech import dialogues
 from moshi_mlx_training.speech.synthesis import HELD_OUT, TRAINING
 
+from moshi_mlx.checkpoint.resolve import BUILTIN
 from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.delays import delay_tokens
-from moshi_mlx.hub import BUILTIN
-from moshi_mlx.text import EPAD, PAD, TextTokenizer
+from moshi_mlx.engine.text import EPAD, PAD, TextTokenizer
+from moshi_mlx.tokens import delay_tokens
 from tests.helpers.lm_data import QUIET, write_data
 
 SMALL = BUILTIN / "small"

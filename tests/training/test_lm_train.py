@@ -17,14 +17,14 @@ from moshi_mlx_training.lm.export import published_tensors
 from moshi_mlx_training.lm.model import FIGURES, embed
 from moshi_mlx_training.lm.train import SharedSum, Trainer
 
-from moshi_mlx.checkpoint.files import write_safetensors
+from moshi_mlx.checkpoint.fit import fit_lm
+from moshi_mlx.checkpoint.readers import write_safetensors
+from moshi_mlx.checkpoint.resolve import BUILTIN
 from moshi_mlx.config import LmConfig
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.hub import BUILTIN
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import GREEDY
-from moshi_mlx.text import TextTokenizer
-from moshi_mlx.weights import fit_lm
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import TextTokenizer
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY
 from tests.helpers.lm_data import write_data
 
 SMALL = BUILTIN / "small"

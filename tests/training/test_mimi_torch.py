@@ -115,8 +115,8 @@ def test_codec_is_causal() -> None:
 def test_library_runs_what_was_trained(shape: MimiShape, tmp_path: Path) -> None:
     """If this fails, the exported file holds another codec: other codes, other sound, or names the loader refuses."""
     mx = pytest.importorskip("mlx.core")
-    from moshi_mlx.mimi import MimiConfig
-    from moshi_mlx.mimi_weights import load_mimi
+    from moshi_mlx.checkpoint.mimi import load_mimi
+    from moshi_mlx.models.mimi import MimiConfig
 
     model = codec_on_noise(shape)
     weights, config = export(model, tmp_path, torch.float32)

@@ -105,7 +105,7 @@ def plain(camera: Camera, browser: Any) -> None:
 
 def conversation(camera: Camera, browser: Any, words: int, seconds: float) -> None:
     """Ready, talking, muted, the settings, ended, and a server that goes away: with the built-in model."""
-    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.tasks.dialogue import generation_defaults
 
     model = moshi_mlx.load("small")
     spoken = "document.querySelectorAll('#log span').length >= {}"

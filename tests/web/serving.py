@@ -19,7 +19,7 @@ from moshi_mlx_app.web.line import Line
 from moshi_mlx_app.web.server import STATIC, Server, listening
 from moshi_mlx_app.web.talk import Limits
 
-from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.engine.generator import GenerationConfig
 from tests.helpers import parrot as birds
 
 FRAME, RATE = birds.FRAME, birds.RATE

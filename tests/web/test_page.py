@@ -17,8 +17,8 @@ from moshi_mlx_app.recording.transcript import Transcript, read_json
 from moshi_mlx_app.web.talk import Talk
 
 import moshi_mlx
-from moshi_mlx.model import generation_defaults
 from moshi_mlx.realtime import Conversation
+from moshi_mlx.tasks.dialogue import generation_defaults
 from tests.helpers import ear
 
 from .browser import Page, launched, site, unavailable, visit

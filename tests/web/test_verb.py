@@ -14,13 +14,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from cryptography import x509
 from moshi_mlx_app.cli import main
+from moshi_mlx_app.commands import web
 from moshi_mlx_app.models import fetch as fetching
-from moshi_mlx_app.web import certificates
+from moshi_mlx_app.web import certificates, places
 from moshi_mlx_app.web.links import links, qr_svg, qr_text
 
 from moshi_mlx.errors import ConfigError
@@ -221,3 +223,15 @@ def test_a_conversation_over_tls(monkeypatch, tmp_path):
                 assert (await client.say(tone(4)) == tone(4)).all()
 
     asyncio.run(run())
+
+
+def test_places_are_measured_with_what_talks_will_use(monkeypatch):
+    """If it fails, --kv-bits, which costs time on a CPU, promises more places than the machine has the time for."""
+    used: list[Any] = []
+
+    def measure_places(model: Any, room: float, *, kv_bits: int | None) -> places.Places:
+        used.append(kv_bits)
+        return places.Places(3, {1: 0.01})
+
+    monkeypatch.setattr(places, "measure_places", measure_places)
+    assert web._places(Parrot(), 8) == 3 and used == [8]

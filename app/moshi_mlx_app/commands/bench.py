@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.models.catalog import purpose
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.models.measure import machine, memory_used, paced, unpaced

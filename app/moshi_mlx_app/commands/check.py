@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, measure, report. Returns the exit status."""
+    from moshi_mlx.cpu.backend import choose_backend
     from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, purpose, verdict
+    from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.models.measure import machine, memory_used, unpaced
     from moshi_mlx_app.models.select import default_model, measured, remember_step
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
             "purpose": purpose(model),
         },
         "stages": stages,
+        "fastest": {"codec": fastest_codec(args.model), "backend": fastest_backend(model)},
+        "computes": {"codec": model.codec.kind if model.codec else None, "backend": choose_backend(model.lm.backend)},
         "memory_used": memory_used(),
         "bytes_per_second": {str(bits): round(value) for bits, value in measurement.speeds.items()},
         "keeps_up": in_time,
@@ -173,6 +177,10 @@ def _print(report: dict[str, Any], frame: float) -> None:
     for name in ("encode", "step", "decode", "frame"):
         times = stages[name]
         _line(name, f"p50 {times['p50']:6.1f}   p95 {times['p95']:6.1f}   max {times['max']:6.1f} ms of {frame:.0f}")
+    for what, unit in (("codec", "a frame"), ("backend", "a step")):
+        figures = ", ".join(f"{name} {ms:.1f}" for name, ms in report["fastest"][what].items())
+        measured = f"; milliseconds of {unit} here: {figures}" * bool(figures)
+        _line(what, f"{report['computes'][what]}{measured}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
     limit = f"a step, estimated from how fast weights are read here, may take {frame:.0f} ms"
     say(*wrapped(f"published models for dialogue; {limit}:", sys.stdout))

@@ -31,9 +31,9 @@ from moshi_mlx_app.screen.terminal import AnswerProgress, say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
-    from moshi_mlx.generate import GenerationConfig
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.engine.generator import GenerationConfig
     from moshi_mlx.realtime import Trace
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["EXAMPLES", "HELP", "UNTRAINED", "add_arguments", "check_seed", "run"]
 
@@ -201,7 +201,7 @@ class _Answer:
     def compute(self) -> None:
         """Load the model and play the recording to it, frame by frame."""
         from moshi_mlx.engine.session import play
-        from moshi_mlx.model import generation_defaults
+        from moshi_mlx.tasks.dialogue import generation_defaults
         from moshi_mlx_app.models.fetch import load_model
 
         args, recording = self.args, self.question.recording

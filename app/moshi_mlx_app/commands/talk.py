@@ -9,10 +9,12 @@ import signal
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx.errors import MoshiError
 from moshi_mlx_app.commands.file import UNTRAINED, check_seed
 from moshi_mlx_app.options import (
     add_cache_option,
@@ -22,12 +24,13 @@ from moshi_mlx_app.options import (
     generation_from,
 )
 from moshi_mlx_app.recording.interrupt import no_interrupt
-from moshi_mlx_app.recording.outputs import check_folder, reserved
+from moshi_mlx_app.recording.outputs import check_folder, reserved, unused_name
 from moshi_mlx_app.screen.terminal import say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Conversation, Event, Trace
+    from moshi_mlx.realtime.workers import Work
     from moshi_mlx_app.audio.device import EchoCanceller, SoundCard
     from moshi_mlx_app.recording.recorder import Recorder
     from moshi_mlx_app.screen.panel import Keys, Panel
@@ -39,14 +42,16 @@ EXAMPLES = """\
 examples:
   moshi-mlx-local                                the best model for this machine
   moshi-mlx-local --model kyutai/moshika-mlx-q4  this one
-  moshi-mlx-local talk --record talks            keep it: talks/*.wav, *.json
+  moshi-mlx-local talk --record talks            record it: talks/*.wav, *.json
+  moshi-mlx-local talk --resume talks/2026-11-22_14-05-33.moshi
   moshi-mlx-local talk --input-device 3 --output-device headset
   moshi-mlx-local talk --seconds 60 --json       a minute, then the figures
 
-Keys: m mute, r record, n or space a new conversation, d look for the devices
-again, ? what the figures mean, q or Ctrl-C quit. A recording is stereo, left
-Moshi, right you, with timed words beside it: the layout that moshi-finetune
-trains on.
+Keys: m mute, r record, k keep, n or space a new conversation, d look for the
+devices again, ? what the figures mean, q or Ctrl-C quit. A recording is stereo,
+left Moshi, right you, with timed words beside it: the layout that
+moshi-finetune trains on. What is kept is the conversation itself: --resume goes
+on with it, as if it had never stopped.
 
 The panel:
 """
@@ -102,7 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--record",
         metavar="DIR",
-        help="record into this folder from the start (without it the key r records into ./recordings)",
+        help="record into this folder from the start (without it the keys r and k write into ./recordings)",
+    )
+    group.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="go on with a conversation that the key k has kept: its model, seed and sampling, until a new one begins",
     )
     group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after so many seconds")
     group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
@@ -127,20 +137,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, trace: Trace | None) -> int:
-    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.engine.session import describe_conversation
     from moshi_mlx.realtime import Conversation
+    from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.audio.device import SoundCard
     from moshi_mlx_app.audio.portaudio import devices, find_device
     from moshi_mlx_app.models.catalog import BUILTIN, purpose
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.models.select import remember_step
     from moshi_mlx_app.recording.recorder import Recorder
-    from moshi_mlx_app.recording.transcript import Transcript
+    from moshi_mlx_app.recording.transcript import Transcript, clean
     from moshi_mlx_app.screen.panel import Keys, Panel, own_errors
 
     found = devices()  # what is missing should not come out after a download
     find_device(args.input_device, "input", found)
     find_device(args.output_device, "output", found)
+    if args.resume is not None:
+        about = describe_conversation(args.resume)
+        args.model = args.model or about["model"]
+        args.kv_bits = args.kv_bits or (int(about["kv_bits"]) if about["kv_bits"].isdigit() else None)
     model = load_model(args, shown=not args.quiet)
     if purpose(model) == "speech-to-text":
         warn(TRANSCRIBES.format(name=model.name), "notice")
@@ -150,26 +165,28 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         warn(BUILT_IN, "notice")
     generation = generation_from(args, generation_defaults(model.config))
     check_seed(args.seed, model, generation)
+    resumed = {} if args.resume is None else {"resumed": clean(args.resume)}
     recorder = Recorder(
         Path(args.record or "recordings"),
         model.sample_rate,
         model.frame_size,
-        Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits),
+        Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits, settings=resumed),
+    )
+    conversation = Conversation(
+        model,
+        seed=args.seed,
+        generation=generation,
+        kv_bits=args.kv_bits,
+        resume=args.resume,
+        backlog=args.backlog,
+        tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
+        trace=trace,
     )
     if args.record is not None:
         recorder.start()
     impatient = False
     try:
         with _stop_signals() as stopped, own_errors():
-            conversation = Conversation(
-                model,
-                seed=args.seed,
-                generation=generation,
-                kv_bits=args.kv_bits,
-                backlog=args.backlog,
-                tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
-                trace=trace,
-            )
             echo = None if args.no_aec else _echo(model.sample_rate)
             if trace is not None and echo is not None:
                 echo.cancel = trace.wrap("echo", echo.cancel)  # type: ignore[method-assign]
@@ -235,6 +252,9 @@ class _Talk:
         self.recorder, self.panel, self.keys = recorder, panel, keys
         self.muted = False
         self.seconds = 0.0
+        self.kept: list[Path] = []
+        self._keeping: Work | None = None
+        self._said: deque[tuple[str, str]] = deque()  # by the thread that keeps
         self._first_frame = 0  # of the present conversation
 
     def run(self, stopped: list[int]) -> None:
@@ -250,6 +270,7 @@ class _Talk:
             self.panel.say(self._time(conversation.meters.frames), "")
             for notice in (*self.card.notices(), *self.recorder.notices()):
                 self.panel.notice(notice)
+            self._tell_kept()
             if not all(self._key(key) for key in self.keys.pressed()):
                 break
             if args.seconds is not None and self.seconds >= args.seconds:
@@ -258,6 +279,9 @@ class _Talk:
             if self.seconds - shown >= _TICK or not shown:
                 shown = self.seconds
                 self.panel.show(self._state())
+        if self._keeping is not None:
+            self._keeping.join()
+        self._tell_kept()
 
     def _event(self, event: Event) -> None:
         if event.kind == "text":
@@ -279,6 +303,8 @@ class _Talk:
             self.conversation.mute(self.muted)
         elif key in "n ":
             self.conversation.reset()
+        elif key == "k":
+            self._keep()
         elif key == "d":
             self.card.reopen()
         elif key == "r":
@@ -297,6 +323,28 @@ class _Talk:
             self.recorder.start()
         except OSError as error:
             self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
+
+    def _keep(self) -> None:
+        """Write the conversation to a file, in a thread: a large model's takes seconds."""
+        from moshi_mlx.realtime.workers import run as run_in_thread
+
+        if self._keeping is None or not self._keeping.alive:
+            self._keeping = run_in_thread("moshi keeper", self._write_kept)
+
+    def _write_kept(self) -> None:
+        try:
+            self.recorder.folder.mkdir(parents=True, exist_ok=True)
+            path = unused_name(self.recorder.folder, ".moshi")
+            self.conversation.save(path)
+        except (MoshiError, OSError) as error:
+            self._said.append((str(error), "notice"))
+        else:
+            self.kept.append(path)
+            self._said.append((f"{path}; --resume goes on with it", "kept"))
+
+    def _tell_kept(self) -> None:
+        while self._said:
+            self.panel.notice(*self._said.popleft())
 
     def _state(self) -> Any:
         from moshi_mlx_app.screen.panel import State
@@ -335,6 +383,7 @@ class _Talk:
             "device_openings": card.openings,
             "echo_cancellation": self.card.cancels_echo,
             "files": [str(path) for path in self.recorder.files],
+            "kept": [str(path) for path in self.kept],
         }
         if self.args.json:
             say(json.dumps(figures))

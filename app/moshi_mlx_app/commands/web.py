@@ -26,7 +26,7 @@ from moshi_mlx_app.recording.outputs import check_folder
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
 
 if TYPE_CHECKING:
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until someone stops it. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from moshi_mlx.model import generation_defaults
+    from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.web import certificates
     from moshi_mlx_app.web.engine import Engine

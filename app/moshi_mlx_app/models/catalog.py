@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "purpose", "room", "verdict"]
 

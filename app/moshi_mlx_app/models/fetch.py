@@ -8,16 +8,17 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, warn
 
 if TYPE_CHECKING:
-    from moshi_mlx.hub import Survey
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.checkpoint.resolve import Survey
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["fetch", "load_model"]
 
@@ -25,12 +26,14 @@ _EVERY = 10.0  # seconds between lines where no bar can be drawn
 
 
 def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
-    """The model that ``args`` (``model``, ``codec``) ask for.
+    """The model that ``args`` (``model``, ``codec``, ``backend``) ask for.
 
     Parameters
     ----------
     args : Namespace
-        With ``model`` None the model is chosen, and ``args.model`` set to it.
+        With ``model`` None the model is chosen, and ``args.model`` set to it. Where ``codec`` or ``backend`` are
+        ``auto``, the fastest on this machine computes (:mod:`moshi_mlx_app.models.fastest`), or what the environment
+        says (:data:`moshi_mlx.cpu.backend.VARIABLE`).
     shown : bool
         Draw bars. What is chosen and what is fetched is said in any case.
 
@@ -40,6 +43,7 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         As :func:`moshi_mlx.load`.
     """
     import moshi_mlx
+    from moshi_mlx.cpu.backend import VARIABLE
 
     if args.model is None:
         from moshi_mlx_app.models.select import default_model
@@ -50,7 +54,14 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         args.model = choice.model
     fetch(args.model, shown=shown)
     with Loading(shown=shown) as loading:
-        return moshi_mlx.load(args.model, codec=args.codec, on_progress=loading)
+        decided = bool(os.environ.get(VARIABLE))
+        codec: Any = args.codec
+        if codec == "auto" and not decided:
+            codec = next(iter(fastest_codec(args.model, loading)), "auto")
+        model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading)
+        if args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
+            model.lm.backend = next(iter(fastest_backend(model, loading)), "auto")
+    return model
 
 
 def fetch(source: str, *, shown: bool = True) -> None:
@@ -61,7 +72,7 @@ def fetch(source: str, *, shown: bool = True) -> None:
     MoshiError
         If it cannot be found, or not be fetched to its end. What came is used the next time.
     """
-    from moshi_mlx.hub import resolve, survey
+    from moshi_mlx.checkpoint.resolve import resolve, survey
 
     with Loading(shown=shown) as loading:
         if "/" in source and not os.path.exists(os.path.expanduser(source)):

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.generate import GenerationConfig
-from moshi_mlx.model import Moshi
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx.realtime import Conversation
-from moshi_mlx.realtime.meters import Stopwatch
+from moshi_mlx.realtime.stats import Stopwatch
+from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = [
     "machine",
@@ -103,12 +103,15 @@ def unpaced(
     frames: int,
     generation: GenerationConfig | None = None,
     *,
+    kv_bits: int | None = None,
     series: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
     """Each stage by itself, one frame after the other, as fast as it goes.
 
     Parameters
     ----------
+    kv_bits : int, optional
+        As for :meth:`Moshi.session`.
     series : dict, optional
         Gets the milliseconds of every frame, by stage.
 
@@ -122,7 +125,7 @@ def unpaced(
     took: dict[str, float] = {}
     fine: list[bool] = []
     total = 0.0
-    with model.session(generation=generation) as session:
+    with model.session(generation=generation, kv_bits=kv_bits) as session:
         session.on_stage = lambda name, began, ended: took.update({"step" if name == "model" else name: ended - began})
         # Two before anything counts: the first of a kind compiles and allocates.
         for index, pcm in enumerate(islice(question(model), frames + 2), start=-2):

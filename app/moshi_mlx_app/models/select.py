@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -19,13 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moshi_mlx.disk import free_bytes, replacing
 from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, kind, room, verdict
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 if TYPE_CHECKING:
-    from moshi_mlx.hub import Survey
+    from moshi_mlx.checkpoint.resolve import Survey
 
-__all__ = ["Measured", "Selection", "cache_folder", "default_model", "measured", "remember_step", "select"]
+__all__ = [
+    "Measured",
+    "Selection",
+    "cache_folder",
+    "default_model",
+    "measured",
+    "read_remembered",
+    "remember",
+    "remember_step",
+    "select",
+]
 
 _PATIENCE = 4.0  # seconds that the hub has for its answer
 _SPARE = 2**29  # bytes that a download must leave on the disk
@@ -72,7 +82,7 @@ class Measured:
 def select(
     here: Measured,
     survey: Callable[[str, bool], Survey],
-    free: Callable[[Path], int] = lambda place: _free(place),
+    free: Callable[[Path], int] = free_bytes,
     catalog: tuple[PublishedModel, ...] = CATALOG,
 ) -> Selection:
     """The best model for a machine.
@@ -126,9 +136,9 @@ def default_model(say: Callable[[str], object] = lambda _: None, here: Measured 
 
 
 def _survey(name: str, offline: bool) -> Survey:
-    """Like :func:`moshi_mlx.hub.survey`, but back within seconds whatever the network does."""
+    """Like :func:`moshi_mlx.checkpoint.resolve.survey`, but back within seconds whatever the network does."""
+    from moshi_mlx.checkpoint.resolve import survey
     from moshi_mlx.errors import DownloadError
-    from moshi_mlx.hub import survey
 
     if offline:
         return survey(name, offline=True)
@@ -148,12 +158,6 @@ def _survey(name: str, offline: bool) -> Survey:
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
-
-
-def _free(place: Path) -> int:
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 # -------------------------------------------------------------------------------------------------- what is remembered
@@ -195,7 +199,26 @@ def remember_step(model: str, milliseconds: float) -> None:
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a measurement to hold."""
     names = ("machine", "processor", "device", "cores", "memory")
-    return {"program": program(), "mlx": machine["packages"]["mlx"], **{name: machine[name] for name in names}}
+    packages = {name: machine["packages"][name] for name in ("mlx", "numpy", "rustymimi")}
+    return {"program": program(), **packages, **{name: machine[name] for name in names}}
+
+
+def read_remembered(name: str) -> dict[str, Any]:
+    """What :func:`remember` kept; empty if there is nothing, or it is of another machine or version, or damaged."""
+    from moshi_mlx_app.models import measure
+
+    try:
+        kept = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+        return dict(kept["found"]) if kept["machine"] == _identity(measure.machine()) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def remember(name: str, found: Mapping[str, Any]) -> None:
+    """Keep what was measured on this machine, with these versions, in a file of the cache folder."""
+    from moshi_mlx_app.models import measure
+
+    _write({"machine": _identity(measure.machine()), "found": found}, name)
 
 
 def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -210,10 +233,9 @@ def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _write(kept: Mapping[str, Any]) -> None:
+def _write(kept: Mapping[str, Any], name: str = "machine.json") -> None:
     folder = cache_folder()
-    temporary = folder / f".machine.{os.getpid()}.json"
     with contextlib.suppress(OSError):  # then it is measured again the next time
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(temporary, folder / "machine.json")
+        with replacing(folder / name) as partial:
+            partial.write_text(json.dumps(kept), encoding="utf-8")

@@ -10,12 +10,15 @@ import contextlib
 import fcntl
 import os
 import shlex
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Claim", "Output", "check_folder", "named", "partial_name", "replace_text", "reserved"]
+__all__ = ["Claim", "Output", "check_folder", "named", "partial_name", "replace_text", "reserved", "unused_name"]
+
+_FORCE = "--force"  # an option of every command that calls `reserved`; others come here for a Claim alone
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def reserved(
         for output in outputs:  # only now: a run that held the name may just have written it
             if os.path.lexists(output.path) and not force:
                 raise FileExistsError(
-                    f"{output.path} exists; replace it with --force, or choose another name for {output.what}"
+                    f"{output.path} exists; replace it with {_FORCE}, or choose another name for {output.what}"
                 )
         yield
 
@@ -121,6 +124,13 @@ def check_folder(folder: Path, option: str) -> None:
         raise NotADirectoryError(f"{option} {folder}: {there} is a file; name a folder, which is made if it is missing")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{option} {folder}: nothing can be written into {there}; choose another folder")
+
+
+def unused_name(folder: Path, suffix: str) -> Path:
+    """A file name that says when it was made, and that nothing has yet."""
+    stem = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = (folder / f"{stem}{'' if count == 1 else f'-{count}'}{suffix}" for count in range(1, 1000))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 class Claim:

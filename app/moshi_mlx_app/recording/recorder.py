@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.model import SessionFrame
+from moshi_mlx.engine.text import Word
 from moshi_mlx.realtime.ring import Bell
-from moshi_mlx.text import Word
+from moshi_mlx.tasks.dialogue import SessionFrame
 from moshi_mlx_app.recording.outputs import Claim, check_folder, named, replace_text
 from moshi_mlx_app.recording.transcript import VERSION, Transcript, aligned, read_json, spoken, unaligned, write_json
 from moshi_mlx_app.recording.wav import HEADER, LARGEST, WavFile, header, write_at

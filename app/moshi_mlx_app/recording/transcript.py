@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moshi_mlx.text import Word
+from moshi_mlx.engine.text import Word
 from moshi_mlx_app.recording.outputs import replace_text
 from moshi_mlx_app.version import program
 
 if TYPE_CHECKING:
-    from moshi_mlx.generate import GenerationConfig
-    from moshi_mlx.model import Moshi
+    from moshi_mlx.engine.generator import GenerationConfig
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["LABELS", "VERSION", "Transcript", "aligned", "clean", "read_json", "spoken", "unaligned", "write_json"]
 

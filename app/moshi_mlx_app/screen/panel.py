@@ -183,7 +183,7 @@ def _panel(state: State, keys: bool, width: int) -> list[str]:
         width,
     )
     if keys:
-        lines += _flow(["m mute", "r record", "n new conversation", "d reopen devices", "? help", "q quit"], width)
+        lines += _flow(["m mute", "r record", "k keep", "n new conversation", "d devices", "? help", "q quit"], width)
     return lines
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.model import Moshi, SessionFrame
 from moshi_mlx.realtime import Conversation, Scheduler
+from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 from moshi_mlx_app.recording.recorder import Recorder
 from moshi_mlx_app.recording.transcript import Transcript
 

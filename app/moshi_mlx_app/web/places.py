@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.engine import Batch, Engine, SessionFrame, Settings
-from moshi_mlx.model import Moshi
-from moshi_mlx.streaming import state_bytes
+from moshi_mlx.state import state_bytes
+from moshi_mlx.tasks.dialogue import Moshi
 
 from .wire import Opus, Pcm, Sound, opus_missing
 

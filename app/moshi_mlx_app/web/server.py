@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx_app.version import program
 
 from .door import Door, Handler

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moshi_mlx.generate import GenerationConfig
+from moshi_mlx.engine.generator import GenerationConfig
 
 __all__ = ["BadQuery", "Settings", "read_settings"]
 

@@ -21,8 +21,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from numpy.typing import NDArray
 
 from moshi_mlx.errors import MoshiError
-from moshi_mlx.model import SessionFrame
 from moshi_mlx.realtime import Conversation
+from moshi_mlx.tasks.dialogue import SessionFrame
 from moshi_mlx_app.version import program
 
 from .door import Handler

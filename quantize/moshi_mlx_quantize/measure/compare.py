@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.errors import ConfigError, MoshiError
-from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.printable import printable
 
-from ..plan.recipes import Plan, Recipe, make_plan
+from ..plan.recipes import DENSE_PARTS, Plan, Recipe, make_plan
 from ..plan.sensitivity import CANDIDATES, as_rows, measured_plan, unit_of
 from ..source import Source
 from ..terminal import Bar
@@ -73,7 +73,7 @@ def measure_recipes(
     config = source.config.lm
     heard: Ints | None = None
     try:
-        heard = codes_of(recording, files, config)
+        heard = codes_of(recording, files, source.config)
         origin = f"{recording.origin}, answered by the model"
     except MoshiError as error:
         if args.calibration is not None:
@@ -92,7 +92,7 @@ def measure_recipes(
     report = Report(printable(files.source), printable(origin), source.modules, source.size, dense)
     found: Plan | None = None
     if target is not None:
-        kept = [m for m in source.modules if m.part in ("conditions", "cross-attention")]
+        kept = [m for m in source.modules if m.part in DENSE_PARTS]
         units = {unit_of(m) for m in source.modules} - {unit_of(m) for m in kept}
         bar.stage("measuring what each part is worth", len(units) * len(CANDIDATES))
         found, sensitivity = measured_plan(
@@ -156,11 +156,7 @@ def weight_errors(source: Source, plan: Plan, tuned: Tuned | None = None) -> dic
         q, was = plan.choices.get(module.name), source.quantized.get(module.name)
         if q is None:
             continue
-        parts = {
-            part: source.tensors[f"{module.name}.{part}"]
-            for part in ("weight", "scales", "biases")
-            if f"{module.name}.{part}" in source.tensors
-        }
+        parts = source.parts(module.name)
         exact = (parts["weight"] if was is None else dequantize(parts, was)).astype(source.dtype)
         rounded = (tuned or {}).get(module.name) or quantize(exact, q)
         lost = mx.linalg.norm(dequantize(rounded, q) - exact.astype(mx.float32))

@@ -20,21 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.audio import as_mono
-from moshi_mlx.checkpoint.files import read_json
-from moshi_mlx.checkpoint.quantization import Quantization
-from moshi_mlx.codec import make_codec
-from moshi_mlx.config import LmConfig
+from moshi_mlx.checkpoint.quantization import FLOATS, Quantization
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
+from moshi_mlx.config import ModelConfig
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import SILENT_IDS
 from moshi_mlx.errors import AudioError, CheckpointError, ConfigError
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.lm import Lm
-from moshi_mlx.mimi import MimiConfig
+from moshi_mlx.loading import load_codec
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import GREEDY
 from moshi_mlx.printable import printable
-from moshi_mlx.sampling import GREEDY
-from moshi_mlx.text import SILENT_IDS
 
 from ..plan.recipes import Plan
-from ..source import Source
+from ..source import Source, any_conditions
 from ..write.convert import dequantize, quantize
 
 __all__ = [
@@ -52,7 +50,6 @@ __all__ = [
 ]
 
 Ints = NDArray[np.int32]
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 SAME_FRAMES = 12
 """About a second: what is said so much sooner or later counts as the same."""
@@ -121,11 +118,7 @@ class Subject:
         self._modules: dict[str, Any] = dict(lm.named_modules())
         self._weights: dict[str, mx.array] = {}
         self._applied: dict[str, tuple[Quantization, bool]] = {}
-        rows = [
-            {name: (c.possible_values or [None])[0] if c.type == "lut" else None
-             for name, c in lm.config.conditioners.items()}
-        ]  # fmt: skip
-        self.conditions = rows if lm.config.conditioners else None
+        self.conditions = any_conditions(lm.config)
 
     def apply(
         self,
@@ -176,13 +169,8 @@ def make_subject(source: Source) -> Subject:
         if module in source.quantized and leaf in ("scales", "biases"):
             continue
         if module in source.quantized and leaf == "weight":
-            parts = {
-                part: source.tensors[f"{module}.{part}"]
-                for part in ("weight", "scales", "biases")
-                if f"{module}.{part}" in source.tensors
-            }
-            value = dequantize(parts, source.quantized[module])
-        keep = name.startswith("condition_provider.") or value.dtype not in _FLOATS
+            value = dequantize(source.parts(module), source.quantized[module])
+        keep = name.startswith("condition_provider.") or value.dtype not in FLOATS
         params[name] = value.astype(mx.float32) if keep else value.astype(dtype)
     lm.load_weights(list(params.items()), strict=True)
     lm.eval()
@@ -251,7 +239,7 @@ def read_recording(path: Path | None, seconds: float) -> Recording:
         raise AudioError(f"{path} cannot be read: {error}") from error
 
 
-def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: LmConfig) -> Ints:
+def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: ModelConfig) -> Ints:
     """Codes [frames, user_q] of a recording.
 
     Raises
@@ -259,14 +247,13 @@ def codes_of(recording: Recording, checkpoint: CheckpointFiles, config: LmConfig
     MoshiError
         If the model hears nothing, or its codec cannot be used.
     """
-    if not config.user_q:
+    if not config.lm.user_q:
         raise ConfigError("the model hears nothing")
-    if checkpoint.mimi is None:
+    codec = None if checkpoint.mimi is None else load_codec(config, checkpoint)
+    if codec is None:
         raise CheckpointError("there is no codec to hear a recording with")
-    sizes = MimiConfig() if checkpoint.mimi_config is None else MimiConfig.from_dict(read_json(checkpoint.mimi_config))
-    codec = make_codec(checkpoint.mimi, sizes, max(config.own_q, config.user_q))
     codes = codec.encode(as_mono(recording.pcm, recording.rate, codec.sample_rate))
-    return np.ascontiguousarray(codes[: config.user_q].T, dtype=np.int32)
+    return np.ascontiguousarray(codes[: config.lm.user_q].T, dtype=np.int32)
 
 
 def calibrate(
@@ -381,7 +368,7 @@ def words(tokens: Sequence[int], tokenizer: Path | None) -> str | None:
     """Text tokens as people read them; None without a tokenizer."""
     if tokenizer is None:
         return None
-    from moshi_mlx.text import TextTokenizer
+    from moshi_mlx.engine.text import TextTokenizer
 
     detokenizer = TextTokenizer(tokenizer).detokenizer()
     text = "".join(detokenizer.step(int(token)) for token in tokens if token >= 0) + detokenizer.flush()

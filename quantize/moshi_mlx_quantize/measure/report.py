@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx.checkpoint.files import read_json
+from moshi_mlx.checkpoint.readers import read_json
+from moshi_mlx.disk import replacing
 from moshi_mlx.errors import MoshiError
 
 from ..plan.recipes import PARTS, Module, Plan, describe
@@ -187,16 +186,12 @@ class Report:
         """
         data = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
         for name, text in zip(REPORT_FILES, (data, self.html()), strict=True):
-            partial = folder / f".{name}.{os.getpid()}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, folder / name)
+                with replacing(folder / name) as partial:
+                    partial.write_text(text, encoding="utf-8")
             except OSError as error:
                 raise explain(folder / name, error) from error
-            finally:
-                with suppress(OSError):
-                    partial.unlink()
 
     # -------------------------------------------------------------------------------------------------- HTML
 

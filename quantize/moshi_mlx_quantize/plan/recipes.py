@@ -5,10 +5,10 @@ A recipe is a default, exceptions by part of the model, and rules by name that t
     rules = [Rule.parse("depformer=8:64"), Rule.parse("*.layers.0.*=keep")]
     plan = make_plan(modules, RECIPES["q4"], rules)
 
-Modules are linear layers and embeddings by the names of :class:`moshi_mlx.lm.Lm`. Conditions and cross-attention stay
-dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides, and Kyutai's program
-slices the weights of cross-attention. What a recipe would quantize but no group size fits stays dense and is listed;
-where a rule asks for it by name, it is an error.
+Modules are linear layers and embeddings by the names of :class:`moshi_mlx.models.lm.Lm`. Conditions and
+cross-attention stay dense unless a rule names them: the conditions' tables are 16 wide, which no group size divides,
+and Kyutai's program slices the weights of cross-attention. What a recipe would quantize but no group size fits stays
+dense and is listed; where a rule asks for it by name, it is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ OTHER = "norms"
 PARTS: tuple[str, ...] = (*(part for _, part in _PARTS), OTHER)
 """What the tables of a report are grouped by."""
 
-_DENSE_PARTS = ("conditions", "cross-attention")
+DENSE_PARTS = ("conditions", "cross-attention")
+"""What no recipe quantizes."""
 
 
 def part_of(name: str) -> str:
@@ -64,7 +65,7 @@ class Module:
     Attributes
     ----------
     name : str
-        In :class:`moshi_mlx.lm.Lm`.
+        In :class:`moshi_mlx.models.lm.Lm`.
     rows, width : int
     aliases : tuple of str
         Its names in a file of Kyutai's MLX layout, several where depth steps share it.
@@ -227,8 +228,13 @@ _PROTECTED = (
 )  # fmt: skip
 
 
-def _protect(q: Quantization | None) -> Callable[[Module, int, Quantization], Quantization | None]:
-    return lambda module, layers, base: q if module.part in _PROTECTED else base
+def _protect(name: str, how: str, q: Quantization | None) -> Recipe:
+    text = f"4 bits; heads, embeddings and depth transformer {how}"
+
+    def choose(module: Module, layers: int, base: Quantization) -> Quantization | None:
+        return q if module.part in _PROTECTED else base
+
+    return Recipe(f"protect-{name}", text, Quantization(4, 64), choose)
 
 
 def _ends(module: Module, layers: int, base: Quantization) -> Quantization:
@@ -265,30 +271,10 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("mxfp4", "4-bit floats, groups of 32", Quantization(4, 32, "mxfp4")),
         Recipe("nvfp4", "4-bit floats, groups of 16", Quantization(4, 16, "nvfp4")),
         Recipe("mxfp8", "8-bit floats, groups of 32", Quantization(8, 32, "mxfp8")),
-        Recipe(
-            "protect-8",
-            "4 bits; heads, embeddings and depth transformer at 8",
-            Quantization(4, 64),
-            _protect(_Q8),
-        ),
-        Recipe(
-            "protect-5",
-            "4 bits; heads, embeddings and depth transformer at 5",
-            Quantization(4, 64),
-            _protect(Quantization(5, 64)),
-        ),
-        Recipe(
-            "protect-6",
-            "4 bits; heads, embeddings and depth transformer at 6",
-            Quantization(4, 64),
-            _protect(Quantization(6, 64)),
-        ),
-        Recipe(
-            "protect-dense",
-            "4 bits; heads, embeddings and depth transformer not quantized",
-            Quantization(4, 64),
-            _protect(None),
-        ),
+        _protect("8", "at 8", _Q8),
+        _protect("5", "at 5", Quantization(5, 64)),
+        _protect("6", "at 6", Quantization(6, 64)),
+        _protect("dense", "not quantized", None),
         Recipe("ends-8", "4 bits; first and last layer, text embedding and heads at 8", Quantization(4, 64), _ends),
         Recipe("mixed_2_6", "2 and 6 bits, as mlx-lm mixes them", Quantization(2, 64), _mixed(6)),
         Recipe("mixed_3_4", "3 and 4 bits, as mlx-lm mixes them", Quantization(3, 64), _mixed(4)),
@@ -347,7 +333,7 @@ def make_plan(modules: Sequence[Module], recipe: Recipe, rules: Sequence[Rule] =
     choices: dict[str, Quantization | None] = {}
     skipped: dict[str, str] = {}
     for module in modules:
-        q = None if module.part in _DENSE_PARTS else recipe.choose(module, layers, recipe.base)
+        q = None if module.part in DENSE_PARTS else recipe.choose(module, layers, recipe.base)
         if module.part == "conditions":
             skipped[module.name] = "conditions stay dense"
         elif module.part == "cross-attention":

@@ -16,14 +16,12 @@ from moshi_mlx.checkpoint.quantization import Quantization
 from moshi_mlx.errors import ConfigError
 
 from ..measure.evaluate import Calibration, Outputs, Subject, compare
-from .recipes import Module, Plan, describe
+from .recipes import DENSE_PARTS, Module, Plan, describe
 
 __all__ = ["CANDIDATES", "Sensitivity", "allocate", "measure", "measured_plan", "unit_of"]
 
 CANDIDATES = tuple(Quantization(bits, 64) for bits in (2, 3, 4, 5, 6, 8))
 """What the measured recipe chooses from; 32 instead of 64 where 64 does not divide a width."""
-
-_DENSE_PARTS = ("conditions", "cross-attention")
 
 
 def unit_of(module: Module) -> str:
@@ -71,7 +69,7 @@ def _sizes(modules: Sequence[Module], candidates: Sequence[Quantization]) -> Sen
     """What each choice takes; what it costs is not known yet."""
     units: dict[str, list[Module]] = {}
     for module in modules:
-        if module.part not in _DENSE_PARTS:
+        if module.part not in DENSE_PARTS:
             units.setdefault(unit_of(module), []).append(module)
     choices: dict[str, list[tuple[Quantization, int, float]]] = {}
     for unit, members in units.items():
@@ -153,7 +151,7 @@ def measured_plan(
     allocate(_sizes(modules, candidates), target)  # too small a target is known before anything is measured
     found = measure(subject, modules, calibration, reference, candidates=candidates, progress=progress)
     chosen = {module.name: q for unit, q in allocate(found, target).items() for module in found.units[unit]}
-    skipped = {module.name: f"{module.part} stay dense" for module in modules if module.part in _DENSE_PARTS}
+    skipped = {module.name: f"{module.part} stay dense" for module in modules if module.part in DENSE_PARTS}
     return Plan("measured", {module.name: chosen.get(module.name) for module in modules}, skipped), found
 
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.errors import DownloadError
-from moshi_mlx.hub import CheckpointFiles
 from moshi_mlx.printable import printable
 
 from ..measure.report import Report

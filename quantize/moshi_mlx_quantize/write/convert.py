@@ -18,15 +18,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moshi_mlx.checkpoint.files import read_tensors
+from moshi_mlx.checkpoint.fit import fit_lm, load_config
 from moshi_mlx.checkpoint.layouts import stored_names
 from moshi_mlx.checkpoint.quantization import Quantization
+from moshi_mlx.checkpoint.readers import read_tensors
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
+from moshi_mlx.disk import free_bytes
 from moshi_mlx.errors import CheckpointError, MoshiError
-from moshi_mlx.hub import CheckpointFiles
-from moshi_mlx.weights import fit_lm, load_config
 
 from ..plan.recipes import Module, Plan, natural, part_of
-from ..source import Source
+from ..source import Source, any_conditions
 from .writer import Entry, StreamingWriter, entry_bytes, explain
 
 __all__ = ["Result", "check", "check_space", "planned_entries", "weights_name", "write_checkpoint"]
@@ -129,10 +130,7 @@ def check_space(folder: Path, wanted: int) -> None:
     CheckpointError
         Says how much is missing.
     """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if wanted + SPARE_BYTES > free:
         raise CheckpointError(
             f"the disk of {folder} has {free / 1e9:.2f} GB free, but {wanted / 1e9:.2f} GB are needed: make room, or "
@@ -241,13 +239,9 @@ def _write_module(
 ) -> None:
     dtype = _float_of(source, module)
     was = source.quantized.get(module.name)
-    held = {
-        part: source.tensors.pop(f"{module.name}.{part}")
-        for part in ("weight", "scales", "biases")
-        if f"{module.name}.{part}" in source.tensors
-    }
-    for part, array in held.items():
-        _read(f"{module.name}.{part}", array)
+    held = source.parts(module.name)
+    for part in held:
+        _read(f"{module.name}.{part}", source.tensors.pop(f"{module.name}.{part}"))
     rows = max(1, _CHUNK_BYTES // (4 * module.width))
     lost = norm = 0.0
     for first in range(0, module.rows, rows):
@@ -408,14 +402,8 @@ def check(folder: Path, weights: str) -> None:
         config = load_config(folder / "config.json", folder / weights)
         tensors = read_tensors(folder / weights)
         model = fit_lm(config, tensors)
-        rows = None
-        if model.config.conditioners:
-            rows = [
-                {name: (c.possible_values or [None])[0] if c.type == "lut" else None
-                 for name, c in model.config.conditioners.items()}
-            ]  # fmt: skip
         tokens = mx.array(np.zeros((1, model.config.num_streams, 2), np.int32))
-        output = model(tokens, model.condition(rows))
+        output = model(tokens, model.condition(any_conditions(model.config)))
         outputs = [output.text_logits.astype(mx.float32).sum(), output.logits.astype(mx.float32).sum()]
         del model, tensors, output  # what remains is the graph, which frees what it has passed
         mx.eval(outputs)

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from moshi_mlx.checkpoint.files import expand_shards, read_json, read_shapes, shown
+from moshi_mlx.checkpoint.readers import expand_shards, read_json, read_shapes, shown
+from moshi_mlx.checkpoint.resolve import CheckpointFiles
 from moshi_mlx.config import DEFAULT_MIMI
 from moshi_mlx.errors import CheckpointError, ConfigError, MoshiError
-from moshi_mlx.hub import CheckpointFiles
 
 from ..measure.report import REPORT_FILES, is_report
 

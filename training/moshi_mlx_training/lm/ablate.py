@@ -29,10 +29,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import Sampling
-from moshi_mlx.text import PAD, TextTokenizer
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import PAD, TextTokenizer
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import Sampling
 from moshi_mlx_training.lm.batch import make_batch
 from moshi_mlx_training.lm.data import UNKNOWN, answer_clip, trimmed
 from moshi_mlx_training.lm.dialogue import Answer, Pieces, Window, answer_tokens, compose
@@ -195,8 +195,8 @@ def timeline(sentences: Sequence[Answer], variant: str, quiet: NDArray[Any]) -> 
 
 def evaluate(options: argparse.Namespace) -> None:
     """A table of what each variant can do, then one line of JSON."""
-    from moshi_mlx.codec import make_codec
-    from moshi_mlx.mimi import MimiConfig
+    from moshi_mlx.codec.base import make_codec
+    from moshi_mlx.models.mimi import MimiConfig
     from moshi_mlx_training.speech.recogniser import Recogniser
 
     config, tokenizer = read_model(options.model)

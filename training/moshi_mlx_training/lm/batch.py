@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.config import LmConfig
-from moshi_mlx.text import EPAD, PAD
+from moshi_mlx.engine.text import EPAD, PAD
 from moshi_mlx_training.lm.dialogue import LEAD, NONE, Pieces, Window, compose
 
 PAD_WEIGHT, WORD_WEIGHT, FIRST_WEIGHT = 0.3, 1.0, 10.0  # of text tokens

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.text import EPAD, PAD, TextTokenizer
+from moshi_mlx.engine.text import EPAD, PAD, TextTokenizer
 from moshi_mlx_training.lm.data import ANSWER_BEFORE, BEFORE, DROPPED, RATE, ROOMS, UNKNOWN, split_flat, taught
 from moshi_mlx_training.speech import dialogues
 

@@ -23,12 +23,12 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig
-from moshi_mlx.generate import GenerationConfig, Generator
-from moshi_mlx.lm import Lm
-from moshi_mlx.sampling import Sampling
-from moshi_mlx.text import TextTokenizer
+from moshi_mlx.engine.generator import GenerationConfig, Generator
+from moshi_mlx.engine.text import TextTokenizer
+from moshi_mlx.models.lm import Lm
+from moshi_mlx.models.sampling import Sampling
 from moshi_mlx_training.lm.data import UNKNOWN
 from moshi_mlx_training.lm.dialogue import STEADY, STOP, Pieces, Question
 from moshi_mlx_training.lm.train import preload_blas, read_model
@@ -45,7 +45,7 @@ def load_weights(path: Path, config: LmConfig) -> Lm:
     """A model from a training checkpoint, or from an exported file."""
     arrays, metadata = read_safetensors(path)
     if "extra" not in metadata:
-        from moshi_mlx.weights import load_lm
+        from moshi_mlx.checkpoint.fit import load_lm
 
         return unpacked(load_lm(config, path))
     lm = Lm(config)
@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = GenerationConfig(text=text, audio=audio)
     codec = None
     if options.ear:
-        from moshi_mlx.codec import make_codec
-        from moshi_mlx.mimi import MimiConfig
+        from moshi_mlx.codec.base import make_codec
+        from moshi_mlx.models.mimi import MimiConfig
 
         sizes = MimiConfig.from_dict(json.loads((options.ear / "mimi_config.json").read_text()))
         codec = make_codec(options.ear / "mimi.safetensors", sizes, config.own_q)

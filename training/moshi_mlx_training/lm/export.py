@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from moshi_mlx.checkpoint.files import write_safetensors
+from moshi_mlx.checkpoint.layouts import from_internal
+from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.config import LmConfig
-from moshi_mlx.lm import Lm
-from moshi_mlx.weights import to_mlx_layout
+from moshi_mlx.models.lm import Lm
 from moshi_mlx_training.lm.evaluate import load_weights
 from moshi_mlx_training.lm.model import flat
 from moshi_mlx_training.lm.train import read_model
@@ -35,7 +35,7 @@ def published_tensors(lm: Lm, config: LmConfig, bits: int | None = 8) -> dict[st
     for name, value in flat(lm.parameters()):
         norm = "norm" in name and name.endswith(".weight")
         tensors[name] = value if value.dtype == mx.uint32 or norm else value.astype(mx.bfloat16)
-    return to_mlx_layout(tensors, config)
+    return from_internal(tensors, "mlx", config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

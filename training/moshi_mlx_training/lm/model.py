@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from moshi_mlx.config import LmConfig
-from moshi_mlx.lm import Lm
+from moshi_mlx.models.lm import Lm
 from moshi_mlx_training.lm.data import heard_words
 from moshi_mlx_training.speech import dialogues
 from moshi_mlx_training.speech.synthesis import PHONES

@@ -29,9 +29,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from moshi_mlx.checkpoint.files import read_safetensors
+from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.text import TextTokenizer
+from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx_training.lm.batch import training_batch
 from moshi_mlx_training.lm.dialogue import Pieces
 from moshi_mlx_training.lm.model import FIGURES, Learner, flat, losses

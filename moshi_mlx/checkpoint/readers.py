@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..disk import replacing
 from ..errors import CheckpointError
 from .gguf import read_gguf, read_gguf_header
 from .opening import open_file
@@ -214,16 +215,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array],
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file beside its final name, then move it into place: an interruption leaves nothing half made."""
-    target = Path(path)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
+    """Write a file: an interruption leaves nothing half made."""
     try:
-        mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx", **(metadata or {})})
-        os.replace(partial, target)
+        with replacing(path, ".safetensors") as partial:
+            mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx", **(metadata or {})})
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------- several files

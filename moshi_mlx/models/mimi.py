@@ -10,60 +10,60 @@ Everything is causal and in float32. One frame of samples gives one column of co
 column of codes gives one frame of samples: the delay is a frame, never more.
 
 Sizes come from a configuration in the JSON structure that Kyutai's loader reads; the default is the published codec.
-Reading weight files is :mod:`moshi_mlx.mimi_weights`' business.
+Reading weight files is :mod:`moshi_mlx.checkpoint.mimi`' business.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import AudioError, ConfigError, StateError, TokenError
-from .layers.attention import Rope
-from .layers.conv import CausalConv, DepthwiseConvTranspose
-from .layers.rvq import SplitResidualQuantizer
-from .layers.seanet import SEANetDecoder, SEANetEncoder
-from .layers.transformer import Transformer
-from .streaming import State, state_arrays
+from ..errors import AudioError, ConfigError, StateError, TokenError
+from ..layers.attention import Rope
+from ..layers.conv import CausalConv, DepthwiseConvTranspose
+from ..layers.rvq import SplitResidualQuantizer
+from ..layers.seanet import SEANetDecoder, SEANetEncoder
+from ..layers.transformer import Transformer
+from ..schema import Range, check_fields, read_fields
+from ..state import State, state_arrays
 
 __all__ = ["Mimi", "MimiConfig", "MimiTransformerConfig", "QuantizerConfig", "SEANetConfig"]
+
+# Sizes far beyond those of any codec: a file that says more is broken, or made to exhaust the machine.
+Size = Annotated[int, Range(1, 2**16)]
+Kernel = Annotated[int, Range(1, 1024)]
 
 
 @dataclass(frozen=True)
 class SEANetConfig:
     """The convolutional encoder and decoder; the field names are those of Kyutai's configuration."""
 
-    channels: int = 1
-    dimension: int = 512
-    causal: bool = True
-    n_filters: int = 64
-    n_residual_layers: int = 1
-    activation: str = "ELU"
-    compress: int = 2
-    dilation_base: int = 2
-    disable_norm_outer_blocks: int = 0
-    kernel_size: int = 7
-    residual_kernel_size: int = 3
-    last_kernel_size: int = 3
-    norm: str = "none"
-    pad_mode: str = "constant"
+    channels: Annotated[int, Range(1, 64)] = 1
+    dimension: Size = 512
+    causal: Literal[True] = True
+    n_filters: Size = 64
+    n_residual_layers: Annotated[int, Range(0, 64)] = 1
+    activation: Literal["ELU"] = "ELU"
+    compress: Size = 2
+    dilation_base: Kernel = 2
+    disable_norm_outer_blocks: Annotated[int, Range(0, 1024)] = 0
+    kernel_size: Kernel = 7
+    residual_kernel_size: Kernel = 3
+    last_kernel_size: Kernel = 3
+    # A norm is folded into the weights when they are read, so both mean the same network.
+    norm: Literal["none", "weight_norm"] = "none"
+    pad_mode: Literal["constant"] = "constant"
     ratios: tuple[int, ...] = (8, 6, 5, 4)
-    true_skip: bool = True
+    true_skip: Literal[True] = True
 
     def __post_init__(self) -> None:
-        _only("seanet.causal", self.causal, True)
-        _only("seanet.activation", self.activation, "ELU")
-        _only("seanet.true_skip", self.true_skip, True)
-        # A norm is folded into the weights when they are read, so both mean the same network.
-        _only("seanet.norm", self.norm, "none", "weight_norm")
-        _only("seanet.pad_mode", self.pad_mode, "constant")
-        _positive("seanet", self, "disable_norm_outer_blocks", "n_residual_layers")
-        if not self.ratios or any(type(ratio) is not int or ratio < 1 for ratio in self.ratios):
+        check_fields(self, "seanet")
+        if not self.ratios or min(self.ratios) < 1:
             raise ConfigError(f"seanet.ratios must be a list of positive integers, not {list(self.ratios)}")
         _at_most("the number of seanet.ratios", len(self.ratios), 16)
         _at_most("the largest of seanet.ratios", max(self.ratios), 1024)
@@ -78,15 +78,15 @@ class SEANetConfig:
 class QuantizerConfig:
     """The split residual vector quantizer. ``n_q`` counts all codebooks, ``n_q_semantic`` those of the first group."""
 
-    dimension: int = 256
-    n_q: int = 32
-    bins: int = 2048
-    input_dimension: int = 512
-    output_dimension: int = 512
-    n_q_semantic: int = 1
+    dimension: Size = 256
+    n_q: Kernel = 32
+    bins: Annotated[int, Range(1, 2**20)] = 2048
+    input_dimension: Size = 512
+    output_dimension: Size = 512
+    n_q_semantic: Size = 1
 
     def __post_init__(self) -> None:
-        _positive("quantizer", self)
+        check_fields(self, "quantizer")
         if self.n_q < self.n_q_semantic:
             raise ConfigError(f"quantizer.n_q {self.n_q} is less than n_q_semantic {self.n_q_semantic}")
 
@@ -95,28 +95,23 @@ class QuantizerConfig:
 class MimiTransformerConfig:
     """The two transformers, after the encoder and before the decoder; they differ in their weights only."""
 
-    d_model: int = 512
-    num_heads: int = 8
-    num_layers: int = 8
-    causal: bool = True
-    layer_scale: float | None = 0.01
-    context: int = 250
-    conv_layout: bool = True
-    max_period: float = 10000
-    gating: str = "none"
-    norm: str = "layer_norm"
-    positional_embedding: str = "rope"
-    dim_feedforward: int = 2048
-    input_dimension: int = 512
+    d_model: Size = 512
+    num_heads: Size = 8
+    num_layers: Annotated[int, Range(0, 256)] = 8
+    causal: Literal[True] = True
+    layer_scale: Annotated[float, Range(0, 1e6, above=True)] | None = 0.01
+    context: Annotated[int, Range(1, 100_000)] = 250
+    conv_layout: Literal[True] = True
+    max_period: Annotated[float, Range(0, 1e12, above=True)] = 10000
+    gating: Literal["none"] = "none"
+    norm: Literal["layer_norm"] = "layer_norm"
+    positional_embedding: Literal["rope"] = "rope"
+    dim_feedforward: Annotated[int, Range(1, 2**18)] = 2048
+    input_dimension: Size = 512
     output_dimensions: tuple[int, ...] = (512,)
 
     def __post_init__(self) -> None:
-        _only("transformer.causal", self.causal, True)
-        _only("transformer.conv_layout", self.conv_layout, True)
-        _only("transformer.gating", self.gating, "none")
-        _only("transformer.norm", self.norm, "layer_norm")
-        _only("transformer.positional_embedding", self.positional_embedding, "rope")
-        _positive("transformer", self, "num_layers")
+        check_fields(self, "transformer")
         if self.d_model % self.num_heads or self.d_model // self.num_heads % 2:
             raise ConfigError(
                 f"transformer.d_model {self.d_model} must split into num_heads {self.num_heads} of an even size"
@@ -132,15 +127,15 @@ class MimiTransformerConfig:
 class MimiConfig:
     """A whole codec; the default is the published Mimi (24 kHz, 12.5 frames a second, 32 codebooks of 2048)."""
 
-    sample_rate: int = 24000
-    channels: int = 1
-    frame_rate: float = 12.5
+    sample_rate: Annotated[int, Range(1, 768_000)] = 24000
+    channels: Annotated[int, Range(1, 64)] = 1
+    frame_rate: Annotated[float, Range(0, 2**16, above=True)] = 12.5
     seanet: SEANetConfig = field(default_factory=SEANetConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     transformer: MimiTransformerConfig = field(default_factory=MimiTransformerConfig)
 
     def __post_init__(self) -> None:
-        _positive("", self)
+        check_fields(self)
         if self.seanet.channels != self.channels:
             raise ConfigError(f"seanet.channels {self.seanet.channels} differs from channels {self.channels}")
         for name, value in (
@@ -182,7 +177,12 @@ class MimiConfig:
         ConfigError
             If a key is unknown or missing, or a value is of a wrong type, unsupported, or contradicts another.
         """
-        return _read(cls, data, "")
+        config, published = cls(**read_fields(cls, data, whole="mimi_config.json")), cls().to_dict()
+        for part, wanted in {"": published, **published}.items():
+            for key in wanted if isinstance(wanted, dict) else ():
+                if key not in (data[part] if part else data):
+                    raise ConfigError(f"mimi_config.json lacks {part and part + '.'}{key}")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON structure that :meth:`from_dict` and Kyutai's loader read."""
@@ -192,93 +192,10 @@ class MimiConfig:
         return data
 
 
-_Config = TypeVar("_Config")
-_SECTIONS: dict[str, type] = {
-    "seanet": SEANetConfig,
-    "quantizer": QuantizerConfig,
-    "transformer": MimiTransformerConfig,
-}
-_OPTIONAL = ("n_q_semantic",)
-_WORDS = {int: "whole number", bool: "truth value", str: "string"}
-
-
-def _read(cls: type[_Config], data: Mapping[str, Any], where: str) -> _Config:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"the codec configuration{where and ' ' + where} must be an object, not {data!r}")
-    known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
-    dotted = f"{where}." if where else ""
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"unknown key {dotted}{key} in the codec configuration; known: {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for key in known:
-        if key not in data:
-            if key in _OPTIONAL:
-                continue
-            raise ConfigError(f"the codec configuration lacks {dotted}{key}")
-        values[key] = _value(dotted + key, data[key], getattr(cls, key, None), _SECTIONS.get(key))
-    return cls(**values)
-
-
-def _value(name: str, value: Any, default: Any, section: type | None) -> Any:
-    """``value``, if it is of the same kind as the published ``default``."""
-    if section is not None:
-        return _read(section, value, name)
-    if value is None and name == "transformer.layer_scale":
-        return None
-    if isinstance(default, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name} must be a list, not {value!r}")
-        return tuple(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name in ("frame_rate", "transformer.max_period", "transformer.layer_scale"):
-        good, wanted = number and abs(value) < math.inf, "number"
-    else:
-        good, wanted = type(value) is type(default), _WORDS[type(default)]
-    if not good:
-        raise ConfigError(f"{name} must be a {wanted}, not {value!r}")
-    return value
-
-
 def _plain(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _plain(value) for key, value in data.items()}
     return list(data) if isinstance(data, tuple) else data
-
-
-def _only(name: str, value: Any, *supported: Any) -> None:
-    if value not in supported:
-        raise ConfigError(f"{name} {value!r} is not supported; use {' or '.join(repr(one) for one in supported)}")
-
-
-# Sizes far beyond those of any codec: a file that says more is broken, or made to exhaust the machine.
-_MOST = {
-    "sample_rate": 768_000,
-    "channels": 64,
-    "n_residual_layers": 64,
-    "dilation_base": 1024,
-    "disable_norm_outer_blocks": 1024,
-    "kernel_size": 1024,
-    "residual_kernel_size": 1024,
-    "last_kernel_size": 1024,
-    "n_q": 1024,
-    "bins": 2**20,
-    "num_layers": 256,
-    "context": 100_000,
-    "max_period": 1e12,
-    "layer_scale": 1e6,
-    "dim_feedforward": 2**18,
-}
-
-
-def _positive(where: str, config: Any, *zero_allowed: str) -> None:
-    for entry in fields(config):
-        value, name = getattr(config, entry.name), f"{where and where + '.'}{entry.name}"
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = 0 if entry.name in zero_allowed else 1
-            if (value < least) if isinstance(value, int) else (value <= 0):
-                raise ConfigError(f"{name} must be at least {least}, not {value}")
-            _at_most(name, value, _MOST.get(entry.name, 2**16))
 
 
 def _at_most(name: str, value: float, most: float) -> None:

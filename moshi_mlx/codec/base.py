@@ -13,7 +13,7 @@ Many streams are the rows of one state, and a step advances those that have a fr
     state = codec.init_encoder_state(batch=12)
     codes = codec.encode_step(frames, state, rows=[0, 3, 7])       # [3, 8, 1]
 
-Rows join, leave and begin again with :func:`~moshi_mlx.streaming.put_rows` and its neighbours. A stream belongs to one
+Rows join, leave and begin again with :func:`~moshi_mlx.state.put_rows` and its neighbours. A stream belongs to one
 thread at a time; an encoder and a decoder may run in two threads at once.
 """
 
@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
-from .errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
-from .lean_codec import Decoder, Encoder, Rows
-from .mimi import Mimi, MimiConfig
-from .mimi_weights import is_published_layout, load_mimi
-from .streaming import State, as_numpy, count_rows, put_rows, state_arrays, take_rows, update_state
+from ..checkpoint.mimi import is_published_layout, load_mimi
+from ..cpu.backend import choose_backend
+from ..cpu.mimi import Decoder, Encoder, Rows
+from ..errors import AudioError, CheckpointError, CodecError, ConfigError, StateError, TokenError
+from ..models.mimi import Mimi, MimiConfig
+from ..state import State, as_numpy, count_rows, put_rows, state_arrays, take_rows, update_state
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -219,8 +220,8 @@ class Codec(ABC):
     def init_encoder_state(self, batch: int = 1) -> State:
         """What :meth:`encode_step` carries from call to call, for ``batch`` streams that begin with silence.
 
-        Rows are taken out, replaced and joined by :func:`~moshi_mlx.streaming.take_rows`,
-        :func:`~moshi_mlx.streaming.put_rows` and :func:`~moshi_mlx.streaming.concatenate_rows`.
+        Rows are taken out, replaced and joined by :func:`~moshi_mlx.state.take_rows`,
+        :func:`~moshi_mlx.state.put_rows` and :func:`~moshi_mlx.state.concatenate_rows`.
         """
 
     @abstractmethod
@@ -374,8 +375,8 @@ class MimiCodec(Codec):
     Parameters
     ----------
     mimi : Mimi
-        With its weights evaluated, as :func:`~moshi_mlx.mimi_weights.load_mimi` leaves them: streams in other threads
-        read them. They must stay as they are: where they are replaced, make another codec.
+        With its weights evaluated, as :func:`~moshi_mlx.checkpoint.mimi.load_mimi` leaves them: streams in other
+        threads read them. They must stay as they are: where they are replaced, make another codec.
     """
 
     chunk = 25
@@ -461,7 +462,7 @@ def mimi_codec(mimi: Mimi, kind: str = "auto") -> MimiCodec:
         ``auto`` takes numpy where MLX computes on the CPU, and MLX on a GPU.
     """
     if kind == "auto":
-        kind = "numpy" if _on_cpu() else "mlx"
+        kind = choose_backend()
     return NumpyMimi(mimi) if kind == "numpy" else MlxMimi(mimi)
 
 

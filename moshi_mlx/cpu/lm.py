@@ -21,13 +21,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from .config import LmConfig
-from .layers.attention import Rope
-from .layers.transformer import TransformerLayer
-from .lm import DepthLayer, DepthTransformer, Lm, embed_ids
-from .sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
-from .streaming import State, as_mlx, as_numpy, state_arrays
-from .threads import one_blas_thread
+from ..config import LmConfig
+from ..errors import ConfigError
+from ..layers.attention import Rope
+from ..layers.transformer import TransformerLayer
+from ..models.lm import DepthLayer, DepthTransformer, Lm, embed_ids
+from ..models.sampling import RowSampling, Sampling, SamplingKind, keyed_noise, sample, sample_rows
+from ..state import State, as_mlx, as_numpy, state_arrays
+from .backend import choose_backend
+from .blas import one_blas_thread
 
 __all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
 
@@ -37,6 +39,8 @@ Array = Any
 """``mx.array`` or numpy array, as the stepper's ``xp`` makes them."""
 
 _KEPT_GRAPHS = 32
+_BLOCK, _BLOCKED_BYTES, _UNPACKED_PRODUCT = 64, 2**22, 10**6
+"""Columns of a block, the largest weight that is kept in blocks, and OpenBLAS' largest product without packing."""
 _UNPACKED_BYTES = 2**31
 """Quantized models are unpacked for numpy up to this size in memory."""
 
@@ -139,10 +143,11 @@ class Stepper:
 
 def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
     """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
-    if mx.default_device() != mx.cpu:
-        return Stepper(lm, compiled=True)
-    if kv_bits is not None or not NumpyStepper.suits(lm):
-        return Stepper(lm)  # what mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds
+    if lm.backend == "numpy" and kv_bits is not None:
+        raise ConfigError("the backend numpy keeps no 8-bit cache: choose the backend mlx, or leave the cache as it is")
+    if choose_backend(lm.backend) == "mlx" or kv_bits is not None or not NumpyStepper.suits(lm):
+        # What mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds.
+        return Stepper(lm, compiled=mx.default_device() != mx.cpu)
     known: NumpyStepper | None = getattr(lm, "_stepper", None)
     if known is None or not known.current(lm):
         known = NumpyStepper(lm)
@@ -249,7 +254,7 @@ class NumpyStepper(Stepper):
         return _Window(turn, offsets % size, 0, rows, counts=counts.tolist(), cross=cross)
 
     def text_logits(self, hidden: Floats) -> Floats:
-        return _product(hidden, self._text_linear)
+        return self._text_linear(hidden)
 
     def depth(self, index: int, hidden: Floats, token: NDArray[np.int32], cache: list[Any]) -> Floats:
         assert self._depth is not None
@@ -309,22 +314,44 @@ def _dense(module: Any) -> Floats:
     return _seen(weight)
 
 
-def _matrix(module: Any) -> Floats:
-    """What rows are multiplied with, [inputs, outputs].
+class _Matrix:
+    """What rows [batch, inputs] are multiplied with.
 
-    A dense weight is seen as it lies. One that is unpacked anyway is laid out in the order in which it is read, which
-    takes a quarter of the time from one row and half of it from many.
+    One row is read through the weight as it lies. For several, small weights are kept once more, in blocks of 64
+    columns: OpenBLAS then needs no packing, which takes longer than the product itself where rows are few.
     """
-    weight = _dense(module).T
-    return np.ascontiguousarray(weight) if isinstance(module, nn.QuantizedLinear) else weight
+
+    __slots__ = ("_blocks", "_most", "weight")
+
+    def __init__(self, weight: Floats):
+        self.weight = weight
+        inputs = len(weight)
+        self._most = min(_UNPACKED_PRODUCT // (inputs * _BLOCK), 64) if weight.nbytes <= _BLOCKED_BYTES else 0
+        self._blocks: Floats | None = None
+
+    def __call__(self, x: Floats) -> Floats:
+        """``x`` [batch, inputs] times the weight: [batch, outputs]."""
+        if len(x) == 1:
+            return x @ self.weight
+        weight, rows = self.weight, len(x)
+        if rows > self._most:
+            return x @ weight if weight.flags.c_contiguous else np.ascontiguousarray((weight.T @ x.T).T)
+        if self._blocks is None:
+            inputs, outputs = weight.shape
+            padded = np.pad(weight, ((0, 0), (0, -outputs % _BLOCK)))
+            self._blocks = np.ascontiguousarray(padded.reshape(inputs, -1, _BLOCK).swapaxes(0, 1))
+        out: Floats = (x @ self._blocks).swapaxes(0, 1).reshape(rows, -1)[:, : weight.shape[1]]
+        return out
 
 
-def _product(x: Floats, matrix: Floats) -> Floats:
-    """``x @ matrix`` for rows [batch, inputs]."""
-    if len(x) == 1 or matrix.flags.c_contiguous:
-        return x @ matrix
-    # OpenBLAS packs both factors, and takes half as long again for a weight seen across.
-    return np.ascontiguousarray((matrix.T @ np.ascontiguousarray(x.T)).T)
+def _matrix(module: Any, outputs: int | None = None) -> _Matrix:
+    """The weight of a linear layer, or its first ``outputs`` columns.
+
+    A dense weight is seen as it lies, [outputs, inputs]. One that is unpacked anyway is laid out in the order in which
+    rows are multiplied, which takes a quarter less time.
+    """
+    weight = _dense(module)[:outputs].T
+    return _Matrix(np.ascontiguousarray(weight) if isinstance(module, nn.QuantizedLinear) else weight)
 
 
 def _hide(count: int, seen: Any) -> Floats | None:
@@ -345,8 +372,9 @@ def _norm(module: Any) -> Callable[[Floats], Floats]:
                 row = x[0]
                 scaled: Floats = x * (weight * (float(row.dot(row)) / dim + epsilon) ** -0.5)
                 return scaled
-            mean = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(dim) + np.float32(epsilon)
-            out: Floats = x / np.sqrt(mean) * weight
+            mean = np.einsum("ij,ij->i", x, x) / np.float32(dim) + np.float32(epsilon)
+            out: Floats = x * (1 / np.sqrt(mean))[:, None]
+            out *= weight
             return out
 
         return rms
@@ -481,17 +509,17 @@ class _Gated:
 
     def __init__(self, module: Any):
         self._in, self._out = _matrix(module.linear_in), _matrix(module.linear_out)
-        self._hidden = self._out.shape[0]
+        self._hidden = len(self._out.weight)
 
     def __call__(self, x: Floats) -> Floats:
-        both = _product(x, self._in)
+        both = self._in(x)
         gate, value = both[:, : self._hidden], both[:, self._hidden :]
         spread = np.negative(gate)
         np.exp(spread, out=spread)
         spread += np.float32(1)
         np.divide(gate, spread, out=spread)
         spread *= value
-        return _product(spread, self._out)
+        return self._out(spread)
 
 
 class _TemporalLayer:
@@ -504,18 +532,18 @@ class _TemporalLayer:
         if "cross_attention" in layer:
             cross = layer.cross_attention
             self._norm_cross, self._cross_out = _norm(layer.norm_cross), _matrix(cross.out_proj)
-            self._cross_in = _matrix(cross.in_proj)[:, : self._cross_out.shape[0]]
+            self._cross_in = _matrix(cross.in_proj, len(self._cross_out.weight))
             self._cross_shape, self._cross_scale = (cross.num_heads, 1, cross.head_dim), np.float32(cross.scale)
 
     def __call__(self, x: Floats, state: State, window: _Window) -> Floats:
-        projected = _product(self._norm1(x), self._in)
+        projected = self._in(self._norm1(x))
         attended = self._attention(projected, window, state["keys"], state["values"])
-        x = x + _product(attended, self._out)
+        x = x + self._out(attended)
         if "cross_keys" in state:
             keys, values = state["cross_keys"][window.selected], state["cross_values"][window.selected]
-            queries = _product(self._norm_cross(x), self._cross_in) * self._cross_scale
+            queries = self._cross_in(self._norm_cross(x)) * self._cross_scale
             queries = queries.reshape(len(x), *self._cross_shape)
-            x = x + _product(attend(queries, keys.swapaxes(2, 3), values, window.cross), self._cross_out)
+            x = x + self._cross_out(attend(queries, keys.swapaxes(2, 3), values, window.cross))
         return x + self._gating(self._norm2(x))
 
 
@@ -545,13 +573,13 @@ class _DepthLayer:
     def step(self, x: Floats, index: int, weights: int, turn: Any, cache: tuple[Floats, ...]) -> Floats:
         projected, turned, queries, keys, values = cache
         if len(x) == 1:
-            np.matmul(self._norm1(x), self._in[weights], out=projected[index])
+            np.matmul(self._norm1(x), self._in[weights].weight, out=projected[index])
         else:
-            projected[index] = _product(self._norm1(x), self._in[weights])
+            projected[index] = self._in[weights](self._norm1(x))
         if turn is not None:
             turned[index] = turn(turned[index])
         attended = attend(queries[index] * self._scale, keys[..., : index + 1], values[:, :, : index + 1])
-        x = x + _product(attended, self._out[weights])
+        x = x + self._out[weights](attended)
         return x + self._gating[weights](self._norm2(x))
 
 
@@ -570,8 +598,8 @@ class _Depth:
         if not index:
             cache += [layer.new_cache(len(self._schedule), len(hidden)) for layer in self._layers]
         weights = self._schedule[index]
-        x = _product(hidden, self._in[weights]) + self._tables[index](token)
+        x = self._in[weights](hidden) + self._tables[index](token)
         turn = None if self._turn is None else self._turn.at(index)
         for layer, own in zip(self._layers, cache, strict=True):
             x = layer.step(x, index, weights, turn, own)
-        return _product(x if self._norms is None else self._norms[index](x), self._out[index])
+        return self._out[index](x if self._norms is None else self._norms[index](x))

@@ -19,12 +19,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import LmConfig
-from .delays import delay_tokens, undelay
-from .errors import ConfigError, TokenError
-from .layers.conditioning import Condition, ConditionProvider
-from .layers.transformer import GatedFeedForward, Transformer, make_norm, make_rope
-from .streaming import State
+from ..config import LmConfig
+from ..errors import ConfigError, TokenError
+from ..layers.conditioning import Condition, ConditionProvider
+from ..layers.transformer import GatedFeedForward, Transformer, make_norm, make_rope
+from ..state import State
+from ..tokens import delay_tokens, undelay
 
 __all__ = ["DepthCache", "DepthLayer", "DepthTransformer", "Lm", "LmOutput", "embed_ids"]
 
@@ -247,6 +247,7 @@ class Lm(nn.Module):
     def __init__(self, config: LmConfig):
         super().__init__()
         self._config = config
+        self.backend = "auto"  # what computes a step: see moshi_mlx.cpu.backend
         dim = config.dim
         text_rows = config.text_card + config.text_start_row
         self.text_emb = _embedding(text_rows, dim, demux=config.demux_second_stream)

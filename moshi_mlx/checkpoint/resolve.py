@@ -18,17 +18,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
-from .checkpoint.files import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
-from .checkpoint.repo import HubRepo, Progress
-from .config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
-from .errors import CheckpointError, DownloadError
+from ..config import DEFAULT_MIMI, DEFAULT_TOKENIZER, DEFAULT_WEIGHTS
+from ..errors import CheckpointError, DownloadError
+from .download import HubRepo, Progress
+from .readers import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
 
-__all__ = ["CheckpointFiles", "Survey", "builtin_models", "fetch_file", "resolve", "survey"]
+__all__ = ["CheckpointFiles", "Survey", "builtin_models", "resolve", "survey"]
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = Path(__file__).resolve().parents[1] / "builtin"
 
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _INDEX = ".index.json"
@@ -117,25 +117,13 @@ class Survey:
         return self.total - self.missing
 
 
-class _Place(Protocol):
-    """Where a checkpoint's files are: names, and a way to have them here."""
-
-    label: str
-    revision: str | None
-
-    def has(self, name: str) -> bool: ...
-
-    def names(self) -> list[str]: ...
-
-    def sizes(self, name: str) -> tuple[int, int]: ...
-
-    def fetch(self, names: Sequence[str]) -> dict[str, Path]: ...
-
-
 class _Folder:
+    """Files that are here, asked for as those of a :class:`~moshi_mlx.checkpoint.repo.HubRepo`."""
+
+    commit = None
+
     def __init__(self, path: Path):
         self.path, self.label = path, str(path)
-        self.revision: str | None = None
 
     def has(self, name: str) -> bool:
         return os.path.isfile(inner_path(self.path, name, self.label))
@@ -146,7 +134,7 @@ class _Folder:
         except OSError as error:
             raise CheckpointError(f"{self.label} cannot be read: {error.strerror}") from error
 
-    def sizes(self, name: str) -> tuple[int, int]:
+    def amount(self, name: str) -> tuple[int, int]:
         return inner_path(self.path, name, self.label).stat().st_size, 0
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
@@ -157,26 +145,7 @@ class _Folder:
         return paths
 
 
-class _Repo:
-    def __init__(self, hub: HubRepo):
-        self.hub = hub
-        self.label = hub.repo if hub.revision is None else f"{hub.repo}@{hub.revision}"
-        self.revision: str | None = hub.commit
-
-    def has(self, name: str) -> bool:
-        inner_path(Path(), name, self.label)
-        return name in self.hub.sizes
-
-    def names(self) -> list[str]:
-        return sorted(self.hub.sizes)
-
-    def sizes(self, name: str) -> tuple[int, int]:
-        if name not in self.hub.sizes:
-            raise DownloadError(f"{self.label} has no {name[:100]}")
-        return self.hub.sizes[name] or 0, self.hub.missing(name)
-
-    def fetch(self, names: Sequence[str]) -> dict[str, Path]:
-        return self.hub.fetch(names)
+_Place = _Folder | HubRepo
 
 
 def builtin_models() -> list[str]:
@@ -207,7 +176,7 @@ def resolve(
     extras : sequence of str
         Further files to find, for instance ``voices.tgz``.
     cache, offline, progress
-        See :class:`~moshi_mlx.checkpoint.repo.HubRepo`.
+        See :class:`~moshi_mlx.checkpoint.download.HubRepo`.
 
     Raises
     ------
@@ -249,20 +218,17 @@ def survey(
     for name in dict.fromkeys(["config.json", *wanted.values(), *shards]):
         if name.startswith("hf://"):
             repo, inner = _split_hub_name(name)
-            files[inner] = _Repo(HubRepo(repo, **options)).sizes(inner)
+            files[inner] = HubRepo(repo, **options).amount(inner)
         elif not _is_reference(name) and place.has(name):  # resolve() knows whether it can do without
-            files[name] = place.sizes(name)
-    folder = place.hub.cache if isinstance(place, _Repo) else place.path
-    return Survey(os.fspath(source), files, folder)
+            files[name] = place.amount(name)
+    return Survey(os.fspath(source), files, place.cache if isinstance(place, HubRepo) else place.path)
 
 
 def _nothing(*_: object) -> None:
     """Progress that nobody looks at."""
 
 
-def _place(
-    source: str | os.PathLike[str], weights: str | None, options: dict[str, Any]
-) -> tuple[_Folder | _Repo, str | None]:
+def _place(source: str | os.PathLike[str], weights: str | None, options: dict[str, Any]) -> tuple[_Place, str | None]:
     """Where a checkpoint is, and which of its weights are meant if the source says so."""
     text = os.fspath(source)
     if isinstance(source, str) and source in builtin_models():
@@ -273,7 +239,7 @@ def _place(
     if os.path.isfile(path):
         return _Folder(path.parent), path.name
     if isinstance(source, str) and (match := _REPO.fullmatch(source)):
-        return _Repo(HubRepo(match[1], match[2], **options)), weights
+        return HubRepo(match[1], match[2], **options), weights
     names = ", ".join(builtin_models()) or "none"
     raise CheckpointError(
         f"{text[:300]!r} is neither a folder, nor a repository (organisation/name), nor a built-in model ({names})"
@@ -288,23 +254,6 @@ def _path(text: str) -> Path:
         return Path(text)
 
 
-def fetch_file(
-    reference: str,
-    *,
-    cache: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """One file: a path on this machine, or ``hf://organisation/name/path``."""
-    if not reference.startswith("hf://"):
-        path = _path(reference)
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{str(path)[:300]}: no such file")
-        return path
-    repo, name = _split_hub_name(reference)
-    return HubRepo(repo, cache=cache, offline=offline, progress=progress).fetch([name])[name]
-
-
 def _plan(place: _Place, weights: str | None) -> tuple[dict[str, str], list[str], Path | None]:
     """Names of a checkpoint's parts (``weights`` among them, unless a built-in model has none yet), names of the shards
     that its index lists, and its configuration."""
@@ -313,6 +262,11 @@ def _plan(place: _Place, weights: str | None) -> tuple[dict[str, str], list[str]
     if place.has("config.json"):
         config = place.fetch(["config.json"])["config.json"]
         data = read_json(config)
+    for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
+        if not isinstance(data.get(key), (str, type(None))):
+            raise CheckpointError(
+                f"{place.label}: config.json: {key} must be a file name, found {str(data[key])[:60]!r}"
+            )
     wanted = {part: name for part, name in _part_names(data, place).items() if name is not None}
     name = _choose_weights(place, weights, data)
     # A built-in model that is not trained yet has sizes and a tokenizer, and no weights.
@@ -365,28 +319,21 @@ def _collect(
         lora=paths.get("lora"),
         extras={name: fetched[name] for name in extras},
         names=wanted,
-        revision=place.revision,
+        revision=place.commit,
     )
 
 
 def _part_names(data: Mapping[str, Any], place: _Place) -> dict[str, str | None]:
     """The names of a checkpoint's other parts, from its configuration or by default."""
-
-    def named(key: str) -> str | None:
-        value = data.get(key)
-        if value is not None and not isinstance(value, str):
-            raise CheckpointError(f"{place.label}: config.json: {key} must be a file name, found {str(value)[:60]!r}")
-        return value or None
-
     helium = data.get("model_type") == "helium"
     usual = "tokenizer.model" if helium else DEFAULT_TOKENIZER
-    tokenizer = named("tokenizer_name") or next((name for name in _TOKENIZERS if place.has(name)), usual)
-    lora = named("lora_name")
+    tokenizer = data.get("tokenizer_name") or next((name for name in _TOKENIZERS if place.has(name)), usual)
+    lora = data.get("lora_name") or None
     if lora is None and data.get("lora") and place.has("lora.safetensors"):
         lora = "lora.safetensors"
     return {
-        "mimi": named("mimi_name") or (None if helium else DEFAULT_MIMI),
-        "mimi_config": named("mimi_config_name"),
+        "mimi": data.get("mimi_name") or (None if helium else DEFAULT_MIMI),
+        "mimi_config": data.get("mimi_config_name") or None,
         "tokenizer": tokenizer,
         "lora": lora,
     }
@@ -398,9 +345,7 @@ def _choose_weights(place: _Place, weights: str | None, data: Mapping[str, Any])
         if not place.has(weights):
             raise CheckpointError(f"{place.label} has no {weights}; it has {shown(place.names(), 12)}")
         return weights
-    named = data.get("moshi_name")
-    if named is not None and not isinstance(named, str):
-        raise CheckpointError(f"{place.label}: config.json: moshi_name must be a file name")
+    named: str | None = data.get("moshi_name")
     if named:
         if _is_reference(named) or place.has(named):
             return named

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import UNGENERATED
-from .errors import ConfigError
-from .lean import Array, Stepper
-from .lm import Lm
-from .sampling import AUDIO_SAMPLING, TEXT_SAMPLING, RowSampling, Sampling, SamplingKind
-from .streaming import State, as_mlx
+from ..config import UNGENERATED
+from ..cpu.lm import Array, Stepper
+from ..errors import ConfigError
+from ..models.lm import Lm
+from ..models.sampling import AUDIO_SAMPLING, TEXT_SAMPLING, RowSampling, Sampling, SamplingKind
+from ..state import State, as_mlx
 
 __all__ = [
     "GenerationConfig",

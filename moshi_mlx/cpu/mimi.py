@@ -1,9 +1,9 @@
 """Mimi frame by frame in numpy: what a conversation uses where there is no GPU.
 
 MLX's wheel for Linux brings a matrix product without vector instructions, and takes 9 ns for an exponential; numpy
-brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what
-:meth:`~moshi_mlx.mimi.Mimi.encode_step` and :meth:`~moshi_mlx.mimi.Mimi.decode_step` compute, from the same weights.
-The same figures in another order of summation: the tests hold both together.
+brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what ``encode_step`` and ``decode_step``
+of :class:`~moshi_mlx.models.mimi.Mimi` compute, from the same weights. The same figures in another order of summation:
+the tests hold both together.
 
 Weights are prepared once for each model and shared by all of its streams. What changes is in a state with the names and
 shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state and neither
@@ -21,14 +21,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from .layers.attention import Attention
-from .layers.conv import CausalConv, CausalConvTranspose, DepthwiseConvTranspose
-from .layers.rvq import ResidualQuantizer, SplitResidualQuantizer
-from .layers.seanet import ResidualBlock, SEANetDecoder, SEANetEncoder
-from .layers.transformer import Transformer, TransformerLayer
-from .mimi import Mimi
-from .streaming import State, as_numpy, take_rows
-from .threads import one_blas_thread
+from ..layers.attention import Attention
+from ..layers.conv import CausalConv, CausalConvTranspose, DepthwiseConvTranspose
+from ..layers.rvq import ResidualQuantizer, SplitResidualQuantizer
+from ..layers.seanet import ResidualBlock, SEANetDecoder, SEANetEncoder
+from ..layers.transformer import Transformer, TransformerLayer
+from ..models.mimi import Mimi
+from ..state import State, as_numpy, take_rows
+from .blas import one_blas_thread
 
 __all__ = ["Decoder", "Encoder", "Rows"]
 

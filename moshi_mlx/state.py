@@ -34,6 +34,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from .disk import replacing
 from .errors import StateError
 
 __all__ = [
@@ -256,16 +257,13 @@ def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, s
 
     The file is written beside its final name and moved into place, so that an interruption leaves the old one whole.
     """
-    target = Path(path)
     arrays = {name: mx.array(value) for name, value in _leaves(state)}
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
     header = {"format": _FORMAT, "digest": _digest(arrays), **(metadata or {})}
     try:
-        mx.save_safetensors(str(partial), arrays, header)
-        os.replace(partial, target)
+        with replacing(path, ".safetensors") as partial:
+            mx.save_safetensors(str(partial), arrays, header)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise StateError(f"cannot write the state to {target}: {error}") from error
+        raise StateError(f"cannot write the state to {path}: {error}") from error
 
 
 def load_state(path: str | os.PathLike[str], like: State | None = None) -> State:

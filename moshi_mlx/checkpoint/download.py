@@ -1,33 +1,30 @@
 """A repository on a model hub: what it holds, and its files brought into the shared cache.
 
-The cache is huggingface_hub's, and so are the session, the token and the errors. The bytes are fetched here, because
-a hub, or a mirror named by ``HF_ENDPOINT``, is not trusted: huggingface_hub names a file of the cache after whatever
-ETag it is sent, and bounds neither what comes nor how long it takes. Here nothing is named after an answer that is not
-a plain hash, every file is hashed before it gets its name, no body is read beyond the size announced, and a transfer
-that hardly moves ends. An interrupted download goes on where it stopped, also in another run, because losing most of
-15 GB to a dropped connection is no small matter.
+The cache is huggingface_hub's. A hub, or a mirror named by ``HF_ENDPOINT``, is not trusted: huggingface_hub names a
+file of the cache after whatever ETag it is sent. Here nothing is named after an answer that is not a plain hash, and
+every file is hashed before it gets its name. An interrupted download goes on where it stopped, also in another run,
+because losing most of 15 GB to a dropped connection is no small matter.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import queue
 import re
-import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from typing import Any
+from urllib.parse import quote, urljoin
 
+from ..disk import free_bytes
 from ..errors import CheckpointError, DownloadError
 from ..printable import printable
-from .files import inner_path, parse_object, shown
+from . import transfer
+from .readers import inner_path, parse_object, shown
+from .transfer import ask, hub_utils, is_network, receive
 
 __all__ = ["HubRepo", "Progress"]
 
@@ -38,20 +35,10 @@ SPARE_BYTES = 256 * 2**20
 """Disk space that a download must leave free."""
 MAX_LISTING = 4 * 2**20
 """Longest list of files, in bytes; a model's has a few thousand."""
-SLOWEST = 1000
-"""Bytes a second below which a download is given up."""
-_WINDOW = 60.0  # seconds over which that is measured
-_TIMEOUT = 15.0
-_TRIES, _PAUSE = 5, 1.0  # connections that may bring next to nothing, one after the other; seconds between them
-_ADVANCE = 2**20  # bytes that a connection must bring to be more than that
-_REDIRECTS = 10
 _REMEMBERED = 60.0  # seconds for which a hub that did not answer is not asked again, if the cache will do
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _silent: dict[str, float] = {}  # by endpoint: when it did not answer
-
-T = TypeVar("T")
 
 
 class HubRepo:
@@ -95,13 +82,14 @@ class HubRepo:
             raise DownloadError(f"{repo[:100]!r} is not the name of a repository: {error}") from error
         self.repo = repo
         self.revision = revision
+        self.label = repo if revision is None else f"{repo}@{revision}"
         self.progress = progress
         environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         self.offline = environment if offline is None else offline
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.cache = Path(cache or constants.HF_HUB_CACHE)
         self._root = self.cache / folder
-        self._timeout = _TIMEOUT if timeout is None else timeout
+        self._timeout = transfer.TIMEOUT if timeout is None else timeout
         self._hashes: dict[str, str] = {}  # of large files: the names of their contents in the cache
         self.commit, self.sizes = self._list_cached() if self.offline else self._list()
 
@@ -118,9 +106,9 @@ class HubRepo:
         except DownloadError:
             raise
         except CheckpointError as error:  # not JSON
-            raise DownloadError(f"cannot fetch {self._label}: {error}") from error
+            raise DownloadError(f"cannot fetch {self.label}: {error}") from error
         except Exception as error:
-            if not _is_network(error) or cached is None:
+            if not is_network(error) or cached is None:
                 raise self._explain(error, None) from error
             _silent[self.endpoint] = time.monotonic()
             self.offline = True
@@ -130,12 +118,12 @@ class HubRepo:
         """The hub's description of the repository."""
         path = f"/revision/{quote(self.revision, safe='')}" if self.revision else ""
         data = bytearray()
-        with self._ask(f"{self.endpoint}/api/models/{self.repo}{path}?blobs=true", self._timeout) as response:
+        with ask(self.endpoint, f"{self.endpoint}/api/models/{self.repo}{path}?blobs=true", self._timeout) as response:
             until = time.monotonic() + self._timeout
             for chunk in response.iter_raw():
                 data += chunk
                 if len(data) > MAX_LISTING:
-                    raise DownloadError(f"{self.endpoint} sends a list of files without end for {self._label}")
+                    raise DownloadError(f"{self.endpoint} sends a list of files without end for {self.label}")
                 if time.monotonic() > until:
                     raise TimeoutError(f"the list of files has not come within {self._timeout:g} s")
         return parse_object(bytes(data), f"the answer of {self.endpoint}")
@@ -144,14 +132,14 @@ class HubRepo:
         """Commit, sizes and hashes from the hub's answer: whatever becomes a path is checked."""
         commit, listed = info.get("sha"), info.get("siblings") or []
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise DownloadError(f"{self.endpoint} does not say which commit {self._label} is at: {str(commit)[:80]!r}")
+            raise DownloadError(f"{self.endpoint} does not say which commit {self.label} is at: {str(commit)[:80]!r}")
         sizes: dict[str, int | None] = {}
         for file in listed if isinstance(listed, list) else [listed]:
             file = file if isinstance(file, dict) else {"rfilename": None}
             name, size = file.get("rfilename"), file.get("size")
             if not isinstance(name, str) or (size is not None and (type(size) is not int or size < 0)):
                 raise DownloadError(
-                    f"{self.endpoint} sends a list of files for {self._label} that cannot be read: {str(file)[:100]!r}"
+                    f"{self.endpoint} sends a list of files for {self.label} that cannot be read: {str(file)[:100]!r}"
                 )
             sizes[name] = size
             large = file.get("lfs")
@@ -174,7 +162,7 @@ class HubRepo:
         commit = self._cached_commit()
         if commit is None:
             raise DownloadError(
-                f"{self._label} is not in the cache ({self.cache}), and the network is switched off (HF_HUB_OFFLINE). "
+                f"{self.label} is not in the cache ({self.cache}), and the network is switched off (HF_HUB_OFFLINE). "
                 "Unset it once to fetch the model, use the built-in model small, or give a local folder"
             )
         folder = self._root / "snapshots" / commit
@@ -198,7 +186,7 @@ class HubRepo:
         absent = [name for name in missing if name not in self.sizes]
         if absent:
             hint = "is not in the cache" if self.offline else "has no such file"
-            raise DownloadError(f"{self._label} {hint}: {shown(absent)}. It has {shown(self.sizes, 12) or 'no files'}")
+            raise DownloadError(f"{self.label} {hint}: {shown(absent)}. It has {shown(self.sizes, 12) or 'no files'}")
         if not self.offline:
             self._check_space(missing)
         for name in missing:
@@ -217,29 +205,35 @@ class HubRepo:
                 raise self._explain(error, None) from error
         return places
 
-    def missing(self, name: str) -> int:
-        """Bytes of a file that are not in the cache; an interrupted download counts as far as it came."""
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name, which must not lead out of the repository."""
+        inner_path(Path(), name, self.label)
+        return name in self.sizes
+
+    def names(self) -> list[str]:
+        """All files."""
+        return sorted(self.sizes)
+
+    def amount(self, name: str) -> tuple[int, int]:
+        """Bytes of a file, and how many are not in the cache; an interrupted download counts as far as it came."""
+        if name not in self.sizes:
+            raise DownloadError(f"{self.label} has no {name[:100]}")
         size = self.sizes[name] or 0
-        if os.path.isfile(self._pointer(name)):
-            return 0
         blob = self._root / "blobs" / self._hashes.get(name, "unknown")
-        if blob.is_file():
-            return 0
-        return max(size - _length(_partial(blob)), 0)
+        if os.path.isfile(self._pointer(name)) or blob.is_file():
+            return size, 0
+        return size, max(size - _length(_partial(blob)), 0)
 
     def _pointer(self, name: str) -> Path:
         """Where the cache shows a file by its name."""
-        return inner_path(self._root / "snapshots" / self.commit, name, self._label)
+        return inner_path(self._root / "snapshots" / self.commit, name, self.label)
 
     def _check_space(self, names: list[str]) -> None:
-        needed = sum(self.missing(name) for name in names)
-        place = self.cache
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        needed = sum(self.amount(name)[1] for name in names)
+        free = free_bytes(self.cache)
         if needed and needed + SPARE_BYTES > free:
             raise DownloadError(
-                f"{self._label} needs {needed / 1e9:.1f} GB more, but {self.cache} has only {free / 1e9:.1f} GB free. "
+                f"{self.label} needs {needed / 1e9:.1f} GB more, but {self.cache} has only {free / 1e9:.1f} GB free. "
                 "Make room, or set HF_HOME to a folder on a larger disk"
             )
 
@@ -248,17 +242,17 @@ class HubRepo:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
-        with self._ask(url, _TIMEOUT, method="HEAD") as response:  # sent on to where the bytes are, or the file's own
+        with ask(self.endpoint, url, method="HEAD") as response:  # sent on to where the bytes are, or the file's own
             told, url = response.headers, str(response.request.url)
         etag = (told.get("x-linked-etag") or told.get("etag") or "").removeprefix("W/").strip('"')
         length = told.get("x-linked-size") or ("" if "location" in told else told.get("content-length", ""))
         size = self.sizes[name]
         if size is None and not length.isdecimal():
-            raise DownloadError(f"{self.endpoint} does not say how large {name} of {self._label} is")
+            raise DownloadError(f"{self.endpoint} does not say how large {name} of {self.label} is")
         size = int(length) if size is None else size
         if not _HASH.fullmatch(etag):
             raise DownloadError(
-                f"{self.endpoint} gives {name} of {self._label} the ETag {etag[:80]!r}, which is not the hash that "
+                f"{self.endpoint} gives {name} of {self.label} the ETag {etag[:80]!r}, which is not the hash that "
                 "a hub gives: refused. Unset HF_ENDPOINT, or set it to another mirror"
             )
         digest = self._hashes.get(name, etag)
@@ -270,7 +264,9 @@ class HubRepo:
             tell = stack.enter_context(self._telling(name, _length(_partial(blob)), size))
             stack.enter_context(_locked(locks / f"{digest}.lock", lambda: tell(_length(_partial(blob)))))
             if not blob.is_file():
-                self._receive(name, urljoin(url, told.get("location", "")), blob, size, tell)
+                place = urljoin(url, told.get("location", ""))
+                receive(self.endpoint, place, _partial(blob), size, digest, f"{name} of {self.label}", tell)
+                os.replace(_partial(blob), blob)
             _link(self._pointer(name), blob)
             tell(size)
 
@@ -281,108 +277,16 @@ class HubRepo:
         if progress is not None:
             yield lambda at: progress(name, at, size)
             return
-        with _hub_utils().tqdm(desc=printable(name), total=size, initial=here, unit="B", unit_scale=True) as bar:
+        with hub_utils().tqdm(desc=printable(name), total=size, initial=here, unit="B", unit_scale=True) as bar:
             yield lambda at: bar.update(at - bar.n)
 
-    def _receive(self, name: str, url: str, blob: Path, size: int, tell: Callable[[int], None]) -> None:
-        """Fetch a file to its end, going on with what is here of it; after a broken connection again.
-
-        What is not the file announced is thrown away.
-        """
-        partial = _partial(blob)
-        hashed = _Hashed(size, blob.name)
-        tries, farthest, pace = _TRIES, 0, _Pace(f"{name} of {self._label}")
-        try:
-            with partial.open("r+b" if _length(partial) <= size and partial.exists() else "w+b") as file:
-                while block := file.read(2**22):
-                    hashed.update(block)
-                while file.tell() < size:
-                    try:
-                        self._receive_on(url, file, size, hashed, pace, tell)
-                    except Exception as error:
-                        tries = _TRIES if file.tell() >= farthest + _ADVANCE else tries - 1
-                        if not _is_network(error) or not tries:
-                            raise
-                        farthest = max(farthest, file.tell())
-                        time.sleep(_PAUSE)
-                good = file.tell() == size and hashed.matches()
-        finally:
-            if size and not _length(partial):  # nothing came
-                partial.unlink(missing_ok=True)
-        if not good:
-            partial.unlink(missing_ok=True)
-            raise DownloadError(f"{name} of {self._label} arrived damaged and was thrown away: start it again")
-        os.replace(partial, blob)
-
-    def _receive_on(
-        self, url: str, file: BinaryIO, size: int, hashed: _Hashed, pace: _Pace, tell: Callable[[int], None]
-    ) -> None:
-        """One connection's part of a file; one byte more than ``size`` at most is taken."""
-        here = file.tell()
-        with self._ask(url, _TIMEOUT, **({"Range": f"bytes={here}-"} if here else {})) as response:
-            if response.status_code != 206 and here:  # the server cannot go on in the middle
-                file.seek(0)
-                file.truncate()
-                hashed.restart()
-            for chunk in response.iter_raw():
-                pace(len(chunk))
-                file.write(chunk[: size + 1 - file.tell()])
-                hashed.update(chunk)
-                tell(min(file.tell(), size))
-                if file.tell() > size:
-                    return
-        if file.tell() < size:
-            raise ConnectionError(f"the connection ended after {file.tell()} of {size} bytes")
-
-    @contextmanager
-    def _ask(self, url: str, timeout: float, method: str = "GET", **headers: str) -> Iterator[Any]:
-        """The answer to a request, its body unread: one whose end is not in sight must not be read at once.
-
-        The token goes to the hub itself only. httpx takes it out of what is redirected to another scheme, host or port.
-        A HEAD is not sent on from the hub: what is asked is in its own answer.
-        """
-        import huggingface_hub
-
-        ours = _origin(self.endpoint)
-        request = huggingface_hub.get_session().build_request(
-            method, url, headers=_headers(with_token=_origin(url) == ours) | headers, timeout=timeout
-        )
-
-        def follow() -> Any:
-            following = request
-            for _ in range(_REDIRECTS):
-                response = huggingface_hub.get_session().send(following, stream=True, follow_redirects=False)
-                onward = response.next_request
-                if onward is None or (method == "HEAD" and _origin(str(onward.url)) != ours):
-                    return response
-                response.close()
-                following = onward
-            raise ConnectionError(f"{url} is redirected again and again")
-
-        response = _within(2 * timeout, follow)
-        try:
-            # As huggingface_hub explains it, but without the body, which it would read to the end.
-            told = {key: value for key, value in response.headers.items() if key.startswith("x-error")}
-            bare = type(response)(response.status_code, headers=told, request=response.request)
-            _hub_utils().hf_raise_for_status(bare)
-            good = response.status_code in (200, 206) or method == "HEAD"
-            if not good or "content-encoding" in response.headers:
-                raise ConnectionError(f"{urlsplit(url).hostname} does not send what was asked for")
-            yield response
-        finally:
-            response.close()
-
     # -------------------------------------------------------------------------------------------- errors
-
-    @property
-    def _label(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
     def _explain(self, error: Exception, name: str | None) -> DownloadError:
         """The error with the way out."""
         from huggingface_hub import errors
 
-        what = self._label if name is None else f"{name} of {self._label}"
+        what = self.label if name is None else f"{name} of {self.label}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         page = f"{self.endpoint}/{self.repo}"
         login = "then log in with `hf auth login` (or `huggingface-cli login`), or set HF_TOKEN"
@@ -403,7 +307,7 @@ class HubRepo:
             return DownloadError(f"{what} does not exist: see {page}")
         if status in (401, 403):
             return DownloadError(f"{self.endpoint} refuses {what}: ask for access at {page}, {login}")
-        if _is_network(error) or isinstance(error, errors.LocalEntryNotFoundError):
+        if is_network(error) or isinstance(error, errors.LocalEntryNotFoundError):
             return DownloadError(
                 f"cannot fetch {what}: {self.endpoint} cannot be reached ({_short(error)}). Check the connection and "
                 "start again: what is here already will be used. Or use the built-in model small, give a "
@@ -412,92 +316,13 @@ class HubRepo:
         return DownloadError(f"cannot fetch {what}: {_short(error)}")
 
 
-def _headers(with_token: bool) -> dict[str, str]:
-    """Of a request. huggingface_hub's own would first ask the hub which programs to tell it of, without a bound."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    headers = {"User-Agent": f"moshi-mlx-local; hf_hub/{huggingface_hub.__version__}", "Accept-Encoding": "identity"}
-    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else huggingface_hub.get_token()
-    if not token or not with_token:
-        return headers
-    if not re.fullmatch(r"[!-~]+", token):
-        raise DownloadError("the token (HF_TOKEN, or of `hf auth login`) has characters that no token has: set it anew")
-    return headers | {"Authorization": f"Bearer {token}"}
-
-
-def _hub_utils() -> Any:
-    """huggingface_hub's helpers, which its type hints do not export."""
-    from huggingface_hub import utils
-
-    return utils
-
-
-class _Hashed:
-    """A file's hash as it comes: SHA-256, or Git's hash of a blob, which is what a hub calls small files by."""
-
-    def __init__(self, size: int, wanted: str):
-        self._size, self._wanted = size, wanted
-        self.restart()
-
-    def restart(self) -> None:
-        git = hashlib.sha1(b"blob %d\0" % self._size, usedforsecurity=False)
-        self._hash = hashlib.sha256() if len(self._wanted) == 64 else git
-
-    def update(self, data: bytes) -> None:
-        self._hash.update(data)
-
-    def matches(self) -> bool:
-        return self._hash.hexdigest() == self._wanted
-
-
-class _Pace:
-    """Ends a transfer that hardly moves: a byte now and then would keep it open for ever."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._since, self._came = time.monotonic(), 0
-
-    def __call__(self, count: int) -> None:
-        self._came += count
-        now = time.monotonic()
-        if now - self._since < _WINDOW:
-            return
-        if self._came < SLOWEST * _WINDOW:
-            raise DownloadError(
-                f"cannot fetch {self._what}: only {self._came / _WINDOW:.0f} bytes a second come. Start it again when "
-                "the connection is better: what is here already will be used"
-            )
-        self._since, self._came = now, 0
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What ``call`` returns, or a TimeoutError: a server that sends a byte now and then is never late for a socket."""
-    answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer.put((call(), None))
-        except BaseException as error:
-            answer.put((None, error))
-
-    threading.Thread(target=run, name="moshi hub", daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
 @contextmanager
 def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of a file's download; ``wait`` is called while another process downloads it."""
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(_hub_utils().WeakFileLock(path, timeout=1.0))
+                stack.enter_context(hub_utils().WeakFileLock(path, timeout=1.0))
                 break
             except TimeoutError:
                 wait()
@@ -522,20 +347,6 @@ def _partial(blob: Path) -> Path:
 
 def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _is_network(error: BaseException) -> bool:
-    """Whether the hub could not be reached or did not answer properly, as opposed to having said no."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    package = type(error).__module__.partition(".")[0]
-    return package in _NETWORK_PACKAGES or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _short(error: BaseException) -> str:

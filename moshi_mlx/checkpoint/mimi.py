@@ -1,4 +1,4 @@
-"""Mimi's weight files: the published layout and that of Kyutai's MLX port, to and from :class:`moshi_mlx.mimi.Mimi`.
+"""Mimi's weight files: the published layout, Kyutai's MLX port's, and :class:`moshi_mlx.models.mimi.Mimi`.
 
 Everything here is a pure function from a dict of arrays to another, and lazy: nothing is computed or allocated until
 the result is evaluated, so a file can be checked against a configuration by its shapes alone.
@@ -16,10 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .checkpoint.files import read_safetensors, read_safetensors_header
-from .checkpoint.finite import check_finite
-from .errors import CheckpointError
-from .mimi import Mimi, MimiConfig
+from ..errors import CheckpointError
+from ..models.mimi import Mimi, MimiConfig
+from .finite import check_finite
+from .readers import read_safetensors, read_safetensors_header
 
 __all__ = ["is_published_layout", "load_mimi", "mimi_weights", "published_mimi_weights"]
 
@@ -161,7 +161,7 @@ def mimi_weights(
     Returns
     -------
     dict of str to mx.array, float32
-        By the parameter names of :class:`~moshi_mlx.mimi.Mimi`; lazy.
+        By the parameter names of :class:`~moshi_mlx.models.mimi.Mimi`; lazy.
 
     Raises
     ------
@@ -222,7 +222,7 @@ def published_mimi_weights(mimi: Mimi) -> dict[str, mx.array]:
 
 
 def load_mimi(path: str | os.PathLike[str], config: MimiConfig | None = None, num_codebooks: int | None = None) -> Mimi:
-    """A :class:`~moshi_mlx.mimi.Mimi` with the weights of a safetensors file.
+    """A :class:`~moshi_mlx.models.mimi.Mimi` with the weights of a safetensors file.
 
     Raises
     ------

@@ -15,45 +15,20 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .checkpoint.files import read_json, read_shapes, read_tensors, shown
-from .checkpoint.finite import check_finite
-from .checkpoint.layouts import (
-    MISMATCH,
-    detect_layout,
-    from_internal,
-    stored_names,
-    to_internal,
-    to_mlx_layout,
-    to_torch_layout,
-)
-from .checkpoint.lora import merge_lora
-from .checkpoint.quantization import dequantize_tables, find_quantization, module_widths, quantize_modules
-from .checkpoint.voices import VoicePrompt, list_voices, load_speaker, load_voice_prompt
-from .config import LmConfig, ModelConfig
-from .errors import CheckpointError, ConfigError, MoshiError
-from .lm import Lm
+from ..config import EOS_ID, PAD_ID, LmConfig, ModelConfig
+from ..errors import CheckpointError, ConfigError, MoshiError
+from ..models.lm import Lm
+from .finite import check_finite
+from .layouts import MISMATCH, detect_layout, stored_names, to_internal
+from .lora import merge_lora
+from .quantization import FLOATS, dequantize_tables, find_quantization, module_widths, quantize_modules
+from .readers import read_json, read_shapes, read_tensors, shown
 
-__all__ = [
-    "VoicePrompt",
-    "detect_layout",
-    "fit_lm",
-    "flat_parameters",
-    "from_internal",
-    "guess_config",
-    "list_voices",
-    "load_config",
-    "load_lm",
-    "load_speaker",
-    "load_voice_prompt",
-    "to_mlx_layout",
-    "to_torch_layout",
-]
+__all__ = ["fit_lm", "flat_parameters", "guess_config", "load_config", "load_lm"]
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _BATCH_BYTES = 16 * 2**20
-_PAD_ROW, _EOS_ROW = 3, 2
 
 
 def load_config(path: str | os.PathLike[str] | None, weights: Paths = ()) -> ModelConfig:
@@ -163,7 +138,7 @@ def fit_lm(
 ) -> Lm:
     """Like :func:`load_lm`, from a file's tensors; they stay unread (lazy) in the model returned."""
     whole = config if isinstance(config, ModelConfig) else ModelConfig(lm=config)
-    if dtype is not None and dtype not in _FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     layout = detect_layout(tensors)
     params = to_internal(tensors, layout, whole.lm)
@@ -193,7 +168,7 @@ def fit_lm(
 
 
 def flat_parameters(model: Lm) -> dict[str, mx.array]:
-    """The model's tensors by name, quantized parts included: what the ``to_..._layout`` functions take."""
+    """The model's tensors by name, quantized parts included: what ``from_internal`` takes."""
     return dict(tree_flatten(model.parameters()))
 
 
@@ -222,14 +197,14 @@ def _file_dtype(params: Mapping[str, mx.array], quantized: bool) -> mx.Dtype:
     if quantized and mx.default_device() == mx.cpu:
         return mx.float32
     for name in ("text_emb.scales", "text_emb.weight", "out_norm.weight"):
-        if name in params and params[name].dtype in _FLOATS:
+        if name in params and params[name].dtype in FLOATS:
             return params[name].dtype
     return mx.bfloat16
 
 
 def _cast(name: str, value: mx.array, quantized: set[str], target: mx.Dtype) -> mx.array:
     """Floats become ``target``; packed integers and the scales of the fp modes stay."""
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         return value
     if name.startswith("condition_provider.") and name.rsplit(".", 1)[0] not in quantized:
         return value.astype(mx.float32)
@@ -256,7 +231,7 @@ def _check_fit(params: Mapping[str, mx.array], model: Lm, quantized: set[str], f
     wrong = [
         f"{file_name(name)} is {value.dtype}"
         for name, value in params.items()
-        if value.dtype not in _FLOATS
+        if value.dtype not in FLOATS
         and not (name.rsplit(".", 1)[0] in quantized and name.rsplit(".", 1)[1] in ("weight", "scales"))
     ]
     if wrong:
@@ -269,9 +244,9 @@ def _pad_ends_the_text(params: dict[str, mx.array]) -> None:
     """Hibiki: an early end of text reads as padding, so that translation goes on (moshi ``models/loaders.py``)."""
     for part in ("weight", "scales", "biases"):
         name = f"text_emb.{part}"
-        if name in params and params[name].shape[0] > _PAD_ROW:
+        if name in params and params[name].shape[0] > PAD_ID:
             table = params[name]
-            params[name] = mx.concatenate([table[:_EOS_ROW], table[_PAD_ROW : _PAD_ROW + 1], table[_PAD_ROW:]])
+            params[name] = mx.concatenate([table[:EOS_ID], table[PAD_ID : PAD_ID + 1], table[PAD_ID:]])
 
 
 def _read(model: Lm, where: str) -> None:

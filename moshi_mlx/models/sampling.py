@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 __all__ = [
     "AUDIO_SAMPLING",

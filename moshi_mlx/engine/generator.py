@@ -26,14 +26,14 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..config import EOS_ID, UNGENERATED, ZERO_TOKEN
+from ..cpu.lm import Array, make_stepper
+from ..errors import ConfigError, StateError, TokenError
+from ..models.lm import Lm
+from ..models.sampling import keys_at
+from ..state import State, as_mlx
 from .choose import GenerationConfig, Kind, Team, choose_codes, choose_text
-from .config import EOS_ID, UNGENERATED, ZERO_TOKEN
-from .errors import ConfigError, StateError, TokenError
-from .lean import Array, make_stepper
-from .lm import Lm
 from .rows import Rows
-from .sampling import keys_at
-from .streaming import State, as_mlx
 
 __all__ = ["GenerationConfig", "Generator", "Step"]
 

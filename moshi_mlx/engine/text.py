@@ -24,16 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CheckpointError, StateError, TokenError
-from .streaming import State
+from ..config import BOS_ID as BOS
+from ..config import END_PAD_ID as EPAD
+from ..config import EOS_ID as EOS
+from ..config import PAD_ID as PAD
+from ..errors import CheckpointError, StateError, TokenError
+from ..state import State
 
-__all__ = ["EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
+__all__ = ["BOS", "EOS", "EPAD", "PAD", "SILENT_IDS", "Detokenizer", "TextTokenizer", "Word", "WordTracker"]
 
-EPAD = 0
-"""End of padding: a word starts with the next token. In the SentencePiece model this id is ``<unk>``."""
-BOS = 1
-EOS = 2
-PAD = 3
 SILENT_IDS = frozenset({EPAD, BOS, EOS, PAD})
 """Ids that carry no text in any model of the family."""
 

@@ -1,9 +1,9 @@
-"""The rows of a batch: whose they are, their state as a value, and how many there are.
+"""The rows of a batch: which conversation has which, their state as a value, and how many there are.
 
 Conversations have names that are never given twice. A conversation's row changes when others leave, and with guidance
 it has a second one, for its unconditioned half. Rows and the slots of their rings come in a few fixed sizes.
 
-What a row holds is in two states (:mod:`moshi_mlx.streaming`): the language model's, and a book of numpy arrays.
+What a row holds is in two states (:mod:`moshi_mlx.state`): the language model's, and a book of numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
-from .config import UNGENERATED, ZERO_TOKEN
-from .errors import ConfigError, StateError
-from .layers.attention import resize_rings, resize_sources, trim_rings
-from .layers.conditioning import Condition, match_slots
-from .lean import Stepper
-from .lm import Lm
-from .sampling import noise_key
-from .streaming import (
+from ..config import UNGENERATED, ZERO_TOKEN
+from ..cpu.lm import Stepper
+from ..errors import ConfigError, StateError
+from ..layers.attention import resize_rings, resize_sources, trim_rings
+from ..layers.conditioning import Condition, match_slots
+from ..models.lm import Lm
+from ..models.sampling import noise_key
+from ..state import (
     State,
     as_mlx,
     as_numpy,
@@ -34,6 +33,7 @@ from .streaming import (
     take_rows,
     update_state,
 )
+from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
 
 __all__ = ["Rows"]
 
@@ -57,7 +57,7 @@ class Rows:
     Attributes
     ----------
     members : dict of int to Row
-        Who is here, by name, in the order in which they came.
+        Conversations by name, in the order in which they joined.
     capacity : int
         Rows that are computed together: 1, 2, 4, 8 and so on, 0 where nobody is here.
     state : State or None
@@ -86,14 +86,14 @@ class Rows:
         return 0 if self.state is None else int(self.state["transformer"]["0"]["keys"].shape[2])
 
     def get(self, name: int) -> Row:
-        """Somebody by name; refused if not here."""
+        """The row of a conversation, by name; refused if it is not here."""
         row = self.members.get(name)
         if row is None:
             raise StateError(f"there is no conversation {name} here; there are {list(self.members)}")
         return row
 
     def team(self, names: tuple[int, ...]) -> Team:
-        """Those of some names, to step together."""
+        """Conversations that step together."""
         team = self.teams.get(names)
         if team is None:
             if len(self.teams) >= 16:
@@ -209,7 +209,7 @@ class Rows:
         self._stepper.fetch(self.state)
 
     def make_room(self) -> None:
-        """Slots for the next position of everybody; of those who wait, too."""
+        """Grow the rings for the next position of every conversation, those that wait included."""
         needed = int(self.book["position"].max()) + 1
         if needed > self.slots < self._lm.config.context:
             resize_rings(self.state["transformer"], self.slots_for(needed))
@@ -255,7 +255,7 @@ class Rows:
         }
 
     def _write_book(self, rows: list[int], book: State) -> None:
-        """Put what :meth:`_new_book` made, or a snapshot holds, into some rows."""
+        """Put what :meth:`new_book` made, or a snapshot holds, into some rows."""
         width = max(self.book["recent"].shape[1], book["recent"].shape[1])
         for each in (self.book, book):  # the newest are last
             more = width - each["recent"].shape[1]
@@ -272,6 +272,8 @@ class Rows:
         position = np.ones(1, np.int32) if given is None or given.dtype != "int32" else np.array(snapshot["position"])
         if rows is None:
             rows = len(position)
+        if not rows:
+            raise StateError("the snapshot does not fit: it holds no conversation")
         recent = heads["recent"].shape[-1] if "recent" in heads else 1
         cross = [entry.shape[2] for entry in found if entry.name == "lm.transformer.0.cross_keys"]
         slots = self.slots_for(int(position.max(initial=1)))
@@ -333,14 +335,14 @@ class Rows:
         self.make_room()
 
     def leave(self, name: int) -> None:
-        """Take somebody out."""
+        """Take a conversation out, and give back what nobody else needs."""
         self.get(name)
         del self.members[name]
         self.teams.clear()
         self.shrink()
 
     def clear(self) -> None:
-        """Put everybody back to position 0."""
+        """Put all conversations back to position 0."""
         members = list(self.members.values())
         both = [row for member in members for row in (member.main, member.null) if row is not None]
         part = take_rows(self.state, both)

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .audio import TAIL, as_mono, check_tail
-from .config import ModelConfig
-from .engine.pipeline import Engine, SessionFrame, Settings, generation_defaults
-from .engine.session import Session, play
-from .errors import ConfigError
-from .generate import GenerationConfig
-from .lm import Lm
-from .text import TextTokenizer, Word
+from ..audio import TAIL, as_mono, check_tail
+from ..config import ModelConfig
+from ..engine.generator import GenerationConfig
+from ..engine.pipeline import Engine, SessionFrame, Settings, generation_defaults
+from ..engine.session import Session, play
+from ..engine.text import TextTokenizer, Word
+from ..errors import ConfigError
+from ..models.lm import Lm
 
 if TYPE_CHECKING:
-    from .codec import Codec
+    from ..codec.base import Codec
 
 __all__ = ["Moshi", "Reply", "Session", "SessionFrame", "generation_defaults"]
 

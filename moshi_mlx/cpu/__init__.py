@@ -1,0 +1,1 @@
+"""The same two networks in numpy, one frame at a time: for a CPU."""

@@ -1,0 +1,1 @@
+"""The networks: Helium with its depth transformer, the codec Mimi, and sampling."""
