@@ -69,21 +69,25 @@ class _Fake:
     def __init__(self, engine: FakeEngine):
         self.engine = engine
         self.rows: dict[int, Any] = {}
-        self.left: list[Any] = []  # a row that begins again is the same fake, reset
+        self.settings_of: dict[int, Any] = {}
+        self.left: list[tuple[Any, Any]] = []  # with its settings: a row that begins again is the same fake, reset
 
     def made(self) -> Any:
         raise NotImplementedError
 
-    def join(self, row: int, snapshot: Any = None) -> None:
-        if self.left:
-            self.rows[row] = self.left.pop()
-            self.rows[row].reset()
-        else:
-            self.rows[row] = self.made()
+    def join(self, row: int, snapshot: Any = None, settings: Any = None) -> None:
+        self.settings_of[row] = settings
+        for index, (theirs, fake) in enumerate(self.left):
+            if theirs is settings:
+                del self.left[index]
+                self.rows[row] = fake
+                fake.reset()
+                return
+        self.rows[row] = self.made()
 
     def leave(self, row: int) -> None:
         if row in self.rows:
-            self.left.append(self.rows.pop(row))
+            self.left = [*self.left[-9:], (self.settings_of.pop(row), self.rows.pop(row))]
 
     def snapshot(self, row: int) -> Any:
         raise CodecError("a fake cannot be kept")
@@ -124,7 +128,7 @@ class _Predict(_Fake):
 
     def join(self, row: int, settings: Settings | None = None, snapshot: Any = None) -> None:
         self.settings = settings or Settings()
-        super().join(row)
+        super().join(row, settings=settings)
         self.counts[row] = -1 - self.engine.lead
         self.readers[row] = None if self.engine.reader is None else self.engine.reader()
 

@@ -225,7 +225,7 @@ def test_a_fault_of_the_thread_reaches_everybody(
     with Scheduler(engine) as scheduler:
         conversations = [Conversation(scheduler).start() for _ in range(3)]
         monkeypatch.setattr(scheduler, "_hear", lambda batch: (_ for _ in ()).throw(RuntimeError("out of order")))
-        conversations[0].feed(np.zeros(engine.frame_size, np.float32))
+        conversations[0].feed(np.zeros(FRAME, np.float32))
         assert _until(lambda: all(each.error is not None for each in conversations))
         assert not scheduler.running and all("out of order" in str(each.error) for each in conversations)
         assert all(each.stop() for each in conversations)

@@ -236,7 +236,7 @@ def test_sockets_that_only_answer_pings_make_room(monkeypatch):
             # The line has half of its room for one address; whoever comes too much is told at once.
             ends = [await client.end() for client in idle[6:]]
             assert all(code == 1013 and "4 of your address" in error for error, code in ends)
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(2.0)
             async with served.client(EVENTS) as person:
                 began = asyncio.get_running_loop().time()
                 await person.begun()

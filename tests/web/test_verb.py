@@ -22,8 +22,7 @@ from cryptography import x509
 from moshi_mlx_app.cli import main
 from moshi_mlx_app.commands import web
 from moshi_mlx_app.models import fetch as fetching
-from moshi_mlx_app.models import measure
-from moshi_mlx_app.web import certificates
+from moshi_mlx_app.web import certificates, places
 from moshi_mlx_app.web.links import links, qr_svg, qr_text
 
 from moshi_mlx.errors import ConfigError
@@ -230,9 +229,9 @@ def test_places_are_measured_with_what_talks_will_use(monkeypatch):
     """If it fails, --kv-bits, which costs time on a CPU, promises more places than the machine has the time for."""
     used: list[Any] = []
 
-    def unpaced(model: Any, frames: int, **options: Any) -> dict[str, Any]:
-        used.append(options["kv_bits"])
-        return {"frame": {"p50": 20.0}}
+    def measure_places(model: Any, room: float, *, kv_bits: int | None) -> places.Places:
+        used.append(kv_bits)
+        return places.Places(3, {1: 0.01})
 
-    monkeypatch.setattr(measure, "unpaced", unpaced)
-    assert web._places(Parrot(), 8) == 3 and used == [8]  # 80 ms a frame, four fifths of it
+    monkeypatch.setattr(places, "measure_places", measure_places)
+    assert web._places(Parrot(), 8) == 3 and used == [8]
