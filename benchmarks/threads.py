@@ -51,7 +51,7 @@ def measure(seconds: float, count: int, interval: float = 0.005, shared: bool = 
 
     def clocks() -> np.ndarray:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        frames = sum(conversation.meters.frames for conversation in crowd)
+        frames = sum(conversation.stats.frames for conversation in crowd)
         return np.array([frames, time.monotonic(), used.ru_utime + used.ru_stime, used.ru_nvcsw, used.ru_nivcsw])
 
     before = clocks()

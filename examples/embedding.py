@@ -72,9 +72,9 @@ def main() -> int:
                     print(f"[{event.kind}]", end="", flush=True, file=sys.stderr)
         print()
     soundfile.write(args.answer, engine.loudspeaker, rate)
-    meters = conversation.meters
+    stats = conversation.stats
     print(
-        f"{meters.frames} frames, answered after {meters.lag.percentile(50) * 1e3:.0f} ms, {meters.late} late",
+        f"{stats.frames} frames, answered after {stats.latency.percentile(50) * 1e3:.0f} ms, {stats.late} late",
         file=sys.stderr,
     )
     return 0

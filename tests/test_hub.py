@@ -22,7 +22,7 @@ import pytest
 from moshi_mlx.checkpoint import resolve as hub
 from moshi_mlx.checkpoint import transfer
 from moshi_mlx.checkpoint.download import HubRepo
-from moshi_mlx.checkpoint.resolve import builtin_models, resolve, survey
+from moshi_mlx.checkpoint.resolve import builtin_models, plan_download, resolve
 from moshi_mlx.errors import CheckpointError, DownloadError, MoshiError
 
 from .helpers.fake_hub import FakeHub, FakeRepo, running_hub
@@ -363,14 +363,14 @@ def test_interrupted_download_goes_on_in_the_next_run(server: FakeHub, cache: Pa
             raise KeyboardInterrupt
 
     total = len(FILES["config.json"]) + len(weights) + 150
-    before = survey(NAME, cache=cache)
+    before = plan_download(NAME, cache=cache)
     assert (before.total, before.missing, before.place) == (total, total - len(FILES["config.json"]), cache)
     with pytest.raises(KeyboardInterrupt):
         resolve(NAME, cache=cache, progress=interrupt)
     kept = list(cache.rglob("*.incomplete"))
     assert len(kept) == 1 and 0 < kept[0].stat().st_size < len(weights)
     done = kept[0].stat().st_size
-    assert survey(NAME, cache=cache).missing == len(weights) - done + 150 - sum(
+    assert plan_download(NAME, cache=cache).missing == len(weights) - done + 150 - sum(
         path.stat().st_size for path in cache.rglob("snapshots/*/*") if path.name in (MIMI, TOKENIZER)
     )
     server.requests.clear()
@@ -386,16 +386,16 @@ def test_survey_of_what_is_here(server: FakeHub, cache: Path, tmp_path: Path, mo
         FILES | {"config.json": json.dumps({"moshi_name": "weights.safetensors", "mimi_name": "hf://a/b/m"}).encode()}
     )
     server.repos["a/b"] = FakeRepo({"m": b"m" * 77})
-    assert survey(NAME, cache=cache).missing == 5000 + 77 + 50
+    assert plan_download(NAME, cache=cache).missing == 5000 + 77 + 50
     resolve(NAME, cache=cache)
-    assert survey(NAME, cache=cache).missing == survey(NAME, cache=cache, offline=True).missing == 0
-    assert survey("small").missing == 0 and survey("small").total > 1e6
+    assert plan_download(NAME, cache=cache).missing == plan_download(NAME, cache=cache, offline=True).missing == 0
+    assert plan_download("small").missing == 0 and plan_download("small").total > 1e6
     folder = make_folder(tmp_path / "model", FILES)
-    assert (survey(folder).missing, survey(folder).place) == (0, folder)
+    assert (plan_download(folder).missing, plan_download(folder).place) == (0, folder)
     server.repos[NAME].delay = 1.0
     began = time.monotonic()
     with pytest.raises(DownloadError, match="cannot be reached"):
-        survey(NAME, cache=tmp_path / "empty", timeout=0.2)
+        plan_download(NAME, cache=tmp_path / "empty", timeout=0.2)
     assert time.monotonic() - began < 0.9
 
 
@@ -632,7 +632,7 @@ def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkey
     monkeypatch.setattr(transfer, "TIMEOUT", 0.3)
     server.repos[NAME].delay = 1.0
     server.requests.clear()
-    assert survey(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files
+    assert plan_download(NAME, cache=cache).missing == 0 and resolve(NAME, cache=cache) == files
     assert len(server.requests) == 1
 
 

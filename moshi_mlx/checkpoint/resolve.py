@@ -2,7 +2,7 @@
 
 ::
 
-    survey("kyutai/moshiko-mlx-q4").missing              # bytes that would have to be fetched
+    plan_download("kyutai/moshiko-mlx-q4").missing              # bytes that would have to be fetched
     files = resolve("kyutai/moshiko-mlx-q4")             # or "org/repo@revision", "path/to/folder", "small"
     config = load_config(files.config, files.weights)
     lm = load_lm(config, files.weights, lora=files.lora)
@@ -26,7 +26,7 @@ from ..errors import CheckpointError, DownloadError
 from .download import HubRepo, Progress
 from .readers import INDEX_SUFFIX, expand_shards, inner_path, read_json, shown
 
-__all__ = ["CheckpointFiles", "Survey", "builtin_models", "resolve", "survey"]
+__all__ = ["CheckpointFiles", "DownloadPlan", "builtin_models", "plan_download", "resolve"]
 
 BUILTIN = Path(__file__).resolve().parents[1] / "builtin"
 
@@ -85,7 +85,7 @@ class CheckpointFiles:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DownloadPlan:
     """What a checkpoint needs, and what of it is here.
 
     Attributes
@@ -190,13 +190,13 @@ def resolve(
     return _collect(os.fspath(source), place, weights, extras, options)
 
 
-def survey(
+def plan_download(
     source: str | os.PathLike[str],
     *,
     cache: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
     timeout: float | None = None,
-) -> Survey:
+) -> DownloadPlan:
     """How much :func:`resolve` would fetch. Only the configuration is fetched for it.
 
     Parameters
@@ -221,7 +221,7 @@ def survey(
             files[inner] = HubRepo(repo, **options).amount(inner)
         elif not _is_reference(name) and place.has(name):  # resolve() knows whether it can do without
             files[name] = place.amount(name)
-    return Survey(os.fspath(source), files, place.cache if isinstance(place, HubRepo) else place.path)
+    return DownloadPlan(os.fspath(source), files, place.cache if isinstance(place, HubRepo) else place.path)
 
 
 def _nothing(*_: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .conversation import Conversation, Event
 from .ring import Ring
 from .scheduler import Scheduler
-from .stats import Meters
+from .stats import Stats
 from .trace import Trace
 
-__all__ = ["Conversation", "Event", "Meters", "Ring", "Scheduler", "Trace"]
+__all__ = ["Conversation", "Event", "Ring", "Scheduler", "Stats", "Trace"]

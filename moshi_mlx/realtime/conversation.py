@@ -29,11 +29,11 @@ from ..engine.text import Word
 from ..errors import ConfigError, MoshiError, StateError
 from ..state import State
 from ..tasks.dialogue import Moshi
-from .jitter_buffer import Player
+from .jitter_buffer import JitterBuffer
 from .pipelined import Pipelined
-from .ring import Bell, Ring
+from .ring import Ring, Signal
 from .scheduler import Scheduler
-from .stats import Meters
+from .stats import Stats
 from .trace import Trace
 
 __all__ = ["Conversation", "ConversationError", "Event"]
@@ -124,7 +124,7 @@ class Conversation:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.engine = model.engine
-        self.meters = Meters()
+        self.stats = Stats()
         if isinstance(model, Scheduler):
             if kv_bits not in (None, model.kv_bits):
                 raise ConfigError(
@@ -145,9 +145,9 @@ class Conversation:
         self._pcm_in = Ring(room)
         self._pcm_out = Ring(room)
         self._tap = tap
-        self._player = Player(self._pcm_out, self._rate, margin)
+        self._jitter_buffer = JitterBuffer(self._pcm_out, self._rate, margin)
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
-        self._news = Bell()
+        self._news = Signal()
         self._started = self._stopping = False
         self._paused = False
         self._muted = False
@@ -255,7 +255,7 @@ class Conversation:
         began = 0.0 if self._trace is None else self._clock()
         taken = self._pcm_in.write(samples)
         if taken < len(samples):
-            self.meters.dropped_in += len(samples) - taken
+            self.stats.dropped_in += len(samples) - taken
         if self._pcm_in.available >= self._size:
             self._driver.wake()
         self._span("feed", began)
@@ -273,8 +273,8 @@ class Conversation:
             out[:] = 0
             return
         began = 0.0 if self._trace is None else self._clock()
-        self._player.read_into(out)
-        self.meters.underruns = self._player.underruns
+        self._jitter_buffer.read_into(out)
+        self.stats.underruns = self._jitter_buffer.underruns
         self._span("read", began)
 
     def events(self) -> list[Event]:
@@ -301,7 +301,7 @@ class Conversation:
     @property
     def margin(self) -> float:
         """Seconds of the model's sound that are kept ready."""
-        return self._player.margin
+        return self._jitter_buffer.margin
 
     def pause(self) -> None:
         """Hear and say nothing; what is fed meanwhile is thrown away."""
@@ -376,7 +376,7 @@ class Conversation:
         excess = waiting - self._backlog
         if excess > 0:
             excess = -(-excess // self._size) * self._size
-            self.meters.dropped_in += self._pcm_in.skip(excess)
+            self.stats.dropped_in += self._pcm_in.skip(excess)
             self._tell("dropped", samples=excess)
             waiting -= excess
         came = self._clock() - (waiting - self._size) / self._rate
@@ -384,7 +384,7 @@ class Conversation:
         np.nan_to_num(frame, copy=False, posinf=1.0, neginf=-1.0)
         if self._muted:
             frame[:] = 0
-        self.meters.level_in = _level(frame)
+        self.stats.level_in = _level(frame)
         return came
 
     def _forget(self) -> None:
@@ -393,7 +393,7 @@ class Conversation:
 
     def _say(self, text: str, words: tuple[Word, ...]) -> None:
         """The model has answered a frame, and said this."""
-        self.meters.frames += 1
+        self.stats.frames += 1
         for word in words:
             self._tell("word", word=word)
         if text:
@@ -401,14 +401,14 @@ class Conversation:
 
     def _speak(self, heard: NDArray[np.float32], came: float, frame: SessionFrame, began: float) -> None:
         """A frame's sound is there; ``began``: when that which is the last to be done for it began."""
-        meters, lag = self.meters, 0.0
+        stats, lag = self.stats, 0.0
         if frame.voiced:
-            meters.level_out = _level(frame.pcm)
-            meters.dropped_out += len(frame.pcm) - self._pcm_out.write(frame.pcm)
+            stats.level_out = _level(frame.pcm)
+            stats.dropped_out += len(frame.pcm) - self._pcm_out.write(frame.pcm)
             lag = self._clock() - came
-            meters.lag.add(lag)
+            stats.latency.add(lag)
             if lag > 2 * self._size / self._rate:
-                meters.late += 1
+                stats.late += 1
                 self._tell("late", seconds=lag)
         if self._tap is not None:
             self._tap(heard, frame)
@@ -425,7 +425,7 @@ class Conversation:
         self._tell("error", error=error)
 
     def _tell(self, kind: Kind, **about: Any) -> None:
-        event = Event(kind, self.meters.frames, **about)
+        event = Event(kind, self.stats.frames, **about)
         if self._trace is not None and kind not in ("text", "word"):
             self._trace.instant(kind, {"frame": event.frame, "samples": event.samples})
         self._events.append(event)
@@ -440,14 +440,14 @@ class Conversation:
     def _counters(self, between: Mapping[str, int]) -> None:
         if self._trace is None:
             return
-        trace, meters, rate = self._trace, self.meters, self._rate / 1e3
+        trace, stats, rate = self._trace, self.stats, self._rate / 1e3
         waiting = {"to be heard": self._pcm_in.available / rate, "to be played": self._pcm_out.available / rate}
         trace.counter("waiting, ms", waiting)
         trace.counter("frames between threads", between)
-        dropped = {"in": meters.dropped_in / rate, "out": meters.dropped_out / rate}
+        dropped = {"in": stats.dropped_in / rate, "out": stats.dropped_out / rate}
         trace.counter("dropped, ms", dropped)
-        trace.counter("frames late", {"late": meters.late})
-        trace.counter("gaps", {"gaps": meters.underruns})
+        trace.counter("frames late", {"late": stats.late})
+        trace.counter("gaps", {"gaps": stats.underruns})
 
 
 class Kept:

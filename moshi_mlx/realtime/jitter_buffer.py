@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .ring import Ring
 
-__all__ = ["Player"]
+__all__ = ["JitterBuffer"]
 
 _STRETCH = 200  # at most one sample in so many is added or left out
 _STEP = 0.010  # seconds by which an underrun widens the margin
@@ -28,7 +28,7 @@ _PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before th
 _NARROWING = 0.25  # of what it is wider than at first
 
 
-class Player:
+class JitterBuffer:
     """The reading side of the output ring.
 
     Parameters

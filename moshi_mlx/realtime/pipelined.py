@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.pipeline import Answer
-from .ring import Bell, Ring
+from .ring import Ring, Signal
 from .workers import Work, run
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Pipelined:
         self.codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(0, tapped))
         self.rings = {"codes_in": self.codes_in, "codes_out": self.codes_out}
         names = ("pcm_in", "codes_in", "codes_in_space", "codes_out", "codes_out_space")
-        self._bells = {name: Bell() for name in names}
+        self._bells = {name: Signal() for name in names}
         self._threads: list[Work] = []
         self._ready = threading.Semaphore(0)
         self._stopping = False
@@ -137,7 +137,7 @@ class Pipelined:
             if conversation._tap is not None:
                 record["heard"][0] = frame
             ended = conversation._clock()
-            conversation.meters.encode.add(ended - began)
+            conversation.stats.encode.add(ended - began)
             self._pass_on(record, "codes_in")
             conversation._span("encode", began, ended)
             conversation._span("heard a frame", began)
@@ -165,8 +165,8 @@ class Pipelined:
             (answer,) = stage.step([_ROW], [record["codes"][0]])
             assert answer is not None
             ended = conversation._clock()
-            conversation.meters.step.add(ended - began)
-            conversation._span("model", began, ended, {"frame": conversation.meters.frames})
+            conversation.stats.step.add(ended - began)
+            conversation._span("model", began, ended, {"frame": conversation.stats.frames})
             conversation._say(answer.text, answer.words)
             if answer.codes is not None or conversation._tap is not None:
                 spoken["came"] = record["came"]
@@ -187,7 +187,7 @@ class Pipelined:
             elif record["mark"][0] == _RESET:
                 stage.leave(_ROW)
                 stage.join(_ROW)
-                conversation._player.clear()
+                conversation._jitter_buffer.clear()
             if record["mark"][0] != _FRAME:
                 continue
             answer = self._answers.popleft()
@@ -195,7 +195,7 @@ class Pipelined:
             frame = answer.frame(stage.step([_ROW], [answer.codes])[0])
             ended = conversation._clock()
             if frame.voiced:
-                conversation.meters.decode.add(ended - began)
+                conversation.stats.decode.add(ended - began)
                 conversation._span("decode", began, ended)
             conversation._speak(record["heard"][0], float(record["came"][0]), frame, began)
             if frame.voiced:

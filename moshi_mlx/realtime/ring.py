@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Bell", "Ring"]
+__all__ = ["Ring", "Signal"]
 
 
 class Ring:
@@ -90,7 +90,7 @@ class Ring:
         return count
 
 
-class Bell:
+class Signal:
     """Wakes one waiting thread. Ringing never blocks, so an audio callback may do it.
 
     A plain lock used backwards: it is held while nothing has happened, and ringing lets go of it.

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..engine.batch import Batch
 from ..engine.pipeline import Engine, SessionFrame
 from ..errors import StateError
-from .ring import Bell
+from .ring import Signal
 from .stats import Stopwatch
 from .trace import Trace
 from .workers import Work, run
@@ -68,7 +68,7 @@ class Scheduler:
         self.kv_bits = kv_bits
         self.ticks = Stopwatch()
         self._trace = trace
-        self._bell = Bell()
+        self._bell = Signal()
         self._waiting: deque[_Seat] = deque()  # seats that come or go
         self._joining: deque[_Seat] = deque()  # those of them that come
         self._seats: dict[int, _Seat] = {}
@@ -204,7 +204,7 @@ class Scheduler:
                 seat.resets = conversation._resets
                 self._leave(batch, seat)
                 conversation._forget()
-                conversation._player.clear()
+                conversation._jitter_buffer.clear()
                 self._join(batch, seat, None)
                 conversation._tell("reset")
             if conversation._wanted is not None and not batch.opening(seat.row):
@@ -236,11 +236,11 @@ class Scheduler:
             self._drop(batch, seat, answer)
             return
         assert heard is not None
-        conversation, meters = seat.conversation, seat.conversation.meters
-        meters.encode.add(self._took["encode"])
-        meters.step.add(self._took["model"])
+        conversation, stats = seat.conversation, seat.conversation.stats
+        stats.encode.add(self._took["encode"])
+        stats.step.add(self._took["model"])
         if answer.voiced:
-            meters.decode.add(self._took["decode"])
+            stats.decode.add(self._took["decode"])
         try:
             conversation._say(answer.text, answer.words)
             conversation._speak(*heard, answer, conversation._clock())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Meters", "Stopwatch"]
+__all__ = ["Stats", "Stopwatch"]
 
 
 class Stopwatch:
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 @dataclass
-class Meters:
+class Stats:
     """Counters of one conversation. Each is written by one thread; reading them is always safe.
 
     Attributes
@@ -63,7 +63,7 @@ class Meters:
         Reads that found too little sound while the model was speaking in time or not.
     encode, step, decode : Stopwatch
         Time taken by each stage.
-    lag : Stopwatch
+    latency : Stopwatch
         From a frame's last sample to its answer being ready to play.
     level_in, level_out : float
         Root mean square of the latest frame, -1 to 1 scale.
@@ -79,4 +79,4 @@ class Meters:
     encode: Stopwatch = field(default_factory=Stopwatch)
     step: Stopwatch = field(default_factory=Stopwatch)
     decode: Stopwatch = field(default_factory=Stopwatch)
-    lag: Stopwatch = field(default_factory=Stopwatch)
+    latency: Stopwatch = field(default_factory=Stopwatch)

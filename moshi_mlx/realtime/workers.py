@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .ring import Bell
+from .ring import Signal
 
 __all__ = ["Work", "end_idle", "run"]
 
@@ -42,7 +42,7 @@ class Work:
 class _Worker:
     def __init__(self, name: str):
         self.name = name
-        self.bell = Bell()
+        self.bell = Signal()
         self.next: Work | None = None
         self.thread = threading.Thread(target=self._work, name=f"idle {name}", daemon=True)
 

@@ -15,7 +15,7 @@ from moshi_mlx_app.models import select as choice
 from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, room, verdict
 from moshi_mlx_app.models.select import Measured, Selection, select
 
-from moshi_mlx.checkpoint.resolve import Survey
+from moshi_mlx.checkpoint.resolve import DownloadPlan
 from moshi_mlx.errors import DownloadError
 
 GB = 2**30
@@ -29,22 +29,22 @@ def machine(gigabytes: int, bandwidth: float, gpu: bool = True, **steps: float) 
     return Measured(room(described), speeds, {name.replace("_", "-"): value for name, value in steps.items()})
 
 
-def hub(*here: str, reachable: bool = True, begun: int = 0) -> Callable[[str, bool], Survey]:
+def hub(*here: str, reachable: bool = True, begun: int = 0) -> Callable[[str, bool], DownloadPlan]:
     """A hub, and what was fetched from it before."""
 
-    def survey(name: str, offline: bool) -> Survey:
+    def plan_download(name: str, offline: bool) -> DownloadPlan:
         size = next(known.size for known in CATALOG if known.name == name)
         if name in here:
-            return Survey(name, {"model": (size, 0)}, Path("/cache"))
+            return DownloadPlan(name, {"model": (size, 0)}, Path("/cache"))
         if offline or not reachable:
             raise DownloadError(f"cannot fetch {name}: https://huggingface.co cannot be reached (timed out). Check it")
-        return Survey(name, {"model": (size, size - begun)}, Path("/cache"))
+        return DownloadPlan(name, {"model": (size, size - begun)}, Path("/cache"))
 
-    return survey
+    return plan_download
 
 
-def taken(here: Measured, survey: Callable[[str, bool], Survey], free: float = 1e12) -> Selection:
-    chosen = select(here, survey, lambda place: int(free))
+def taken(here: Measured, plan_download: Callable[[str, bool], DownloadPlan], free: float = 1e12) -> Selection:
+    chosen = select(here, plan_download, lambda place: int(free))
     assert "\n" not in chosen.line and len(chosen.line) < 320 and chosen.model in chosen.line
     assert "--model" in chosen.line
     return chosen
@@ -80,10 +80,10 @@ def test_only_dialogue_models_are_taken() -> None:
         PublishedModel("a/transcriber", size, 16, size, 0, "speech-to-text"),
     )
 
-    def survey(name: str, offline: bool) -> Survey:
-        return Survey(name, {"model": (size, 0)}, Path("/cache"))
+    def plan_download(name: str, offline: bool) -> DownloadPlan:
+        return DownloadPlan(name, {"model": (size, 0)}, Path("/cache"))
 
-    assert select(M4_MAX, survey, catalog=(*others, for_dialogue)).model == "a/dialogue"
+    assert select(M4_MAX, plan_download, catalog=(*others, for_dialogue)).model == "a/dialogue"
 
 
 def test_nothing_can_be_reached() -> None:
@@ -98,14 +98,14 @@ def test_what_is_here_comes_first() -> None:
     """If this fails, a better model is fetched unasked, or nobody learns that there is one."""
     asked: list[bool] = []
 
-    def survey(name: str, offline: bool) -> Survey:
+    def plan_download(name: str, offline: bool) -> DownloadPlan:
         asked.append(offline)
         return hub("kyutai/moshika-mlx-q4")(name, offline)
 
-    chosen = taken(M4_MAX, survey)
+    chosen = taken(M4_MAX, plan_download)
     assert chosen.model == "kyutai/moshika-mlx-q4" and f"{BF16} would do too" in chosen.line and chosen.missing == 0
     assert all(asked), "the network was asked although nothing has to be fetched"
-    assert "would do too" not in taken(M2, survey).line, "the other voice is no better"
+    assert "would do too" not in taken(M2, plan_download).line, "the other voice is no better"
     assert taken(M4_MAX, hub("kyutai/moshika-mlx-q4", Q8)).model == Q8
     assert taken(M1, hub(Q4)).model == BUILTIN, "here, but too large"
 
@@ -173,7 +173,7 @@ def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, a network that swallows everything keeps people from talking."""
     answers = threading.Event()
     monkeypatch.setattr(choice, "_PATIENCE", 0.05)
-    monkeypatch.setattr("moshi_mlx.checkpoint.resolve.survey", lambda name, **_: answers.wait(60))
+    monkeypatch.setattr("moshi_mlx.checkpoint.resolve.plan_download", lambda name, **_: answers.wait(60))
     began = time.monotonic()
     try:
         chosen = select(M2, lambda name, offline: hub()(name, True) if offline else choice._survey(name, False))

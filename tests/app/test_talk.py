@@ -251,7 +251,7 @@ def keys_after(monkeypatch: pytest.MonkeyPatch, script: list[tuple[int, str]]) -
 
     def counted(self: Conversation, *said: object) -> None:
         say(self, *said)  # type: ignore[arg-type]
-        frames[0] = self.meters.frames
+        frames[0] = self.stats.frames
 
     def pressed(self: Keys) -> str:
         return script.pop(0)[1] if script and frames[0] >= script[0][0] else ""

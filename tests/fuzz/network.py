@@ -15,7 +15,7 @@ from typing import Any
 
 from moshi_mlx.checkpoint import transfer
 from moshi_mlx.checkpoint.download import _silent
-from moshi_mlx.checkpoint.resolve import resolve, survey
+from moshi_mlx.checkpoint.resolve import plan_download, resolve
 from moshi_mlx.errors import DownloadError
 from tests.helpers.fake_hub import FakeRepo, running_hub
 
@@ -122,7 +122,7 @@ def hubs(folder: Path) -> Attack:
             _silent.clear()
             shutil.rmtree(cache, ignore_errors=True)
             try:
-                survey(NAME, cache=cache)
+                plan_download(NAME, cache=cache)
                 resolve(NAME, cache=cache, progress=lambda *_: None)
             finally:
                 ended.set()

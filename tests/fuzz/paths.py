@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moshi_mlx.checkpoint.download import HubRepo
 from moshi_mlx.checkpoint.readers import read_json, read_tensors
-from moshi_mlx.checkpoint.resolve import resolve, survey
+from moshi_mlx.checkpoint.resolve import plan_download, resolve
 from moshi_mlx.checkpoint.voices import list_voices, load_voice_prompt
 from moshi_mlx.errors import MoshiError
 
@@ -50,7 +50,7 @@ def paths(folder: Path) -> Attack:
             for read in (read_json, read_tensors, list_voices, load_voice_prompt):
                 _refused(read, text)
             _refused(lambda text: HubRepo(text, cache=cache, offline=True).fetch([text]), text)
-            for find in (resolve, survey):
+            for find in (resolve, plan_download):
                 _refused(lambda text, find=find: find(text, cache=cache, offline=True), text)
             _refused(lambda text: resolve(model, weights=text, extras=[text]), text)
             (model / "config.json").write_text(json.dumps({key: text}))

@@ -17,8 +17,8 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from moshi_mlx_app.web.talk import Limits
-from moshi_mlx_app.web.wire import Opus
+from moshi_mlx_app.server.connection import Limits
+from moshi_mlx_app.server.protocols.kyutai import Opus
 from yarl import URL
 
 from tests.helpers import parrot

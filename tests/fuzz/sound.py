@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from moshi_mlx_app.recording.audio_files import Recording
-from moshi_mlx_app.web.wire import Opus, Pcm, ProtocolError
+from moshi_mlx_app.server.protocols.kyutai import Opus, Pcm, ProtocolError
 
 from moshi_mlx.errors import AudioError
 

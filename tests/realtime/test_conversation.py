@@ -115,14 +115,14 @@ def test_silence_comes_first_where_the_checkpoint_asks_for_it(parts: SimpleNames
         assert len(parts.generator.heard) >= 2, "nobody can speak before it"
         for number in (1, 2):
             conversation.feed(_frame(number))
-        assert _until(lambda: len(taped) == 2) and conversation.meters.frames == 2
+        assert _until(lambda: len(taped) == 2) and conversation.stats.frames == 2
         conversation.reset()
         assert _until(lambda: parts.generator.resets == 1)
         conversation.feed(_frame(7))
         assert _until(lambda: len(taped) == 3)
     assert parts.generator.heard == [*[0] * 5, 1, 2, *[0] * 5, 7]
     assert taped == [(0, 1), (1, 2), (0, 7)]
-    assert conversation.meters.dropped_in == 0 and not _threads()
+    assert conversation.stats.dropped_in == 0 and not _threads()
 
 
 def test_an_hour_in_order_and_flat(parts: SimpleNamespace) -> None:
@@ -135,7 +135,7 @@ def test_an_hour_in_order_and_flat(parts: SimpleNamespace) -> None:
             conversation.feed(sound[:700])
             conversation.feed(sound[700:])
             # The virtual clock: time goes on when the frames are through.
-            if not _until(lambda done=number + burst: conversation.meters.lag.count >= done):
+            if not _until(lambda done=number + burst: conversation.stats.latency.count >= done):
                 break
             for _ in range(4 * burst):
                 conversation.read_into(out)
@@ -144,8 +144,8 @@ def test_an_hour_in_order_and_flat(parts: SimpleNamespace) -> None:
             if number == 5_000:
                 memory = resident()
     assert parts.generator.heard == list(range(45_000))
-    assert conversation.meters.dropped_in == conversation.meters.dropped_out == 0
-    assert conversation.meters.underruns == 0
+    assert conversation.stats.dropped_in == conversation.stats.dropped_out == 0
+    assert conversation.stats.underruns == 0
     assert said == sorted(said)
     assert len(said) > 44_000
     assert resident() - memory < 20e6
@@ -171,13 +171,13 @@ def test_a_stall_is_made_up_for(parts: SimpleNamespace) -> None:
             conversation.feed(_frame(number))
         over.set()
         assert _until(lambda: parts.generator.heard and parts.generator.heard[-1] == 39)
-        assert _until(lambda: conversation.meters.lag.count == len(parts.generator.heard))
+        assert _until(lambda: conversation.stats.latency.count == len(parts.generator.heard))
         events = conversation.events()
     heard = parts.generator.heard
     assert heard == sorted(set(heard))
     dropped = 40 - len(heard)
     assert 40 - 15 - 3 <= dropped <= 40 - 15 and heard[:11] == list(range(11))
-    assert conversation.meters.dropped_in == dropped * FRAME
+    assert conversation.stats.dropped_in == dropped * FRAME
     assert sum(event.samples for event in events if event.kind == "dropped") == dropped * FRAME
     # What was already inside the rings is heard late; after that, at most the backlog waits: four frames.
     assert set(heard) >= {36, 37, 38, 39} and len(set(heard) & set(range(11, 36))) <= 3
@@ -196,7 +196,7 @@ def test_random_stalls_everywhere(parts: SimpleNamespace) -> None:
             time.sleep(0.004)
         assert _until(lambda: parts.generator.heard and parts.generator.heard[-1] == 299)
     assert parts.generator.heard == sorted(set(parts.generator.heard))
-    dropped = conversation.meters.dropped_in // FRAME
+    dropped = conversation.stats.dropped_in // FRAME
     assert len(parts.generator.heard) + dropped == 300
 
 
@@ -229,7 +229,7 @@ def test_what_was_answered_is_kept(parts: SimpleNamespace, end: str) -> None:
         conversation.feed(_frame(number))
     assert _until(lambda: parts.generator.begun >= 6)
     assert conversation.stop()
-    assert taken == list(range(conversation.meters.frames)) and len(taken) >= 5
+    assert taken == list(range(conversation.stats.frames)) and len(taken) >= 5
     if end == "error":
         assert len(taken) == 5
 
@@ -355,8 +355,8 @@ def test_nobody_reads(parts: SimpleNamespace) -> None:
     with Conversation(parts.model, backlog=4.0) as conversation:
         for number in range(120):
             conversation.feed(_frame(number))
-            assert _until(lambda number=number: conversation.meters.lag.count > number)
-    assert conversation.meters.dropped_out > 0
+            assert _until(lambda number=number: conversation.stats.latency.count > number)
+    assert conversation.stats.dropped_out > 0
 
 
 def test_bad_sound(parts: SimpleNamespace) -> None:
@@ -378,7 +378,7 @@ def test_the_built_in_model_says_what_it_says_alone() -> None:
     for conversation in conversations:
         conversation.feed(pcm)
     for conversation in conversations:
-        assert _until(lambda conversation=conversation: conversation.meters.lag.count == 6, 30)
+        assert _until(lambda conversation=conversation: conversation.stats.latency.count == 6, 30)
         said = np.concatenate([conversation.read(480) for _ in range(30)])
         assert conversation.stop()
         conversation.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moshi_mlx.realtime.jitter_buffer import Player
+from moshi_mlx.realtime.jitter_buffer import JitterBuffer
 from moshi_mlx.realtime.ring import Ring
 
 RATE, FRAME, BLOCK = 24_000, 1_920, 480
@@ -15,7 +15,7 @@ def _play(seconds: float, drift: float, *, jitter: float = 0.0, until: float = 1
     """Simulate: frames come every 80 ms (stretched by ``drift``, shaken by ``jitter`` s), blocks leave evenly."""
     ring = Ring(4 * RATE)
     tone = (0.5 * np.sin(np.arange(FRAME) * (2 * np.pi * 200 / RATE))).astype(np.float32)  # whole periods
-    player, rng = Player(ring, RATE), np.random.default_rng(0)
+    player, rng = JitterBuffer(ring, RATE), np.random.default_rng(0)
     out, waiting, played = np.empty(block, np.float32), [], []
     frames, blocks = 0, 0
     shake = 0.0
@@ -72,7 +72,7 @@ def test_narrowing_too_early_becomes_rare() -> None:
 def test_silence_before_and_between() -> None:
     """If this fails, an empty ring gives noise, or an end of sound that clicks."""
     ring = Ring(RATE)
-    player, out = Player(ring, RATE), np.ones(BLOCK, np.float32)
+    player, out = JitterBuffer(ring, RATE), np.ones(BLOCK, np.float32)
     player.read_into(out)
     assert not out.any()
     ring.write(np.ones(BLOCK + 1000, np.float32))
@@ -97,7 +97,7 @@ def test_silence_before_and_between() -> None:
 def test_what_piles_up_is_skipped() -> None:
     """If this fails, a loudspeaker that stood still leaves the voice seconds behind for the rest of the talk."""
     ring = Ring(4 * RATE)
-    player, out = Player(ring, RATE), np.empty(BLOCK, np.float32)
+    player, out = JitterBuffer(ring, RATE), np.empty(BLOCK, np.float32)
     ring.write(np.ones(4 * RATE, np.float32))
     for _ in range(3):
         player.read_into(out)
@@ -108,7 +108,7 @@ def test_what_piles_up_is_skipped() -> None:
 def test_a_second_that_waits_is_left_out_without_a_click() -> None:
     """If this fails, a loudspeaker that starts late leaves the answers late by as much for minutes."""
     ring = Ring(4 * RATE)
-    player, out = Player(ring, RATE), np.empty(BLOCK, np.float32)
+    player, out = JitterBuffer(ring, RATE), np.empty(BLOCK, np.float32)
     tone = (0.5 * np.sin(np.arange(12 * RATE) * (2 * np.pi * 210 / RATE))).astype(np.float32)
     ring.write(tone[: round(0.7 * RATE)])
     written, played, waiting = round(0.7 * RATE), [], []
@@ -129,7 +129,7 @@ def test_a_second_that_waits_is_left_out_without_a_click() -> None:
 def test_clear() -> None:
     """If this fails, a new conversation begins with the end of the old one."""
     ring = Ring(RATE)
-    player, out = Player(ring, RATE), np.empty(BLOCK, np.float32)
+    player, out = JitterBuffer(ring, RATE), np.empty(BLOCK, np.float32)
     ring.write(np.ones(5000, np.float32))
     player.clear()
     ring.write(np.full(3 * BLOCK, 0.5, np.float32))

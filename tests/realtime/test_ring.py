@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moshi_mlx.realtime import Ring
-from moshi_mlx.realtime.ring import Bell
+from moshi_mlx.realtime.ring import Signal
 
 
 def test_order_across_many_wraps() -> None:
@@ -100,7 +100,7 @@ def test_no_room_is_refused() -> None:
 
 def test_bell() -> None:
     """If this fails, a worker sleeps through a frame, or ringing twice blocks an audio callback."""
-    bell = Bell()
+    bell = Signal()
     assert not bell.wait(0.01)
     bell.ring()
     bell.ring()

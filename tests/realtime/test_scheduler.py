@@ -124,8 +124,8 @@ def test_one_who_is_late_costs_nothing(fakes: tuple[FakeEngine, list[FakeGenerat
             assert _until(lambda: all(client.answered for client in good))
         assert not silent.said and not deaf.said
         for client in good:
-            assert client.heard == list(range(1, 101)) and client.conversation.meters.late == 0
-            assert client.conversation.meters.dropped_in == 0 and client.conversation.meters.dropped_out > 0
+            assert client.heard == list(range(1, 101)) and client.conversation.stats.late == 0
+            assert client.conversation.stats.dropped_in == 0 and client.conversation.stats.dropped_out > 0
         silent.feed(_frame(7))
         assert _until(lambda: silent.answered) and silent.heard == [7]
         for client in clients:
@@ -157,7 +157,7 @@ def test_back_within_two_seconds_of_a_stall(fakes: tuple[FakeEngine, list[FakeGe
             if time.monotonic() - began >= 2.0 and not over.is_set():
                 over.set()
             if time.monotonic() - began >= 3.0:
-                lags += [client.conversation.meters.lag.last for client in clients]
+                lags += [client.conversation.stats.latency.last for client in clients]
             time.sleep(max(0.0, began + (frame - 1) * 0.08 - time.monotonic()))
         for client in clients:
             assert client.conversation.stop()
@@ -165,7 +165,7 @@ def test_back_within_two_seconds_of_a_stall(fakes: tuple[FakeEngine, list[FakeGe
     assert lags and np.percentile(lags, 95) < 0.16
     for client in clients:
         assert client.heard == sorted(set(client.heard)) and frame - client.heard[-1] <= 2
-        dropped = client.conversation.meters.dropped_in // FRAME
+        dropped = client.conversation.stats.dropped_in // FRAME
         assert 10 <= dropped <= 25, "what nobody could hear, and no more"
 
 
@@ -287,7 +287,7 @@ def test_the_trace_shows_ticks() -> None:
     model, trace = tiny_model(), Trace()
     with Scheduler(model, trace=trace) as scheduler, Conversation(scheduler) as conversation:
         conversation.feed(np.concatenate(sound(model, 5)))
-        assert _until(lambda: conversation.meters.frames == 5)
+        assert _until(lambda: conversation.stats.frames == 5)
     names = {event[1] for event in trace._events}
     assert {"tick", "encode", "model", "decode"} <= names and scheduler.ticks.count >= 5
 

@@ -151,7 +151,7 @@ def test_nothing_is_held_of_one_that_ended():
             for _ in range(5):
                 conversation = Conversation(scheduler, tap=Listener()).start(lambda: None)
                 conversation.feed(frame(1))
-                until(lambda: conversation.meters.frames)  # noqa: B023
+                until(lambda: conversation.stats.frames)  # noqa: B023
                 conversation.stop(wait=False)
                 kept.append(weakref.ref(conversation))
                 conversation = None  # type: ignore[assignment]

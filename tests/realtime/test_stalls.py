@@ -64,8 +64,8 @@ def settled(world: World, conversation: Any, fed: int) -> bool:
         if awake["decoder"] and second.available:
             return False
         blocked = (awake["encoder"] and not first.free) + (awake["generator"] and not second.free)
-        inside = first.available + second.available + asleep + conversation.meters.lag.count
-        missing = (fed - waiting - conversation.meters.dropped_in) // FRAME - inside
+        inside = first.available + second.available + asleep + conversation.stats.latency.count
+        missing = (fed - waiting - conversation.stats.dropped_in) // FRAME - inside
         return bool(0 <= missing <= blocked)
 
 
@@ -144,12 +144,12 @@ def test_a_hundred_stalls(parts: SimpleNamespace, seed: int) -> None:  # noqa: F
         world.pass_to(tick * TICK)
         events = conversation.events()
     heard = parts.generator.heard
-    meters = conversation.meters
+    stats = conversation.stats
     assert heard == sorted(set(heard)), "order"
-    dropped = meters.dropped_in // FRAME
-    assert meters.dropped_in % FRAME == 0 and 0 <= fed // FRAME - dropped - len(heard) <= 8, "counted"
+    dropped = stats.dropped_in // FRAME
+    assert stats.dropped_in % FRAME == 0 and 0 <= fed // FRAME - dropped - len(heard) <= 8, "counted"
     told = sum(event.samples for event in events if event.kind == "dropped")
-    assert told == meters.dropped_in or len(events) == 1000
+    assert told == stats.dropped_in or len(events) == 1000
     assert said == sorted(said) and len(said) > 0.8 * len(heard)
     compared = 0
     for (who, seconds, _, over), (_, _, following, _) in zip(stalls, [*stalls[1:], ("", 0.0, fed // FRAME, 0)]):

@@ -40,7 +40,7 @@ def test_a_conversation(parts: SimpleNamespace, tmp_path: Path) -> None:  # noqa
             conversation.read(FRAME)
             time.sleep(0.02)
         assert _until(lambda: parts.generator.heard and parts.generator.heard[-1] == 29)
-    assert conversation.meters.dropped_in
+    assert conversation.stats.dropped_in
     trace.write(tmp_path / "talk.json")
     found = json.loads((tmp_path / "talk.json").read_text())
     events = found["traceEvents"]
@@ -55,11 +55,11 @@ def test_a_conversation(parts: SimpleNamespace, tmp_path: Path) -> None:  # noqa
     nested(events)
     (stall,) = (event for event in events if event["name"] == "model" and event["dur"] > 4e5)
     assert stall["args"]["frame"] == 10
-    assert sum(e["args"]["samples"] for e in events if e["name"] == "dropped") == conversation.meters.dropped_in
+    assert sum(e["args"]["samples"] for e in events if e["name"] == "dropped") == conversation.stats.dropped_in
     counters = {event["name"] for event in events if event["ph"] == "C"}
     assert counters == {"waiting, ms", "frames between threads", "dropped, ms", "frames late", "gaps"}
     dropped = [event["args"]["in"] for event in events if event["name"] == "dropped, ms"]
-    assert dropped == sorted(dropped) and dropped[-1] == conversation.meters.dropped_in / 24
+    assert dropped == sorted(dropped) and dropped[-1] == conversation.stats.dropped_in / 24
     assert found["otherData"]["forgotten"] == 0 and list(tmp_path.iterdir()) == [tmp_path / "talk.json"]
 
 

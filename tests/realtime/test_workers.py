@@ -28,7 +28,7 @@ def talk(count):
     for _ in range(count):
         with Conversation(model) as conversation:
             conversation.feed(np.zeros(model.frame_size, np.float32))
-            while not conversation.meters.lag.count:
+            while not conversation.stats.latency.count:
                 time.sleep(0.001)
     gc.collect()
     return process.num_threads(), process.num_fds(), process.memory_info().rss / 1e6

@@ -13,11 +13,11 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from moshi_mlx_app.web.engine import Engine
-from moshi_mlx_app.web.guard import Guard
-from moshi_mlx_app.web.line import Line
-from moshi_mlx_app.web.server import STATIC, Server, listening
-from moshi_mlx_app.web.talk import Limits
+from moshi_mlx_app.server.access import Guard
+from moshi_mlx_app.server.connection import Limits
+from moshi_mlx_app.server.engine import Engine
+from moshi_mlx_app.server.queue import Line
+from moshi_mlx_app.server.server import STATIC, Server, listening
 
 from moshi_mlx.engine.generator import GenerationConfig
 from tests.helpers import parrot as birds

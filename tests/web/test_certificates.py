@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from moshi_mlx_app.web import certificates
+from moshi_mlx_app.server import certificates
 
 from moshi_mlx.errors import ConfigError
 

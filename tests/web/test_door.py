@@ -13,9 +13,10 @@ import sys
 
 import psutil
 import pytest
-from moshi_mlx_app.web import certificates, door
-from moshi_mlx_app.web.faults import Faults
-from moshi_mlx_app.web.names import household
+from moshi_mlx_app.server import certificates
+from moshi_mlx_app.server import listener as door
+from moshi_mlx_app.server.faults import Faults
+from moshi_mlx_app.server.hosts import household
 from yarl import URL
 
 from .serving import SOON, Served, install, serving

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from moshi_mlx_app.web.guard import Bucket
-from moshi_mlx_app.web.names import is_loopback, own_names, reachable
+from moshi_mlx_app.server.access import Bucket
+from moshi_mlx_app.server.hosts import is_loopback, own_names, reachable
 from yarl import URL
 
 from .serving import SOON, Client, Served, install, serving
@@ -192,7 +192,7 @@ def test_every_answer_is_strict(tmp_path: Path):
 def test_idle_connections_make_room(monkeypatch):
     """If it fails, connections that say nothing keep everyone else out."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.door._CONNECTIONS", 5)
+    monkeypatch.setattr("moshi_mlx_app.server.listener._CONNECTIONS", 5)
 
     async def run() -> None:
         async with serving() as served, served.client() as client:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import aiohttp
 import numpy as np
 import pytest
-from moshi_mlx_app.web.talk import Limits, Talk
+from moshi_mlx_app.server.connection import Limits, Talk
 from yarl import URL
 
 from moshi_mlx.realtime import Conversation
@@ -138,7 +138,7 @@ def test_a_client_may_answer_the_latest_ping_only(monkeypatch):
     """If it fails, a client that does what RFC 6455, section 5.5.3, allows is taken for one that does not read."""
     install(monkeypatch)
 
-    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    monkeypatch.setattr("moshi_mlx_app.server.connection._TICK", 0.05)
 
     async def run() -> None:
         limits = replace(Limits(), gone=1.5)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app.web import certificates
-from moshi_mlx_app.web.talk import Talk
+from moshi_mlx_app.server import certificates
+from moshi_mlx_app.server.connection import Talk
 
 from .serving import FRAME, RATE, install, serving
 from .test_talk import Reader

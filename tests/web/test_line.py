@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
-from moshi_mlx_app.web.line import Full, Line
-from moshi_mlx_app.web.talk import Limits
+from moshi_mlx_app.server.connection import Limits
+from moshi_mlx_app.server.queue import Full, Line
 
 from .serving import SOON, Client, install, serving, tone
 
@@ -225,7 +225,7 @@ def test_one_address_has_one_share():
 def test_sockets_that_only_answer_pings_make_room(monkeypatch):
     """If it fails, one client holds every place and the whole line with connections that do nothing."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    monkeypatch.setattr("moshi_mlx_app.server.connection._TICK", 0.05)
     limits = replace(Limits(), sound=1.0, person=1.0, quiet=10.0)
 
     async def run() -> None:
@@ -252,7 +252,7 @@ def test_sockets_that_only_answer_pings_make_room(monkeypatch):
 def test_who_waits_and_shows_it_keeps_the_place(monkeypatch, sign):
     """If it fails, a person who waits for long is passed by others, or thrown out of the line."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    monkeypatch.setattr("moshi_mlx_app.server.connection._TICK", 0.05)
     limits = replace(Limits(), person=0.5, quiet=10.0)
 
     async def run() -> None:
@@ -275,7 +275,7 @@ def test_who_waits_and_shows_it_keeps_the_place(monkeypatch, sign):
 def test_a_place_needs_sound(monkeypatch):
     """If it fails, who began to talk and sends no sound keeps the place from those who wait; or loses it to nobody."""
     install(monkeypatch)
-    monkeypatch.setattr("moshi_mlx_app.web.talk._TICK", 0.05)
+    monkeypatch.setattr("moshi_mlx_app.server.connection._TICK", 0.05)
     limits = replace(Limits(), sound=0.6, quiet=10.0)
 
     async def run() -> None:

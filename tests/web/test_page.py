@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from moshi_mlx_app.recording.transcript import Transcript, read_json
-from moshi_mlx_app.web.talk import Talk
+from moshi_mlx_app.server.connection import Talk
 
 import moshi_mlx
 from moshi_mlx.realtime import Conversation

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile as sf
-from moshi_mlx_app.web.server import STATIC
+from moshi_mlx_app.server.server import STATIC
 
 import moshi_mlx
 from tests.helpers.parrot import Parrot

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from moshi_mlx_app.cli import main
 from moshi_mlx_app.models import fetch as fetching
-from moshi_mlx_app.web import places as measuring
-from moshi_mlx_app.web import server
-from moshi_mlx_app.web.places import measure_places, row_bytes
+from moshi_mlx_app.server import places as measuring
+from moshi_mlx_app.server import server
+from moshi_mlx_app.server.places import measure_places, row_bytes
 
 import moshi_mlx
 from moshi_mlx.engine import Batch, SessionFrame

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import numpy as np
 import soundfile
-from moshi_mlx_app.web.wire import Pcm
+from moshi_mlx_app.server.protocols.kyutai import Pcm
 
 import moshi_mlx
 

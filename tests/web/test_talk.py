@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from moshi_mlx_app.web.talk import Limits, Talk
-from moshi_mlx_app.web.wire import Pcm
+from moshi_mlx_app.server.connection import Limits, Talk
+from moshi_mlx_app.server.protocols.kyutai import Pcm
 
 from tests.helpers.parrot import Parrot
 
@@ -170,7 +170,7 @@ def test_nothing_unknown_reaches_who_did_not_ask(monkeypatch):
 
 
 def test_stats_and_steering(monkeypatch):
-    """If it fails, the page's meters, mute, pause or new conversation do nothing."""
+    """If it fails, the page's stats, mute, pause or new conversation do nothing."""
     install(monkeypatch)
 
     async def level(client: Client) -> float:

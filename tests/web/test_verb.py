@@ -22,8 +22,8 @@ from cryptography import x509
 from moshi_mlx_app.cli import main
 from moshi_mlx_app.commands import web
 from moshi_mlx_app.models import fetch as fetching
-from moshi_mlx_app.web import certificates, places
-from moshi_mlx_app.web.links import links, qr_svg, qr_text
+from moshi_mlx_app.server import certificates, places
+from moshi_mlx_app.server.links import links, qr_svg, qr_text
 
 from moshi_mlx.errors import ConfigError
 from tests.helpers.parrot import Parrot

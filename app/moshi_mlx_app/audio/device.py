@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx.realtime.ring import Bell, Ring
+from moshi_mlx.realtime.ring import Ring, Signal
 from moshi_mlx_app.audio import portaudio
 from moshi_mlx_app.audio.default_device import Defaults
 from moshi_mlx_app.audio.portaudio import (
@@ -115,7 +115,7 @@ class SoundCard:
         self._threads: list[threading.Thread] = []
         self._raw = Ring(1)
         self._raw_rate = float(rate)
-        self._bell, self._watch = Bell(), Bell()
+        self._bell, self._watch = Signal(), Signal()
         self._opened = threading.Event()
         self._stopping = False
         self._reopen = False

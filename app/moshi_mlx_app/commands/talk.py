@@ -219,8 +219,8 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
             _recorded(recorder)
             return 130
         talk.report(model.name)
-        if conversation.meters.frames >= _ENOUGH:
-            remember_step(model.name, conversation.meters.step.percentile(95) * 1e3)
+        if conversation.stats.frames >= _ENOUGH:
+            remember_step(model.name, conversation.stats.step.percentile(95) * 1e3)
     conversation.check()
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 
@@ -267,7 +267,7 @@ class _Talk:
             self.seconds = time.monotonic() - began
             for event in conversation.events():
                 self._event(event)
-            self.panel.say(self._time(conversation.meters.frames), "")
+            self.panel.say(self._time(conversation.stats.frames), "")
             for notice in (*self.card.notices(), *self.recorder.notices()):
                 self.panel.notice(notice)
             self._tell_kept()
@@ -349,16 +349,16 @@ class _Talk:
     def _state(self) -> Any:
         from moshi_mlx_app.screen.panel import State
 
-        meters = self.conversation.meters
+        stats = self.conversation.stats
         return State(
             seconds=self.seconds,
-            user=meters.level_in,
-            moshi=meters.level_out,
-            latency=meters.lag.percentile(50),
+            user=stats.level_in,
+            moshi=stats.level_out,
+            latency=stats.latency.percentile(50),
             queue=self.conversation.delay,
-            late=meters.late,
-            dropped=meters.dropped_in / self.conversation.engine.sample_rate,
-            underruns=meters.underruns,
+            late=stats.late,
+            dropped=stats.dropped_in / self.conversation.engine.sample_rate,
+            underruns=stats.underruns,
             recording=self.recorder.seconds if self.recorder.running else None,
             muted=self.muted,
             sound=self.card.open,
@@ -366,18 +366,18 @@ class _Talk:
 
     def report(self, name: str) -> None:
         """Figures of the whole conversation."""
-        meters, card = self.conversation.meters, self.card
+        stats, card = self.conversation.stats, self.card
         rate = self.conversation.engine.sample_rate
         figures = {
             "model": name,
             "seconds": round(self.seconds, 3),
-            "frames": meters.frames,
-            "late": meters.late,
-            "latency_ms": {str(p): round(meters.lag.percentile(p) * 1e3, 1) for p in (50, 95)},
-            "step_ms": {str(p): round(meters.step.percentile(p) * 1e3, 1) for p in (50, 95)},
-            "dropped_seconds": round(meters.dropped_in / rate, 3),
-            "dropped_output_seconds": round(meters.dropped_out / rate, 3),
-            "underruns": meters.underruns,
+            "frames": stats.frames,
+            "late": stats.late,
+            "latency_ms": {str(p): round(stats.latency.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "step_ms": {str(p): round(stats.step.percentile(p) * 1e3, 1) for p in (50, 95)},
+            "dropped_seconds": round(stats.dropped_in / rate, 3),
+            "dropped_output_seconds": round(stats.dropped_out / rate, 3),
+            "underruns": stats.underruns,
             "device_overflows": card.overflows,
             "device_underflows": card.underflows,
             "device_openings": card.openings,
@@ -388,10 +388,10 @@ class _Talk:
         if self.args.json:
             say(json.dumps(figures))
         elif not self.args.quiet:
-            latency = [meters.lag.percentile(percent) * 1e3 for percent in (50, 95)]
+            latency = [stats.latency.percentile(percent) * 1e3 for percent in (50, 95)]
             warn(
-                f"{self.seconds:.1f} s, {meters.frames} frames, {meters.late} late; latency {latency[0]:.0f} ms "
-                f"(p95 {latency[1]:.0f}); {figures['dropped_seconds']} s dropped, {meters.underruns} underruns",
+                f"{self.seconds:.1f} s, {stats.frames} frames, {stats.late} late; latency {latency[0]:.0f} ms "
+                f"(p95 {latency[1]:.0f}); {figures['dropped_seconds']} s dropped, {stats.underruns} underruns",
                 "",
             )
             _recorded(self.recorder)

@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until someone stops it. Returns the exit status: 0, or 130 after Ctrl-C."""
     from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.models.fetch import load_model
-    from moshi_mlx_app.web import certificates
-    from moshi_mlx_app.web.engine import Engine
-    from moshi_mlx_app.web.guard import Guard
-    from moshi_mlx_app.web.line import Line
-    from moshi_mlx_app.web.links import links, qr_text
-    from moshi_mlx_app.web.names import is_loopback
-    from moshi_mlx_app.web.server import Server, serve
-    from moshi_mlx_app.web.wire import opus_missing
+    from moshi_mlx_app.server import certificates
+    from moshi_mlx_app.server.access import Guard
+    from moshi_mlx_app.server.engine import Engine
+    from moshi_mlx_app.server.hosts import is_loopback
+    from moshi_mlx_app.server.links import links, qr_text
+    from moshi_mlx_app.server.protocols.kyutai import opus_missing
+    from moshi_mlx_app.server.queue import Line
+    from moshi_mlx_app.server.server import Server, serve
 
     if args.key and not args.cert:
         args.parser.error("--key goes with --cert")
@@ -144,7 +144,7 @@ def _places(model: Moshi, kv_bits: int | None) -> int:
 
     from moshi_mlx_app.models.catalog import room
     from moshi_mlx_app.models.measure import machine
-    from moshi_mlx_app.web.places import measure_places
+    from moshi_mlx_app.server.places import measure_places
 
     found = measure_places(model, room(machine()) - mx.get_active_memory(), kv_bits=kv_bits)
     alone, frame = found.ticks[1], 1 / model.frame_rate

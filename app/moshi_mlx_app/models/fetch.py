@@ -17,7 +17,7 @@ from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, warn
 
 if TYPE_CHECKING:
-    from moshi_mlx.checkpoint.resolve import Survey
+    from moshi_mlx.checkpoint.resolve import DownloadPlan
     from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["fetch", "load_model"]
@@ -72,15 +72,15 @@ def fetch(source: str, *, shown: bool = True) -> None:
     MoshiError
         If it cannot be found, or not be fetched to its end. What came is used the next time.
     """
-    from moshi_mlx.checkpoint.resolve import resolve, survey
+    from moshi_mlx.checkpoint.resolve import plan_download, resolve
 
     with Loading(shown=shown) as loading:
         if "/" in source and not os.path.exists(os.path.expanduser(source)):
             loading(f"asking {os.environ.get('HF_ENDPOINT') or 'the hub'} for {source}; it has 15 s to answer")
-        needed = survey(source)
+        needed = plan_download(source)
     if not needed.missing:
         return
-    # The configuration alone is always here: the survey fetched it.
+    # The configuration alone is always here: the plan_download fetched it.
     begun = f", {needed.begun / 1e9:.2f} GB of them are here" if needed.begun > 0.01 * needed.total else ""
     warn(
         f"{source}: {needed.total / 1e9:.2f} GB, fetched once{begun}; into {needed.place}. "
@@ -94,7 +94,7 @@ def fetch(source: str, *, shown: bool = True) -> None:
 class _Download:
     """One bar for all files; a line now and then where there is no terminal."""
 
-    def __init__(self, needed: Survey, *, shown: bool):
+    def __init__(self, needed: DownloadPlan, *, shown: bool):
         self._here = {name: size - missing for name, (size, missing) in needed.files.items()}
         self._total = needed.total
         self._shown = shown

@@ -170,18 +170,18 @@ def paced(
             conversation.read_into(out)
             conversation.check()
         until = time.monotonic() + 2.0
-        while conversation.meters.frames < frames and time.monotonic() < until and conversation.running:
+        while conversation.stats.frames < frames and time.monotonic() < until and conversation.running:
             time.sleep(0.01)
-        meters = conversation.meters
-    stages = {"encode": meters.encode, "step": meters.step, "decode": meters.decode, "latency": meters.lag}
+        stats = conversation.stats
+    stages = {"encode": stats.encode, "step": stats.step, "decode": stats.decode, "latency": stats.latency}
     if series is not None:
         series.update({name: _milliseconds(watch) for name, watch in stages.items()})
     return {
         **{name: percentiles(watch) for name, watch in stages.items()},
-        "frames": meters.frames,
-        "late": meters.late,
-        "dropped_seconds": round(meters.dropped_in / model.sample_rate, 3),
-        "underruns": meters.underruns,
+        "frames": stats.frames,
+        "late": stats.late,
+        "dropped_seconds": round(stats.dropped_in / model.sample_rate, 3),
+        "underruns": stats.underruns,
     }
 
 

@@ -23,7 +23,7 @@ from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, PublishedModel, kind,
 from moshi_mlx_app.version import DISTRIBUTION, program
 
 if TYPE_CHECKING:
-    from moshi_mlx.checkpoint.resolve import Survey
+    from moshi_mlx.checkpoint.resolve import DownloadPlan
 
 __all__ = [
     "Measured",
@@ -81,7 +81,7 @@ class Measured:
 
 def select(
     here: Measured,
-    survey: Callable[[str, bool], Survey],
+    plan_download: Callable[[str, bool], DownloadPlan],
     free: Callable[[Path], int] = free_bytes,
     catalog: tuple[PublishedModel, ...] = CATALOG,
 ) -> Selection:
@@ -90,7 +90,7 @@ def select(
     Parameters
     ----------
     here : Measured
-    survey : callable
+    plan_download : callable
         What a model needs and what of it is here, by name and whether the network must be left alone. May raise
         MoshiError.
     free : callable
@@ -108,13 +108,13 @@ def select(
         return _builtin(f"no published model would do here; the nearest, {least.name}, {verdicts[least.name]['why']}")
     for name in able:
         with contextlib.suppress(MoshiError):
-            if survey(name, True).missing == 0:
+            if plan_download(name, True).missing == 0:
                 better = "" if kind(name) == kind(able[0]) else f"; {able[0]} would do too, with --model"
                 return Selection(name, f"{name}, the best one here: {verdicts[name]['why']}{better or _OTHER}")
     full = ""
     for name in able:
         try:
-            needed = survey(name, False)
+            needed = plan_download(name, False)
         except MoshiError as error:
             reason = " ".join(str(error).split()).partition(". ")[0]
             return _builtin(f"{name} would do here, but {reason[:200]}")
@@ -135,18 +135,18 @@ def default_model(say: Callable[[str], object] = lambda _: None, here: Measured 
     return select(here or measured(), _survey)
 
 
-def _survey(name: str, offline: bool) -> Survey:
-    """Like :func:`moshi_mlx.checkpoint.resolve.survey`, but back within seconds whatever the network does."""
-    from moshi_mlx.checkpoint.resolve import survey
+def _survey(name: str, offline: bool) -> DownloadPlan:
+    """Like :func:`moshi_mlx.checkpoint.resolve.plan_download`, but back within seconds whatever the network does."""
+    from moshi_mlx.checkpoint.resolve import plan_download
     from moshi_mlx.errors import DownloadError
 
     if offline:
-        return survey(name, offline=True)
-    found: list[Survey | BaseException] = []
+        return plan_download(name, offline=True)
+    found: list[DownloadPlan | BaseException] = []
 
     def ask() -> None:
         try:
-            found.append(survey(name, timeout=_PATIENCE))
+            found.append(plan_download(name, timeout=_PATIENCE))
         except BaseException as error:
             found.append(error)
 

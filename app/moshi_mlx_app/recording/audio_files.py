@@ -169,12 +169,12 @@ class Recording:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
     def _mono(self) -> Iterator[Pcm]:
-        """Blocks [n], float32, of what the survey found readable."""
+        """Blocks [n], float32, of what the plan_download found readable."""
         gain = np.float32(1 / max(1.0, self.peak))
         left = self.samples
         with self._open() as file:
             while left > 0:
-                # The same blocks as in the survey, so that a decoder's failure stays behind the last of them.
+                # The same blocks as in the plan_download, so that a decoder's failure stays behind the last of them.
                 block = file.read(self._block, dtype="float32", always_2d=True)[:left]
                 if not len(block):
                     return

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.engine.text import Word
-from moshi_mlx.realtime.ring import Bell
+from moshi_mlx.realtime.ring import Signal
 from moshi_mlx.tasks.dialogue import SessionFrame
 from moshi_mlx_app.recording.outputs import Claim, check_folder, named, replace_text
 from moshi_mlx_app.recording.transcript import VERSION, Transcript, aligned, read_json, spoken, unaligned, write_json
@@ -67,7 +67,7 @@ class Recorder:
         self.folder, self._about = folder, about
         self._rate, self._size = sample_rate, frame_size
         self._queue: deque[tuple[int, Pcm, Pcm, tuple[Word, ...]]] = deque()
-        self._bell = Bell()
+        self._bell = Signal()
         self._thread: threading.Thread | None = None
         self._part: _Part | None = None
         self._ending = False

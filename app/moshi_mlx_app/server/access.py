@@ -21,7 +21,7 @@ from aiohttp import web
 
 from moshi_mlx_app.version import DISTRIBUTION
 
-from .names import is_loopback, own_names
+from .hosts import is_loopback, own_names
 
 __all__ = ["Bucket", "Guard"]
 

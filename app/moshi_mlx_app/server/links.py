@@ -6,7 +6,7 @@ import io
 import shutil
 from typing import TYPE_CHECKING, TextIO
 
-from .names import ANYWHERE, reachable
+from .hosts import ANYWHERE, reachable
 
 if TYPE_CHECKING:
     import segno

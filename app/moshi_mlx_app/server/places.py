@@ -19,7 +19,7 @@ from moshi_mlx.engine import Batch, Engine, SessionFrame, Settings
 from moshi_mlx.state import state_bytes
 from moshi_mlx.tasks.dialogue import Moshi
 
-from .wire import Opus, Pcm, Sound, opus_missing
+from .protocols.kyutai import Opus, Pcm, Sound, opus_missing
 
 __all__ = ["Places", "measure_places"]
 

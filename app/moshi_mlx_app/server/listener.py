@@ -20,9 +20,9 @@ from aiohttp import web
 
 from moshi_mlx.errors import ConfigError
 
+from .access import Guard
 from .faults import Faults, named
-from .guard import Guard
-from .names import household
+from .hosts import household
 
 __all__ = ["Door", "Handler"]
 

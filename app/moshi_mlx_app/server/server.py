@@ -19,15 +19,15 @@ from aiohttp import web
 from moshi_mlx.engine.generator import GenerationConfig
 from moshi_mlx_app.version import program
 
-from .door import Door, Handler
+from .access import Guard
+from .connection import End, Limits, Talk
 from .engine import Engine
 from .faults import Faults, named
-from .guard import Guard
-from .line import Line
 from .links import qr_svg
+from .listener import Door, Handler
+from .protocols.kyutai import opus_missing
+from .queue import Line
 from .settings import BadQuery, Settings, read_settings
-from .talk import End, Limits, Talk
-from .wire import opus_missing
 
 __all__ = ["STATIC", "Server", "listening", "serve"]
 

@@ -25,13 +25,13 @@ from moshi_mlx.realtime import Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 from moshi_mlx_app.version import program
 
-from .door import Handler
+from .access import Bucket
 from .engine import Engine, Running
-from .guard import Bucket
-from .line import Full, Line
-from .names import household
+from .hosts import household
+from .listener import Handler
+from .protocols.kyutai import Control, Kind, Opus, Pcm, ProtocolError, Sound, message, opus_missing, read_json
+from .queue import Full, Line
 from .settings import BadQuery, Settings
-from .wire import Control, Kind, Opus, Pcm, ProtocolError, Sound, message, opus_missing, read_json
 
 __all__ = ["End", "Limits", "Talk"]
 
@@ -399,16 +399,16 @@ class Talk:
             self._pings.popleft()
 
     def _stats(self, conversation: Conversation) -> None:
-        meters = conversation.meters
+        stats = conversation.stats
         self._tell(
             {
                 "type": "stats",
-                "late_frames": meters.late,
-                "dropped_samples": meters.dropped_in,
-                "latency_ms": round(meters.lag.last * 1e3, 1),
+                "late_frames": stats.late,
+                "dropped_samples": stats.dropped_in,
+                "latency_ms": round(stats.latency.last * 1e3, 1),
                 "elapsed_s": round(time.monotonic() - self._began, 2),
-                "user_level_db": _decibels(meters.level_in),
-                "moshi_level_db": _decibels(meters.level_out),
+                "user_level_db": _decibels(stats.level_in),
+                "moshi_level_db": _decibels(stats.level_out),
                 "backlog_ms": round(conversation.backlog * 1e3, 1),
             }
         )

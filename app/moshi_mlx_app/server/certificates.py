@@ -13,7 +13,7 @@ from typing import Any
 
 from moshi_mlx.errors import ConfigError
 
-from .names import own_names
+from .hosts import own_names
 
 __all__ = ["given", "own"]
 
