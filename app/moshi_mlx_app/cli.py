@@ -1,7 +1,7 @@
-"""The command ``moshi-mlx-local``: picks a verb, runs it, and turns what goes wrong into one line and an exit status.
+"""The program ``moshi-mlx-local``: selects a command, runs it, and reports errors as one line and an exit status.
 
-Exit status: 0 done, 1 an error that the message names, 2 the command line is wrong, 130 stopped with Ctrl-C.
-Only the standard library is imported before :func:`main` runs, after :mod:`moshi_mlx_app.start` has seen to Ctrl-C.
+Exit status: 0 success, 1 an error, 2 a wrong command line, 130 stopped with Ctrl-C.
+Only the standard library is imported before :func:`main` runs, after :mod:`moshi_mlx_app.start` has set up Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ VERBS = ("talk", "file", "web", "devices", "check", "bench", "completion")
 
 DESCRIPTION = """\
 Moshi, the spoken dialogue model that listens and speaks at the same time, on
-this computer. Without a verb it talks with you, by microphone and loudspeaker,
-and takes the best model that this machine can hold and run in time.
+this computer. Without a command it starts a live conversation with microphone
+and loudspeaker, and takes the best model that this machine can hold and run in
+real time.
 """
 EPILOG = """\
 examples:
   moshi-mlx-local                                    talk
-  moshi-mlx-local --model small --record talks       with the built-in model; keep it
+  moshi-mlx-local --model small --record talks       use the built-in model, and record
   moshi-mlx-local file question.wav -o answer.wav    answer a recording
-  moshi-mlx-local file --demo -o answer.wav          the questions that come along
-  moshi-mlx-local talk --help                        everything that can be set
+  moshi-mlx-local file --demo -o answer.wav          answer the included questions
+  moshi-mlx-local talk --help                        all options of a command
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in a sentence that obeys nothing that stands in the argument."""
+    """Reports argument errors without passing control characters of an argument to the terminal."""
 
     def error(self, message: str) -> NoReturn:
         from moshi_mlx_app.screen.terminal import warn
@@ -52,13 +53,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Room for the longest option beside its explanation."""
+    """Leaves enough space for the longest option next to its help."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, **{"max_help_position": 30, **options})
 
     def format_help(self) -> str:
-        self._action_max_length += 2  # argparse forgets that verbs are indented once more
+        self._action_max_length += 2  # argparse ignores the extra indentation of commands
         return super().format_help()
 
 
@@ -66,15 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
         prog=DISTRIBUTION,
-        usage=f"{DISTRIBUTION} [--debug] [VERB] [options of the verb, or of talk]\n       {DISTRIBUTION} --version",
+        usage=f"{DISTRIBUTION} [--debug] [COMMAND] [options of COMMAND, or of talk]\n       {DISTRIBUTION} --version",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=program())
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", prog=DISTRIBUTION, required=True)
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    verbs = parser.add_subparsers(title="commands", dest="verb", metavar="COMMAND", prog=DISTRIBUTION, required=True)
     for name in VERBS:
         module = importlib.import_module(f"moshi_mlx_app.commands.{name}")
         verb = verbs.add_parser(
@@ -86,9 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(verb)
-        # Without a default of its own, which would replace what stands before the verb.
+        # No default, which would replace a --debug before the command.
         verb.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the whole traceback of an error"
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full traceback of an error"
         )
         verb.set_defaults(run=module.run, parser=verb)
     return parser
@@ -108,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started the program
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))
-        # A locale without the letter that a model says must not end the program.
+        # A character that the locale cannot encode must not end the program.
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else argv
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _quick_end() -> Iterator[None]:
-    """Ctrl-C ends the process on the spot while the verbs are imported; afterwards it is what Python makes of it."""
+    """Ctrl-C ends the process immediately while the commands are imported; afterwards Python's default applies."""
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, end):
         yield
@@ -161,25 +162,25 @@ def _run(arguments: list[str]) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Options stand where one likes: before the verb, before and after what belongs to it."""
+    """Parse the arguments; options may stand before the command, and anywhere after it."""
     actions = [action for verb in verbs(parser).values() for action in verb._actions]
     valued = {name for action in actions if action.nargs is None for name in action.option_strings}
     args, unknown = parser.parse_known_args(_with_verb(arguments, valued))
-    if unknown:  # said with the verb's own usage, not with the program's
+    if unknown:  # reported with the command's usage, not the program's
         getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
 def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The verbs' own parsers, by name."""
+    """The parsers of the commands, by name."""
     found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return dict(next(found, {}))
 
 
 def _with_verb(arguments: list[str], valued: Container[str]) -> list[str]:
-    """The arguments with the verb before the options: the first word that is no option and no value, else ``talk``.
+    """The arguments with the command first: the first word that is no option and no value, else ``talk``.
 
-    ``valued`` are the options with a value in the next word.
+    ``valued`` are the options that take their value from the next word.
     """
     first = next((place for place, text in enumerate(arguments) if text != "--debug"), len(arguments))
     if arguments[first : first + 1] in (["-h"], ["--help"], ["--version"]):
@@ -195,7 +196,7 @@ def _with_verb(arguments: list[str], valued: Container[str]) -> list[str]:
 
 
 def _report(error: Exception, *, debug: bool) -> int:
-    """Say in one sentence what went wrong, the system's errors as ``file: reason``; with ``debug`` where, too."""
+    """Print an error as one sentence, system errors as ``file: reason``; with ``debug`` the traceback too."""
     from moshi_mlx.errors import MoshiError
     from moshi_mlx.printable import printable
     from moshi_mlx_app.screen.terminal import warn
@@ -208,10 +209,10 @@ def _report(error: Exception, *, debug: bool) -> int:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     elif not isinstance(error, (MoshiError, OSError)):
         message = (
-            f"something unexpected went wrong: {type(error).__name__}: {message}. This is a fault in {program()}; "
+            f"something unexpected went wrong: {type(error).__name__}: {message}. This is a bug in {program()}; "
             "run it again with --debug to see where"
         )
-    # The library speaks of its own arguments; here they are options.
+    # The library names its arguments; here they are options.
     warn(message.replace("choose the codec mlx or numpy", "choose --codec mlx or --codec numpy"), "error")
     return 1
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and their translation into the library's settings."""
+"""Options that several commands share, and their translation into the library's settings."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
     Parameters
     ----------
     chosen : str
-        What happens without ``--model``, where that is not the built-in model: its default is None then.
+        What ``--model`` defaults to, if not to the built-in model; the option's default is None then.
     """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         default=None if chosen else "small",
         metavar="M",
-        help="a folder, a repository on the hub such as kyutai/moshiko-mlx-q4 (a revision behind an @), or small, "
-        f"which is built in; the verb check says which would do here. Default: {chosen or 'small'}",
+        help="a folder, a repository on the hub such as kyutai/moshiko-mlx-q4 (optionally with @revision), or small, "
+        f"the built-in model; the command check lists those that run here. Default: {chosen or 'small'}",
     )
     group.add_argument(
         "--codec",
@@ -63,7 +63,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """``--seed`` and everything about sampling; what is not given stays as the checkpoint says."""
+    """``--seed`` and the sampling options; defaults come from the checkpoint."""
     group = parser.add_argument_group("sampling (defaults come from the checkpoint)")
     number, count = bounded(float, 0, 100), bounded(int, 0, 1_000_000)
     share = bounded(float, 0, 1)
@@ -72,19 +72,23 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=bounded(int, 0, 2**63 - 1),
         default=0,
         metavar="N",
-        help="seed of the random numbers; no effect where sampling is greedy (default: 0)",
+        help="random seed; no effect with greedy sampling (default: 0)",
     )
-    group.add_argument("--greedy", action="store_true", help="always the most likely token: temperatures of 0")
-    group.add_argument("--text-temperature", type=number, metavar="T", help="of the text; 0: greedy; 0.7 is usual")
-    group.add_argument("--audio-temperature", type=number, metavar="T", help="of the voice; 0: greedy; 0.8 is usual")
+    group.add_argument("--greedy", action="store_true", help="always take the most likely token: temperatures of 0")
     group.add_argument(
-        "--text-top-k", type=count, metavar="K", help="sample text from the K most likely tokens; 0: from all"
+        "--text-temperature", type=number, metavar="T", help="temperature of the text; 0: greedy; typical: 0.7"
     )
     group.add_argument(
-        "--audio-top-k", type=count, metavar="K", help="sample the voice from the K most likely; 0: from all"
+        "--audio-temperature", type=number, metavar="T", help="temperature of the voice; 0: greedy; typical: 0.8"
     )
     group.add_argument(
-        "--top-p", type=share, metavar="P", help="sample from the most likely tokens whose sum is P; 0: off"
+        "--text-top-k", type=count, metavar="K", help="sample text from the K most likely tokens; 0: all"
+    )
+    group.add_argument(
+        "--audio-top-k", type=count, metavar="K", help="sample the voice from the K most likely tokens; 0: all"
+    )
+    group.add_argument(
+        "--top-p", type=share, metavar="P", help="sample from the most likely tokens with total probability P; 0: off"
     )
     group.add_argument(
         "--min-p", type=share, metavar="P", help="drop tokens less than P times as likely as the best; 0: off"
@@ -93,7 +97,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty",
         type=bounded(float, 0.01, 100),
         metavar="R",
-        help="above 1: words are repeated less often; 1: off",
+        help="above 1: fewer repeated words; 1: off",
     )
     group.add_argument(
         "--padding-bonus",
@@ -114,7 +118,7 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_from(args: argparse.Namespace, base: GenerationConfig) -> GenerationConfig:
-    """``base`` with the options that were given in place of its own."""
+    """``base`` with the given options replaced."""
     text, audio = base.text, base.audio
     if args.greedy:
         text, audio = replace(text, temperature=0.0), replace(audio, temperature=0.0)

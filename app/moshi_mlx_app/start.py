@@ -1,4 +1,4 @@
-"""Where the command begins: little is imported before Ctrl-C ends the process with a sentence, not a traceback."""
+"""Entry point: installs a Ctrl-C handler before the slow imports, so that Ctrl-C gives a message, not a traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["end", "main"]
 
 
 def end(number: int, frame: object) -> None:
-    """Handle Ctrl-C on the spot: MLX, numpy and others abort or swallow it while they are imported."""
+    """Handle Ctrl-C immediately: MLX, numpy and others abort or ignore it while they are imported."""
     try:
         os.write(2, b"stopped: nothing was written\n")
     except OSError:  # standard error is closed

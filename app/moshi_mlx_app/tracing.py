@@ -1,4 +1,4 @@
-"""``--trace FILE``: what the program did and when, for Perfetto or chrome://tracing."""
+"""``--trace FILE``: a timeline of the program's threads, for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def add_trace_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--trace",
         metavar="FILE",
-        help="at the end, write what each thread did in the last minutes, for https://ui.perfetto.dev",
+        help="at the end, write a timeline of the last minutes of each thread, for https://ui.perfetto.dev",
     )
 
 
 def trace_output(path: str) -> Output:
-    """The trace among the files that a command writes."""
+    """The trace as an output file of a command."""
     target = Path(path)
     return Output("the trace", "--trace", target, target.parent / f"{target.name}.partial")
 
 
 @contextlib.contextmanager
 def tracing(path: str | None) -> Iterator[Trace | None]:
-    """A trace that is written to ``path`` at the end, however that comes; None without a path."""
+    """A trace that is written to ``path`` at the end, also after an error; None without a path."""
     if path is None:
         yield None
         return
@@ -51,7 +51,7 @@ def tracing(path: str | None) -> Iterator[Trace | None]:
                 trace.write(target)
                 if trace.forgotten:
                     warn(
-                        f"{target} holds the last {trace.kept} events; {trace.forgotten} before them are left out",
+                        f"{target} holds the last {trace.kept} events; {trace.forgotten} earlier ones are left out",
                         "trace",
                     )
                 else:

@@ -40,7 +40,7 @@ def test_check(
     card.list = []
     assert main(["check", "--frames", "4"]) == 1
     said = capsys.readouterr().out
-    assert "shows no microphone" in said and "not possible as it is" in said and "too slow" in said
+    assert "has no microphone" in said and "not possible as it is" in said and "too slow" in said
 
 
 def test_models_for_other_purposes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

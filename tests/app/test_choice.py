@@ -59,7 +59,7 @@ M1, M2, M4_MAX, LINUX = machine(8, 60), machine(16, 95), machine(64, 480), machi
         (M1, BUILTIN, "needs 7.2 GB of 6.0"),
         (M2, Q4, "needs 7.2 GB of 12.0; a step would take about 70 ms and may take 80 ms"),
         (M4_MAX, BF16, "needs 17.7 GB of 48.1; a step would take about 39 ms and may take 80 ms"),
-        (LINUX, BUILTIN, "no published model would do here; the nearest, kyutai/"),
+        (LINUX, BUILTIN, "no published model runs here; the closest, kyutai/"),
         (machine(32, 145), Q8, "about 70 ms"),
     ],
     ids=["8 GB M1", "16 GB M2", "64 GB M4 Max", "Linux CPU", "32 GB M4 Pro, slower"],
@@ -89,7 +89,7 @@ def test_only_dialogue_models_are_taken() -> None:
 def test_nothing_can_be_reached() -> None:
     """If this fails, a machine without network cannot talk at all, or nobody learns why it talks with a toy."""
     chosen = taken(M4_MAX, hub(reachable=False))
-    assert chosen == Selection(BUILTIN, chosen.line) and f"{BF16} would do here, but" in chosen.line
+    assert chosen == Selection(BUILTIN, chosen.line) and f"{BF16} would run here, but" in chosen.line
     assert "cannot be reached" in chosen.line
     assert taken(M4_MAX, hub(Q4, reachable=False)).model == Q4
 
@@ -103,9 +103,9 @@ def test_what_is_here_comes_first() -> None:
         return hub("kyutai/moshika-mlx-q4")(name, offline)
 
     chosen = taken(M4_MAX, plan_download)
-    assert chosen.model == "kyutai/moshika-mlx-q4" and f"{BF16} would do too" in chosen.line and chosen.missing == 0
+    assert chosen.model == "kyutai/moshika-mlx-q4" and f"{BF16} would run too" in chosen.line and chosen.missing == 0
     assert all(asked), "the network was asked although nothing has to be fetched"
-    assert "would do too" not in taken(M2, plan_download).line, "the other voice is no better"
+    assert "would run too" not in taken(M2, plan_download).line, "the other voice is no better"
     assert taken(M4_MAX, hub("kyutai/moshika-mlx-q4", Q8)).model == Q8
     assert taken(M1, hub(Q4)).model == BUILTIN, "here, but too large"
 
@@ -114,7 +114,7 @@ def test_a_disk_without_room() -> None:
     """If this fails, a download fails that could have been smaller, or one that has begun is not finished."""
     assert taken(M4_MAX, hub(), free=10e9).model == Q8
     chosen = taken(M4_MAX, hub(), free=1e9)
-    assert chosen.model == BUILTIN and "has no room for" in chosen.line
+    assert chosen.model == BUILTIN and "has no space for" in chosen.line
     assert taken(M4_MAX, hub(begun=8_000_000_000), free=8e9).model == BF16
 
 

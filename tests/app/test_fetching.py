@@ -61,10 +61,10 @@ def test_a_download_is_announced_and_resumed(
         fetch(NAME)
     announced, *lines = capsys.readouterr().err.splitlines()
     assert announced.startswith(f"download: {NAME}: 0.03 GB, fetched once; into {tmp_path / 'cache'}")
-    assert "the next run goes on there" in announced and any("0.01 of 0.03 GB" in line for line in lines)
+    assert "the next run resumes it" in announced and any("0.01 of 0.03 GB" in line for line in lines)
     fetch(NAME, shown=False)
     said = capsys.readouterr().err
-    assert "0.01 GB of them are here" in said and said.count("\n") == 1
+    assert "0.01 GB of it already here" in said and said.count("\n") == 1
     fetch(NAME)
     assert capsys.readouterr() == ("", "")
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("blobs/*")) == sum(map(len, FILES.values()))

@@ -432,7 +432,7 @@ def test_a_recorded_conversation_is_asked_again(
     ):
         Path("talk.json").write_text(json.dumps(known))
         assert main(["file", "talk.wav", "-o", "a.wav", "--tail", "0", "--quiet", "--force"]) == 0
-        assert "the user's side of it is the question" in capsys.readouterr().err
+        assert "the user's channel is the question" in capsys.readouterr().err
         pcm, _ = soundfile.read("a.wav", dtype="float32")
         assert np.abs(pcm[:, 1] - user).max() < 1e-4 and np.abs(pcm[:, 0] + 0.5 * user).max() < 1e-4
         about = json.loads(Path("a.json").read_text(encoding="utf-8"))
@@ -503,7 +503,7 @@ def test_a_listener_that_leaves(here: Path) -> None:
     process.stdout.close()
     said = process.stderr.read().decode()
     process.stderr.close()
-    assert process.wait(30) == 0 and "nobody reads it any more" in said.splitlines()[-1]
+    assert process.wait(30) == 0 and "its reader has gone" in said.splitlines()[-1]
     assert "roken" not in said and "Traceback" not in said
     about = json.loads(Path("t.partial.json").read_text())
     assert not about["complete"] and 0 < about["duration"] < 400
@@ -527,7 +527,7 @@ def test_a_seed_that_changes_nothing(here: Path, model: FakeModel, capsys: pytes
     ask(0.1)
     command = ["file", "q.wav", "-o", "a.wav", "--quiet", "--force"]
     assert main([*command, "--seed", "3", "--greedy"]) == 0
-    assert "seed: 3 changes nothing" in capsys.readouterr().err
+    assert "seed: 3 has no effect" in capsys.readouterr().err
     for options in (["--seed", "3"], ["--greedy"], ["--seed", "3", "--greedy", "--audio-temperature", "0.5"]):
         assert main([*command, *options]) == 0
         assert capsys.readouterr().err == ""

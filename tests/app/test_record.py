@@ -127,7 +127,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(0.1)
     room[0] = 10**9
     assert until(lambda: notices.extend(recorder.notices()) or len(notices) > 1)
-    assert "nothing of it is lost" in notices[1]
+    assert "nothing was lost" in notices[1]
     recorder.stop()
     assert numbers(recorder.files[0])[0] == list(range(1, 21))
     assert [word for word, _, _ in words(recorder.files[0])] == ["w0", "w5", "w10", "w15"]

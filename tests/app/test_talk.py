@@ -270,7 +270,7 @@ def test_keep_and_resume(
     said = capsys.readouterr()
     figures = json.loads(said.out)
     (kept,) = figures["kept"]
-    assert f"kept: {kept}; --resume goes on with it" in said.err and kept.endswith(".moshi")
+    assert f"kept: {kept}; continue it with --resume" in said.err and kept.endswith(".moshi")
     before = int(np.array(read_state(kept)[0]["frames"])[0])
     assert 10 <= before <= figures["frames"]
 

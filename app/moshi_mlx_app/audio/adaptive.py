@@ -1,6 +1,6 @@
-"""The linear half of echo cancellation: an adaptive filter, and how fast what it models drifts away.
+"""The linear part of echo cancellation: an adaptive filter, and an estimate of the drift between two clocks.
 
-Nothing here knows of devices or of time; :mod:`moshi_mlx_app.audio.echo` puts it to work.
+Nothing here depends on devices or real time; :mod:`moshi_mlx_app.audio.echo` uses it.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ __all__ = ["AdaptiveFilter", "Drift", "Interpolator"]
 Pcm = NDArray[np.float32]
 
 _TAPS, _PHASES = 32, 512
-_HOP, _APART = 34, 2  # blocks between looks at the drift, and looks between those that are compared
-_LONGEST = 40  # blocks by which what is played may come earlier
-_AGREED = 0.95  # share of the phases' agreement without which they say nothing
+_HOP, _APART = 34, 2  # blocks between measurements of the drift, and measurements between those that are compared
+_LONGEST = 40  # largest lead of the played sound, in blocks
+_AGREED = 0.95  # smallest agreement of the phases at which they are used
 _RESPONSE_TIME = 0.3  # of a block's power in the power of what the filter does not explain
 
 
 class AdaptiveFilter:
     """A linear echo canceller: the frequency-domain adaptive Kalman filter of Enzner and Vary (Signal Processing 86,
-    2006), in partitions of one block. It needs no detector of double talk: what it does not explain slows it down.
+    2006), in partitions of one block. It needs no double-talk detector: residual power slows its adaptation.
 
     Parameters
     ----------
     size : int
         Samples in a block.
     partitions : int
-        Blocks that an echo may last.
+        Length of the echo in blocks.
     transition : float
-        How steady the room is, a block: its response is expected to keep this share of itself.
+        How stable the echo path is: the share of its response that is expected to remain after a block.
 
     Attributes
     ----------
     weights : array [partitions, size + 1], complex64
-        The room's response, in pieces of a block, each as the spectrum of twice a block.
+        The response of the echo path in partitions of a block, each as the spectrum of two blocks.
     echo : array [size], float32
-        What it took out of the last block.
+        The echo that was subtracted from the last block.
     expected : float
-        Mean square that it expects to be left of the echo in the last block, by what it knows of its own errors.
+        Expected mean square of the residual echo in the last block, by the error covariance.
     """
 
     def __init__(self, size: int, partitions: int, transition: float = 0.997):
@@ -50,19 +50,19 @@ class AdaptiveFilter:
         self._input = np.zeros(2 * size, np.float32)
         self._spectra = np.zeros((partitions, bins), np.complex64)  # of the reference, newest first
         self.weights = np.zeros((partitions, bins), np.complex64)
-        self._rest = np.full(bins, 1e-3, np.float32)  # power of what the filter does not explain
+        self._rest = np.full(bins, 1e-3, np.float32)  # power spectrum of the residual
         self.echo: Pcm = np.zeros(size, np.float32)
         self.expected = 0.0
         self.doubt_all()
 
     def doubt_all(self) -> None:
-        """Believe nothing of what was learnt: the room is another one."""
-        # How wrong the weights may be: at first anything, less so for late echoes.
+        """Reset the uncertainty after an echo-path change."""
+        # Initial uncertainty of the weights, smaller for late echoes.
         fall = (10 ** (-0.05 * np.arange(len(self.weights)))).astype(np.float32)
         self._doubt = np.repeat(fall[:, None], self._size + 1, axis=1)
 
     def __call__(self, reference: Pcm, heard: Pcm) -> Pcm:
-        """``heard`` [size] without what follows from the ``reference`` [size] and those before it."""
+        """``heard`` [size] without the echo of the ``reference`` [size] and of earlier ones."""
         size = self._size
         self._input[:size] = self._input[size:]
         self._input[size:] = reference
@@ -73,7 +73,7 @@ class AdaptiveFilter:
         error = np.fft.rfft(np.concatenate([np.zeros(size, np.float32), left])).astype(np.complex64)
         power = np.square(np.abs(self._spectra))
         self._rest += np.float32(_RESPONSE_TIME) * (np.square(np.abs(error)) - self._rest)
-        # Half of each window is new: the factors of one half come from that.
+        # Half of each window is new, hence the factors of one half.
         unsure = 0.5 * (self._doubt * power).sum(axis=0)
         self.expected = float(unsure.sum()) / size**2
         gain = 0.5 * self._doubt / (unsure + self._rest + np.float32(1e-6))
@@ -87,12 +87,12 @@ class AdaptiveFilter:
 
 
 class Drift:
-    """By how much one clock is faster than another, from what is played and what is heard.
+    """The drift between the clocks of playback and recording.
 
-    What is heard comes later and later, or earlier and earlier, than what is played. Two windows of both give two
-    spectra between them; a delay in the second turns the phase of each frequency in proportion to it, and the slope of
-    the phase, by least squares weighted with the power, is the delay. Where the phases do not lie on a line, somebody
-    else speaks, and nothing is said.
+    With drift, the recorded sound comes later and later, or earlier and earlier, than the played one. Two windows of
+    both give two cross-spectra; a delay in the second turns the phase of each frequency in proportion to it, and the
+    slope of the phase, by least squares weighted with the power, is the delay. Where the phases do not lie on a line,
+    somebody else speaks, and there is no estimate.
 
     Parameters
     ----------
@@ -107,25 +107,25 @@ class Drift:
         self._window = np.hanning(self._count).astype(np.float32)
         self._turn = np.pi * np.arange(self._count // 3) / (self._count // 2)  # of each bin's phase, a sample's delay
         self._looks: deque[tuple[NDArray[np.complex128], float]] = deque(maxlen=_APART + 1)
-        self._lead = 0  # blocks by which what is played comes earlier
+        self._lead = 0  # lead of the played sound, in blocks
         self._blocks = 0
         self._place = 0.0
 
     def __call__(self, played: Pcm, heard: Pcm, place: float, lead: int) -> float | None:
-        """Take a block of both.
+        """Process a block of both.
 
         Parameters
         ----------
         played, heard : array [size]
         place : float
-            Samples of the one clock that had passed when the block was played, less those of the other.
+            Samples that one clock is ahead of the other at this block.
         lead : int
-            Blocks by which ``played`` comes before it is ``heard``, roughly.
+            Approximate delay from ``played`` to ``heard``, in blocks.
 
         Returns
         -------
         float or None
-            The difference as a share of the clock's speed, if it can be told now.
+            The relative difference in speed, if there is an estimate.
         """
         for kept, fresh in ((self._played, played), (self._heard, heard)):
             kept[: -self._size] = kept[self._size :]
@@ -153,16 +153,16 @@ class Drift:
         return None if delay is None else (stop - start - delay) / (_APART * _HOP * self._size)
 
     def forget(self) -> None:
-        """What is played jumps."""
+        """Start over: the played sound jumped."""
         self._looks.clear()
         self._blocks = 0
 
     def _delay(self, together: NDArray[np.complex128]) -> float | None:
-        """Samples by which the phases say that what is heard came later."""
+        """The delay between two cross-spectra, in samples, from their phases."""
         if np.abs(together).sum() < 1e-3:
             return None
         delay = 0.0
-        # Newton's method, low frequencies first: theirs is the phase that cannot have turned further than it seems.
+        # Newton's method, low frequencies first: their phase cannot have wrapped around.
         for part in (8, 4, 2, 1, 1):
             turn = self._turn[: len(self._turn) // part]
             rest = together[: len(turn)] * np.exp(1j * turn * delay)
@@ -175,10 +175,10 @@ class Drift:
 
 
 class Interpolator:
-    """Samples between samples: a sinc of 32 taps under a Kaiser window."""
+    """Fractional interpolation: a sinc of 32 taps with a Kaiser window."""
 
     before, after = _TAPS // 2, _TAPS // 2 + 2
-    """Samples needed in front of the first place, and behind the last; one of each for steps that are not 1."""
+    """Samples needed before the first position and after the last; one of each is for steps other than 1."""
 
     def __init__(self) -> None:
         at = np.arange(1 - _TAPS // 2, _TAPS // 2 + 1)[None, :] - (np.arange(_PHASES + 1) / _PHASES)[:, None]
@@ -201,7 +201,7 @@ class Interpolator:
         return np.asarray(first + np.linspace(0, 1, count, dtype=np.float32) * (last - first), np.float32)
 
     def _at(self, samples: Pcm, part: float, count: int) -> Pcm:
-        """All places shifted by one and the same ``part``, from -1 to 2."""
+        """All positions shifted by the same ``part``, from -1 to 2."""
         whole = int(np.floor(part))
         taps = self._taps[round((part - whole) * _PHASES)]
         return np.convolve(samples[1 + whole : whole + count + _TAPS], taps[::-1], "valid")

@@ -1,8 +1,8 @@
 """The system's default microphone and loudspeaker, polled while devices are in use.
 
-PortAudio looks them up only once, as it is initialized, and initializing it again ends every stream of the process. So
-another process asks: this file, run as a program. It writes a line of JSON when the answer changes, and ends when its
-standard input does. If it cannot be started, no change is noticed, and everything else goes on.
+PortAudio looks them up only when it is initialized, and initializing it again ends every stream of the process. So
+another process does it: this file, run as a program. It writes a line of JSON when the defaults change, and ends when
+its standard input is closed. If it cannot be started, changes are not noticed, and everything else works.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Defaults:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # must not receive Ctrl-C
             )
-        except OSError:  # no process to be had
+        except OSError:  # no process could be started
             return
         threading.Thread(target=self._read, args=(self._process,), name="moshi defaults", daemon=True).start()
 
@@ -71,7 +71,7 @@ class Defaults:
                 try:
                     names = json.loads(line)
                     self._news.append({kind: names[kind] for kind in ("input", "output")})
-                except (ValueError, TypeError, KeyError):  # a library had something to say
+                except (ValueError, TypeError, KeyError):  # output of a library
                     continue
 
 
@@ -80,7 +80,7 @@ def _main(every: float) -> None:
 
     before = ""
     while True:
-        with contextlib.suppress(Exception):  # the system is changing just now, or its sound server restarts
+        with contextlib.suppress(Exception):  # the devices are changing, or the sound server restarts
             line = json.dumps(_default_names(sounddevice))
             if line != before:
                 before = line

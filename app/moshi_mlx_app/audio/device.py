@@ -1,4 +1,4 @@
-"""Microphone and loudspeaker, whatever they are: any rate, block, number of channels; they may go away and come back.
+"""Microphone and loudspeaker at any rate, block size and number of channels; reopened when they come back.
 
 ::
 
@@ -6,10 +6,10 @@
     fill(pcm) > resample > loudspeaker callback
 
 Callbacks copy, count and return. The microphone's sound is resampled in a thread, because the echo canceller is called
-there too and may take its time. The loudspeaker's is resampled in the callback (some 50 µs for 10 ms): the sound has
-to be fetched at the loudspeaker's own pace, and a thread in between would cost another block of delay. soxr's
-variable-rate engine does both: its fixed-rate one works on transforms and hands out 18 to 38 ms at a time, the other
-holds 5 to 10 ms and comes evenly.
+there too and may be slow. The loudspeaker's is resampled in the callback (some 50 µs for 10 ms): the sound has
+to be read at the loudspeaker's own pace, and a thread in between would add a block of latency. Both use soxr's
+variable-rate engine: the fixed-rate one works on transforms and returns 18 to 38 ms at a time, the other
+holds 5 to 10 ms and returns even amounts.
 
 A second thread opens the devices, watches them, and opens them again when they stop, or when the system's default has
 changed and no device was named. PortAudio knows only the devices that were there when it was initialized, so it is
@@ -47,22 +47,22 @@ __all__ = ["EchoCanceller", "SoundCard"]
 
 Pcm = NDArray[np.float32]
 
-_STILL = 3.0  # seconds without a callback after which a device is given up
+_STILL = 3.0  # seconds without a callback after which a device counts as lost
 _OPENING = 6.0  # the same for one that was just opened: PulseAudio takes up to 2 s
 _RETRY = 1.0  # seconds between attempts to open
-_SILENT = 3.0  # seconds of nothing but zeros after which the microphone is doubted
+_SILENT = 3.0  # seconds of nothing but zeros after which there is a notice
 _RAW_SECONDS = 2.0
-_LEAST = 64  # samples fetched at a time, at least: the player stretches in proportion to what is taken
+_LEAST = 64  # smallest read: the jitter buffer stretches in proportion to the samples read
 
 
 class EchoCanceller(Protocol):
-    """What takes the loudspeaker out of the microphone (see :mod:`moshi_mlx_app.audio.echo`)."""
+    """Removes the loudspeaker's sound from the microphone's (see :mod:`moshi_mlx_app.audio.echo`)."""
 
     def played(self, pcm: Pcm, when: float) -> None:
-        """From the loudspeaker's callback: ``pcm`` leaves the loudspeaker from ``when`` on (:func:`time.monotonic`)."""
+        """Called in the loudspeaker's callback: ``pcm`` is played from ``when`` on (:func:`time.monotonic`)."""
 
     def cancel(self, pcm: Pcm, when: float) -> Pcm:
-        """From the feeder: the microphone's ``pcm``, whose first sample came at ``when``, without the echo."""
+        """Called by the feeder: the microphone's ``pcm``, recorded from ``when`` on, without the echo."""
 
 
 class SoundCard:
@@ -71,16 +71,16 @@ class SoundCard:
     Parameters
     ----------
     take : callable
-        Gets the microphone's sound, [samples] float32 at ``rate``, in a thread of this object.
+        Receives the microphone's sound, [samples] float32 at ``rate``, in a thread of this object.
     fill : callable
-        Fills an array [samples] with what is to be played; called in the loudspeaker's callback, must not wait.
+        Fills an array [samples] with the sound to play; called in the loudspeaker's callback, must not block.
     rate : int
-        Hertz, of ``take`` and ``fill``.
+        Sample rate of ``take`` and ``fill``, hertz.
     input_device, output_device : str, optional
         See :func:`find_device`.
     echo : EchoCanceller, optional
     latency : float, optional
-        Seconds that the system may hold the sound on either side; by default what suits it.
+        Seconds of system buffering in each direction; by default a value that suits the system.
     follow : bool, optional
         Follow the system's default device when it changes. By default on macOS; elsewhere the sound server does it.
 
@@ -89,7 +89,7 @@ class SoundCard:
     overflows, underflows : int
         Blocks that the system lost or missed, as it reports them.
     dropped : int
-        Samples of the microphone that came while the feeder stood still for seconds.
+        Samples of the microphone that were lost because the feeder stalled for seconds.
     openings : int
         How often the devices were opened.
     """
@@ -137,7 +137,7 @@ class SoundCard:
 
     @property
     def open(self) -> bool:
-        """Whether sound comes and goes just now."""
+        """Whether both devices are running."""
         return bool(self._streams)
 
     @property
@@ -151,7 +151,7 @@ class SoundCard:
         Raises
         ------
         DeviceError
-            If they cannot be opened: what is missing at the start is more likely a mistake than a loose plug.
+            If they cannot be opened: at the start this is more likely a wrong setting than a loose plug.
         """
         for name, target in (("feeder", self._feed), ("devices", self._keep_open)):
             self._threads.append(threading.Thread(target=target, name=f"moshi {name}", daemon=True))
@@ -168,7 +168,7 @@ class SoundCard:
         return self
 
     def stop(self) -> None:
-        """Close them. Returns within two seconds, even if the system does not let go of a device."""
+        """Close them. Returns within two seconds, even if the system does not release a device."""
         self._stopping = True
         self._watch.ring()
         self._bell.ring()
@@ -179,12 +179,12 @@ class SoundCard:
             thread.join(max(0.0, until - time.monotonic()))
 
     def reopen(self) -> None:
-        """Look again at what is plugged in and open what was asked for, or the system's new choice."""
+        """Enumerate the devices again and open the requested ones, or the system's new defaults."""
         self._reopen = True
         self._watch.ring()
 
     def notices(self) -> list[str]:
-        """What a person should know since the last call: devices lost and found, a silent microphone."""
+        """Notices since the last call: devices lost and found, a silent microphone."""
         news = []
         while self._notices:
             news.append(self._notices.popleft())
@@ -202,11 +202,11 @@ class SoundCard:
             self._anchor = (self._raw.written, now - _held(times.currentTime - times.inputBufferAdcTime))
             self._last_call["input"] = now
             self._bell.ring()
-        except Exception as error:  # nothing may leave a callback: PortAudio would end the stream without a reason
+        except Exception as error:  # must not leave a callback: PortAudio would end the stream without a reason
             self._failure = error
 
     def _player(self, rate: float, channels: int) -> Callable[[Pcm, int, Any, Any], None]:
-        """The loudspeaker's callback, with buffers of its own."""
+        """The loudspeaker's callback, with its own buffers."""
         resample, ratio = Resampler(self._rate, rate), self._rate / rate
         work = np.zeros(self._rate, np.float32)
         left = np.zeros(0, np.float32)
@@ -222,7 +222,7 @@ class SoundCard:
                 out[:done] = left[:done, None]
                 left = left[done:]
                 while done < count:
-                    # All that this block needs at once, so that the player knows how much is taken at a time.
+                    # All that this block needs at once, so that the jitter buffer knows how much is read at a time.
                     piece = work[: min(max(math.ceil((count - done) * ratio), _LEAST), len(work))]
                     self._fill(piece)
                     if self._echo is not None:
@@ -249,7 +249,7 @@ class SoundCard:
         zeros, doubted, read = 0, False, 0
         try:
             while not self._stopping:
-                if ring is not self._raw:  # opened again, perhaps at another rate
+                if ring is not self._raw:  # reopened, perhaps at another rate
                     ring, rate = self._raw, self._raw_rate
                     resample, zeros, doubted, read = Resampler(rate, self._rate), 0, False, 0
                 count, came = self._anchor
@@ -278,12 +278,12 @@ class SoundCard:
             self._failure = error
 
     def check(self) -> None:
-        """Raise what went wrong in a thread or a callback, if anything did."""
+        """Raise the error of a thread or a callback, if there was one."""
         if self._failure is not None and not isinstance(self._failure, DeviceError):
             raise self._failure
 
     def _keep_open(self) -> None:
-        """Open the devices, watch them, open them again."""
+        """Open the devices, watch them, reopen them."""
         try:
             self._open_and_watch()
         except BaseException as error:  # it reaches the owner through `start` or `check`
@@ -339,7 +339,7 @@ class SoundCard:
         return ""
 
     def _elsewhere(self) -> str:
-        """A sentence about a new default device of the system; an empty string if there is none."""
+        """A notice about a new default device of the system; an empty string if there is none."""
         changed = None if self._defaults is None else self._defaults.changed()
         for kind, device in (("input", self.input), ("output", self.output)):
             name = (changed or {}).get(kind)
@@ -377,7 +377,7 @@ class SoundCard:
         self.openings += 1
 
     def _stream(self, sd: Any, kind: str, device: Device, rate: float, channels: int, latency: float | str) -> Any:
-        # The system's own block where that is well chosen; ALSA's smallest are too small for its plugins.
+        # The system's own block size where it is good; ALSA's smallest are too small for its plugins.
         block = 0 if sys.platform == "darwin" else round(rate / 100)
         shared = {"device": device.index, "samplerate": rate, "channels": channels, "dtype": "float32"}
         if kind == "input":
@@ -393,7 +393,7 @@ class SoundCard:
         return stream
 
     def _close(self) -> None:
-        """Close in a thread of its own: a driver whose device is gone may not return."""
+        """Close in a separate thread: a driver whose device is gone may not return."""
         streams, self._streams = self._streams, []
         if streams:
             closer = threading.Thread(target=_close_all, args=(streams,), name="moshi closing", daemon=True)
@@ -411,7 +411,7 @@ def _close_all(streams: list[Any]) -> None:
 
 
 def _held(seconds: float) -> float:
-    """A time span that the system reports, where it makes sense; some report nothing, or nonsense."""
+    """A latency reported by the system, if plausible; some report nothing, or nonsense."""
     return seconds if 0 <= seconds <= 1 else 0.0
 
 

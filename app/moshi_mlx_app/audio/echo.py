@@ -1,17 +1,17 @@
-"""Echo cancellation: what the loudspeaker plays is taken out of what the microphone hears.
+"""Echo cancellation: removes what the loudspeaker plays from what the microphone records.
 
-Two cancellers work side by side. WebRTC's (AEC3, from the package ``livekit``) takes some 30 dB off from the first
+Two cancellers work side by side. WebRTC's (AEC3, from the package ``livekit``) removes some 30 dB from the first
 second on, but while both sides speak it damages the user's voice. An adaptive filter
-(:mod:`moshi_mlx_app.audio.adaptive`) takes off less, and leaves the voice alone. The filter knows how much echo it may
-have missed: while it leaves no more than that, only Moshi speaks, and AEC3 is heard; while it leaves more, the user
-speaks, and the filter is heard.
+(:mod:`moshi_mlx_app.audio.adaptive`) removes less, and does not harm the voice. The filter estimates its residual
+echo: while the residual is no larger, only Moshi speaks, and AEC3's output is used; while it is larger, the user
+speaks, and the filter's output is used.
 ``benchmarks/echo.py`` measures it.
 
-Both need the alignment that is made here: for every 10 ms of the microphone, the 10 ms that left the loudspeaker then.
-The devices run on clocks of their own, in blocks of their own, and stop now and then. So each side says when its
-samples leave or come, on one clock, and the reference is read where the microphone's time falls, a little early: an
-echo that comes before its reference could not be cancelled. Large differences jump. Clocks of different speed are
-found by ear: the response that the filter has learnt moves, and the reference is read faster or slower until it stays.
+Both need alignment: for every 10 ms of the microphone, the 10 ms that left the loudspeaker at that time.
+The devices have separate clocks and block sizes, and stop now and then. So each side reports when its samples are
+played or recorded, on one common clock, and the reference is read at the microphone's time, slightly early: an echo
+that comes before its reference could not be cancelled. Large differences are corrected by a jump. The drift between
+the clocks is estimated from the sound itself, and the reference is read faster or slower to follow it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ __all__ = ["EchoError", "WebRtcEcho"]
 
 Pcm = NDArray[np.float32]
 
-_AHEAD = 0.030  # seconds by which the reference comes early at first: what devices misreport
-_STEP = 0.005  # ... and by how much less if it is not known so early
-_TOLERANCE = 0.025  # seconds of misalignment that are left to the canceller
-_PATIENCE = 20  # frames of 10 ms that it must last before the reference jumps
+_AHEAD = 0.030  # initial lead of the reference, seconds: covers errors in the reported latency
+_STEP = 0.005  # ... reduced by this much when the reference is not available so early
+_TOLERANCE = 0.025  # seconds of misalignment that the canceller can handle
+_PATIENCE = 20  # frames of 10 ms of misalignment before the reference jumps
 _KEPT = 4.0  # seconds of reference that are kept
-_AEC3_DELAY = 0.00925  # seconds by which AEC3's output comes later than its input (measured: 222 samples at 24 kHz)
+_AEC3_DELAY = 0.00925  # seconds of AEC3's algorithmic delay (measured: 222 samples at 24 kHz)
 _FILTER_SECONDS = 0.3  # of echo that the filter can model
-# Decibels of what the filter leaves, relative to the echo that it expects to leave: up to the first only AEC3 is heard,
-# from the second on only the filter.
+# Decibels of the filter's residual, relative to the expected one: up to the first only AEC3's output is used,
+# from the second on only the filter's.
 _ONLY_AEC3, _ONLY_FILTER = -3.0, 4.0
-_LEAK_FIRST, _LEAK_LAST = 3.0, 0.003  # before it is known how fast the clocks are, and after
-_SLOW, _FASTEST = 2e-5, 1e-3  # by which clocks differ without harm, and at most
+_LEAK_FIRST, _LEAK_LAST = 3.0, 0.003  # before the drift is known, and after
+_SLOW, _FASTEST = 2e-5, 1e-3  # drift that does no harm, and largest plausible drift
 
 
 class EchoError(MoshiError):
-    """Echo cancellation cannot be had; the message says what to do."""
+    """Echo cancellation is not available; the message says what to do."""
 
 
 class WebRtcEcho:
-    """WebRTC's canceller, and a filter beside it, between one loudspeaker and one microphone.
+    """WebRTC's canceller and an adaptive filter, for one loudspeaker and one microphone.
 
     Parameters
     ----------
@@ -58,14 +58,14 @@ class WebRtcEcho:
     Attributes
     ----------
     jumps : int
-        How often the reference was aligned anew.
+        How often the reference was realigned.
     drift : float
-        By how much the loudspeaker's clock seems to run faster than the microphone's.
+        Estimated relative speed of the loudspeaker's clock over the microphone's.
 
     Raises
     ------
     EchoError
-        If the package ``livekit`` is missing or has no such thing.
+        If the package ``livekit`` is missing or too old.
     """
 
     def __init__(self, rate: int):
@@ -81,7 +81,7 @@ class WebRtcEcho:
             ) from None
         self._rate, self._size = rate, rate // 100
         self._ring = Ring(round(_KEPT * rate))
-        self._anchor = (0, 0.0)  # samples that were played, and when the last of them leaves the loudspeaker
+        self._anchor = (0, 0.0)  # samples played so far, and when the last of them leaves the loudspeaker
         self._place = 0  # sample of the reference that is next
         self._off = self._missed = 0
         self._ahead = _AHEAD
@@ -90,30 +90,30 @@ class WebRtcEcho:
         self._filter = AdaptiveFilter(self._size, round(_FILTER_SECONDS * 100))
         self._drift, self._interpolate = Drift(self._size), Interpolator()
         self._around = np.zeros(self._interpolate.before + self._size + self._interpolate.after, np.float32)
-        self._part = 0.0  # of a sample that the reference comes after _place
-        self._gained = 0.0  # samples of the reference that were read beyond those that were heard
-        self._match = np.zeros(3)  # of what is heard and the filter's echo: product, power of the one and of the other
-        self._resting = 0  # blocks until the filter may be told to learn the room anew
-        self._leak = _LEAK_FIRST  # share of the echo that the filter may miss without expecting it
-        self._told = 0  # times that the drift was told
+        self._part = 0.0  # fraction of a sample to add to _place
+        self._gained = 0.0  # samples of the reference read in excess of those recorded
+        self._match = np.zeros(3)  # of the recording and the filter's echo: their product, and the power of each
+        self._resting = 0  # blocks until the filter's uncertainty may be reset again
+        self._leak = _LEAK_FIRST  # unexpected share of the echo that the filter may miss
+        self._told = 0  # number of drift estimates
         self._filtered = np.zeros(self._size + round(_AEC3_DELAY * rate), np.float32)
-        self._power = np.full(2, 1e-9)  # of what the filter leaves, and expected to leave
-        self._share = 0.0  # of the filter in what is heard
+        self._power = np.full(2, 1e-9)  # of the filter's residual, and of the expected one
+        self._share = 0.0  # of the filter in the output
         self.jumps = 0
         self.drift = 0.0
 
     def played(self, pcm: Pcm, when: float) -> None:
-        """From the loudspeaker's callback: ``pcm`` [samples] leaves the loudspeaker from ``when`` on."""
+        """Called in the loudspeaker's callback: ``pcm`` [samples] is played from ``when`` on."""
         self._ring.write(pcm)
         self._anchor = (self._ring.written, when + len(pcm) / self._rate)
 
     def cancel(self, pcm: Pcm, when: float) -> Pcm:
-        """From the microphone's thread: ``pcm`` [samples], the first of which came at ``when``, without the echo.
+        """Called in the microphone's thread: ``pcm`` [samples], recorded from ``when`` on, without the echo.
 
         Returns
         -------
         array [n], float32
-            In whole pieces of 10 ms; the rest waits for the next call.
+            In whole blocks of 10 ms; the rest is kept for the next call.
         """
         start = when - len(self._pending) / self._rate
         samples = np.concatenate([self._pending, pcm])
@@ -144,11 +144,11 @@ class WebRtcEcho:
         return np.asarray(out + ramp * (filtered - out), np.float32)
 
     def _may_miss(self, heard: Pcm) -> float:
-        """Mean square of the echo that the filter may have left in the last block."""
+        """Mean square of the residual echo that the filter may have left in the last block."""
         echo = self._filter.echo
         self._match += 0.04 * (np.array([np.dot(heard, echo), np.dot(echo, echo), np.dot(heard, heard)]) - self._match)
         both, guess, all_of_it = self._match
-        # 0 if what is heard holds the very echo that was guessed; a voice beside it, on average, changes nothing.
+        # 0 if the recording contains exactly the estimated echo; on average, a voice does not change this.
         wrong = 1 - both / (guess + 1e-9)
         leak = self._leak + 4 * min(max(wrong, 0.0), 1.0) ** 2
         self._resting = max(self._resting - 1, 0)
@@ -158,7 +158,7 @@ class WebRtcEcho:
         return float(self._filter.expected + leak * np.mean(np.square(echo)))
 
     def _follow(self, heard: Pcm) -> None:
-        """Read the reference at the speed of the loudspeaker's clock, as far as that can be heard."""
+        """Estimate the drift, and read the reference at the speed of the loudspeaker's clock."""
         weights = self._filter.weights
         lead = int(np.argmax(np.square(np.abs(weights)).sum(axis=1)))
         drift = self._drift(self._reference, heard, self._gained, lead)
@@ -167,10 +167,10 @@ class WebRtcEcho:
             self._leak = max(0.6 * self._leak, _LEAK_LAST)
             self.drift += (drift - self.drift) / self._told
             if self._told == 1 and abs(drift) > _SLOW:
-                self._filter.doubt_all()  # what it learnt until now was on its way
+                self._filter.doubt_all()  # the filter was learning a moving target until now
 
     def _refer(self, when: float) -> None:
-        """Read what leaves the loudspeaker at ``when``, or a little after it."""
+        """Read the reference that is played at ``when`` or slightly later."""
         written, until = self._anchor
         wanted = written - round((until - when - self._ahead) * self._rate)
         off = wanted - self._place
@@ -185,13 +185,13 @@ class WebRtcEcho:
         around[:] = 0
         begin = self._place - self._interpolate.before
         oldest = self._ring.written - self._ring.available
-        # What was not played yet, or is forgotten, is silence.
+        # What was not played yet, or is no longer kept, is silence.
         lead = min(max(oldest - begin, 0), len(around))
         self._ring.skip_to(begin + lead)
         self._ring.peek_into(around[lead:])
         step = 1 + self.drift
         self._reference[:] = self._interpolate(around, self._part, step, self._size)
-        # Known only after it was needed: while something plays, that must not go on.
+        # The reference was late: while something plays, this must not continue.
         late = written and begin + len(around) > self._ring.written
         self._part += self._size * step
         self._gained += self._size * self.drift

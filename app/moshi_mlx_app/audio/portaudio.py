@@ -1,7 +1,7 @@
 """The sound devices that PortAudio knows.
 
-PortAudio enumerates them once, as it is initialized: what is plugged in later is seen after :func:`devices` with
-``refresh``, which no open stream survives.
+PortAudio enumerates them once, when it is initialized: devices plugged in later are found by :func:`devices` with
+``refresh``, which ends all open streams.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Device:
 
 
 def sounddevice() -> Any:
-    """The package; imported late, because it looks for the system's library as it is imported."""
+    """The package; imported late, because its import looks for the system's library."""
     try:
         with _hushed():
             import sounddevice as package
@@ -76,7 +76,7 @@ def sounddevice() -> Any:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Nothing on standard error meanwhile: ALSA's library complains there about every device that is not there."""
+    """Silence standard error: ALSA's library complains there about every missing device."""
     if sys.platform != "linux":
         yield
         return
@@ -101,7 +101,7 @@ def devices(*, refresh: bool = False) -> list[Device]:
     Parameters
     ----------
     refresh : bool
-        Look again at what is plugged in. No stream may be open.
+        Enumerate the devices again. No stream may be open.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def find_device(wanted: str | None, kind: str, among: list[Device]) -> Device:
     Parameters
     ----------
     wanted : str or None
-        A number, or a part of a name (the whole name wins); None for the system's default.
+        A number, or part of a name (an exact match wins); None for the system's default.
     kind : {"input", "output"}
 
     Raises
@@ -157,7 +157,7 @@ def find_device(wanted: str | None, kind: str, among: list[Device]) -> Device:
     usable = [device for device in among if (device.inputs if kind == "input" else device.outputs) > 0]
     look = "'moshi-mlx-local devices' lists them"
     if not usable:
-        raise DeviceError(f"this machine shows no {what}: plug one in, or check the system's sound settings")
+        raise DeviceError(f"this machine has no {what}: plug one in, or check the system's sound settings")
     if wanted is None:
         for device in usable:
             if device.default_input if kind == "input" else device.default_output:
@@ -195,9 +195,9 @@ def silence_hint(device: Device | None) -> str:
             f"{name} gives nothing but zeros: allow your terminal to use it in System Settings > Privacy & Security > "
             "Microphone, then start the terminal again"
         )
-    return f"{name} gives nothing but zeros: is it muted, or is it another one? 'moshi-mlx-local devices' lists them"
+    return f"{name} gives nothing but zeros: is it muted, or the wrong one? 'moshi-mlx-local devices' lists them"
 
 
 def reason(error: Exception | None) -> str:
-    """PortAudio's own words on one line."""
+    """PortAudio's message on one line."""
     return " ".join(str(error).split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""From one sample rate to another, as sound comes."""
+"""Streaming sample-rate conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pcm = NDArray[np.float32]
 
 
 class Resampler:
-    """One channel from one rate to another, piece by piece, with little delay.
+    """Converts one channel from one sample rate to another, block by block, with low latency.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class Resampler:
             self._stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality="HQ", vr=True)
 
     def __call__(self, pcm: Pcm) -> Pcm:
-        """[samples] at the source's rate in, what is ready at the target's out."""
+        """Convert [samples] at the source's rate; returns the samples that are ready at the target's rate."""
         if self._stream is None:
             return pcm
         return np.asarray(self._stream.resample_chunk(pcm), np.float32)

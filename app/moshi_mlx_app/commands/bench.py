@@ -1,4 +1,4 @@
-"""``moshi-mlx-local bench``: how long each stage takes, as fast as it goes and at the pace of a conversation."""
+"""``moshi-mlx-local bench``: the time of each stage, at full speed and at the pace of a conversation."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ through the threads of a conversation, where late and dropped frames show.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options and the shared ones."""
+    """The command's own options and the shared ones."""
     parser.add_argument(
         "--frames",
         type=bounded(int, 4, 1_000_000),
         default=100,
         metavar="N",
-        help="in each of the two runs (default: %(default)s)",
+        help="frames in each of the two runs (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
-    parser.add_argument("--picture", metavar="FILE.svg", help="draw the times of every frame, for a browser")
-    parser.add_argument("--force", action="store_true", help="replace a picture that exists")
+    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
+    parser.add_argument("--picture", metavar="FILE.svg", help="draw the times of every frame as SVG")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
     add_model_options(parser)
     add_generation_options(parser)
 
@@ -67,9 +67,9 @@ def _run(args: argparse.Namespace) -> int:
     slow_series: dict[str, list[float]] = {}
     with Loading() as loading:
         generation = generation_from(args, generation_defaults(model.config))
-        loading("as fast as it goes")
+        loading("measuring at full speed")
         fast = unpaced(model, args.frames, generation, series=fast_series)
-        loading("at the pace of a conversation")
+        loading("measuring at the pace of a conversation")
         slow = paced(model, args.frames, generation, series=slow_series)
     here = machine()
     about = (

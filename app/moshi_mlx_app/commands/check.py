@@ -1,4 +1,4 @@
-"""``moshi-mlx-local check``: can this machine converse, with which model, and if not, why? Bug reports ask for it."""
+"""``moshi-mlx-local check``: whether this machine can run a conversation, with which model, and if not, why."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ EXAMPLES = """\
 examples:
   moshi-mlx-local check
   moshi-mlx-local check --json > check.json          for a bug report
-  moshi-mlx-local check --model kyutai/moshiko-mlx-q4   measures that model
+  moshi-mlx-local check --model kyutai/moshiko-mlx-q4   measure this model
 
-The exit status is 0 if a conversation is possible with the named model, else 1.
+The exit status is 0 if a conversation with the model is possible, else 1.
 """
 _LISTEN = 2.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options and the shared ones."""
-    add_model_options(parser, chosen="the one that talk takes if it is here, else small")
-    parser.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
-    parser.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
-    parser.add_argument("--no-sound", action="store_true", help="leave the sound devices alone")
+    """The command's own options and the shared ones."""
+    add_model_options(parser, chosen="the one that talk would take if it is downloaded, else small")
+    parser.add_argument("--input-device", metavar="D", help="microphone: its number or part of its name")
+    parser.add_argument("--output-device", metavar="D", help="loudspeaker: its number or part of its name")
+    parser.add_argument("--no-sound", action="store_true", help="do not test the sound devices")
     parser.add_argument(
         "--frames",
         type=bounded(int, 4, 10_000),
@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames to measure (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, measure, report. Returns the exit status."""
+    """Measure and print the report. Returns the exit status."""
     from moshi_mlx.cpu.backend import choose_backend
     from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, purpose, verdict
     from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from moshi_mlx_app.models.select import default_model, measured, remember_step
 
     here = machine()
-    sound = {"ok": True, "said": "not looked at"} if args.no_sound else _sound(args)
+    sound = {"ok": True, "said": "not tested"} if args.no_sound else _sound(args)
     with Loading() as loading:
         loading("measuring how fast weights can be read")
         measurement = measured(again=True)

@@ -1,4 +1,4 @@
-"""``moshi-mlx-local completion``: what a shell needs to complete verbs, options, files and the names of models."""
+"""``moshi-mlx-local completion``: shell completion for commands, options, files and model names."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ examples:
          with  fpath+=(~/.zfunc); autoload -U compinit; compinit  in ~/.zshrc
   fish:  moshi-mlx-local completion fish > ~/.config/fish/completions/{DISTRIBUTION}.fish
 
-Once for each shell; to try it in this one alone: source <(moshi-mlx-local completion bash)
-The script starts no Python at a Tab: print it again after an update.
+Install it once per shell; to try it in the current one: source <(moshi-mlx-local completion bash)
+The script does not run Python: print it again after an update.
 """
 SHELLS = ("bash", "zsh", "fish")
 
@@ -29,7 +29,7 @@ _NAMES = {
     "_moshi_mlx_local_dialogue_models": [BUILTIN, *(model.name for model in CATALOG if model.purpose == "dialogue")],
     "_moshi_mlx_local_models": [BUILTIN, *(model.name for model in CATALOG)],
 }
-_ANY_MODEL = ("file", "bench")  # verbs that do not converse
+_ANY_MODEL = ("file", "bench")  # commands that need no dialogue model
 
 
 def _preamble(shell: str) -> str:
@@ -49,7 +49,7 @@ def _preamble(shell: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options."""
+    """The command's own options."""
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from moshi_mlx_app.commands import talk
 
     parser = build_parser()
-    talk.add_arguments(parser)  # its options need no verb
+    talk.add_arguments(parser)  # its options work without a command
     for verb, options in [("talk", parser), *verbs(parser).items()]:
         models = "_moshi_mlx_local_models" if verb in _ANY_MODEL else "_moshi_mlx_local_dialogue_models"
         for action in options._actions:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             elif action.dest == "model":
                 action.complete = {"bash": models, "zsh": models, "fish": f"({models})"}  # type: ignore[attr-defined]
     script = shtab.complete(parser, args.shell, preamble={args.shell: _preamble(args.shell)})  # type: ignore[arg-type]
-    # zsh would complete talk's options behind every verb.
+    # Otherwise zsh completes talk's options after every command.
     all_options = "_arguments -C -s $_shtab_moshi_mlx_local_opt"
     say(*script.replace(all_options, all_options.replace("-s", '-s -A "-*"')).split("\n"))
     return 0

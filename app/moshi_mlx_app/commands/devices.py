@@ -1,4 +1,4 @@
-"""``moshi-mlx-local devices``: what can be listened to and played on."""
+"""``moshi-mlx-local devices``: list the sound devices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options."""
-    parser.add_argument("--json", action="store_true", help="as a list of JSON objects")
+    """The command's own options."""
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         say(json.dumps([device.as_dict() for device in found]))
         return 0
     if not found:
-        say("no sound device is known to this machine")
+        say("no sound device was found")
         return 0
     width = max(len(printable(device.name)) for device in found)
     for device in found:

@@ -41,59 +41,58 @@ HELP = "answer a recording: write Moshi's voice to a wav file and print its word
 EXAMPLES = """\
 examples:
   moshi-mlx-local file question.wav -o answer.wav
-  moshi-mlx-local file --demo -o answer.wav          the questions that come along
+  moshi-mlx-local file --demo -o answer.wav          answer the included questions
   moshi-mlx-local file question.flac -o answer.wav --tail 10 --json
   moshi-mlx-local file memo.m4a -o answer.wav --mono  m4a and others need ffmpeg
   moshi-mlx-local file question.wav -o - | ffplay -   listen while it is computed
   moshi-mlx-local file talks/2026-11-22_14-05-33.wav -o again.wav
 
-The wav is stereo at 24 kHz: Moshi on the left, the question on the right. While
-it grows it is called answer.partial.wav; Ctrl-C keeps it. Words and their times
-go to answer.json. Of a conversation that this program recorded, or answered, the
-user's side is the question.
+The wav is stereo at 24 kHz: Moshi on the left, the question on the right. Until
+it is complete it is called answer.partial.wav; Ctrl-C keeps it. Words and their
+times go to answer.json. If the question is a conversation that this program
+recorded or answered, the user's channel is used.
 """
 UNTRAINED = (
-    "the model {name!r} has random weights: it has not been trained, so what it says is noise and nonsense. "
+    "the model {name!r} has random weights: it has not been trained, so its answers are noise. "
     "Name a trained one with --model"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options and the shared ones."""
+    """The command's own options and the shared ones."""
     parser.add_argument(
         "question",
         nargs="?",
         metavar="QUESTION",
-        help="a sound file (wav, flac, mp3, ogg, ...; m4a and others where ffmpeg is installed), "
-        "or - for standard input",
+        help="a sound file (wav, flac, mp3, ogg, ...; m4a and others if ffmpeg is installed), or - for standard input",
     )
     parser.add_argument(
         "-o",
         "--output",
         required=True,
         metavar="ANSWER.wav",
-        help="where the answer goes; - for standard output, text then goes to standard error",
+        help="the wav file to write; - for standard output, text then goes to standard error",
     )
-    parser.add_argument("--mono", action="store_true", help="Moshi alone, without the question beside it")
+    parser.add_argument("--mono", action="store_true", help="write Moshi's voice only, without the question")
     parser.add_argument(
-        "--demo", action="store_true", help="answer the questions recorded for this program instead of QUESTION"
+        "--demo", action="store_true", help="answer the recorded questions that are included instead of QUESTION"
     )
     parser.add_argument(
-        "--transcript", metavar="PATH", help="where the words go, as JSON (default: ANSWER.json; with -o - none)"
+        "--transcript", metavar="PATH", help="the JSON file for the words (default: ANSWER.json; with -o - none)"
     )
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--tail",
         type=bounded(float, 0, LONGEST_TAIL),
         default=TAIL,
         metavar="SECONDS",
-        help="silence after the question, in which the answer can end (default: %(default)s)",
+        help="seconds of silence after the question, so that the answer can end (default: %(default)s)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the transcript's JSON at the end instead of the text as it comes"
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="no text and no progress; warnings and errors still appear"
+        "--quiet", action="store_true", help="no text and no progress; warnings and errors are still shown"
     )
     add_trace_option(parser)
     add_model_options(parser)
@@ -141,7 +140,7 @@ def _answer(args: argparse.Namespace, question: str) -> int:
             with no_interrupt():
                 kept = answer.keep()
                 if isinstance(error, BrokenPipeError):
-                    warn(f"{kept}; nobody reads it any more", "stopped")
+                    warn(f"{kept}; its reader has gone", "stopped")
                 elif answer.seconds:
                     warn(kept, "kept")
             raise
@@ -149,7 +148,7 @@ def _answer(args: argparse.Namespace, question: str) -> int:
 
 
 class _Question:
-    """The recording that is asked, and what is known about it: of a recorded conversation it is the user's side."""
+    """The question: a recording and what is known about it; of a recorded conversation, the user's channel."""
 
     def __init__(self, question: str, known: dict[str, Any] | None):
         self.words: list[dict[str, Any]] = []
@@ -157,7 +156,7 @@ class _Question:
         self.from_conversation = known is not None and self.recording.channels == 2
         if known is not None and self.from_conversation:
             self.words = [word for word in unaligned(known["alignments"]) if word["speaker"] == "user"]
-            warn(f"{self.recording.name} is a recorded conversation: the user's side of it is the question", "notice")
+            warn(f"{self.recording.name} is a recorded conversation: the user's channel is the question", "notice")
 
     def __enter__(self) -> _Question:
         return self
@@ -178,7 +177,7 @@ class _Question:
 
 
 def _conversation(question: str) -> dict[str, Any] | None:
-    """The JSON that lies beside a recorded conversation."""
+    """The JSON file of a recorded conversation, or None."""
     path = Path(question)
     known = read_json(path.with_suffix(".json")) if path.name else None
     if known is None or known.get("channels", ["moshi", "user"]) != ["moshi", "user"]:
@@ -189,7 +188,7 @@ def _conversation(question: str) -> dict[str, Any] | None:
 
 
 class _Answer:
-    """One answer on its way into its files."""
+    """One answer and its files."""
 
     def __init__(self, args: argparse.Namespace, question: _Question, stream: BinaryIO | None, trace: Trace | None):
         self.args, self.question, self.stream, self.trace = args, question, stream, trace
@@ -275,7 +274,7 @@ class _Answer:
             warn(f"computed in {computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", "")
 
     def keep(self) -> str:
-        """Leave what there is in valid files; returns a sentence that says where."""
+        """Leave what was computed in valid files; returns a sentence that says where."""
         kept = None if self._file is None else self._file.keep()
         if kept is None or self._about is None:
             return "nothing was written"
@@ -293,12 +292,12 @@ class _Answer:
 
 
 def check_seed(seed: int, model: Moshi, generation: GenerationConfig) -> None:
-    """Say so where a seed was named and nothing is drawn."""
+    """Warn if a seed was given and sampling is greedy."""
     drawn = generation.text.temperature or (generation.audio.temperature and model.config.model_type != "stt")
     if seed and not drawn:
         warn(
-            f"{seed} changes nothing: with these settings {model.name} always says what is likeliest. "
-            "Temperatures above 0 draw, such as --text-temperature 0.7 --audio-temperature 0.8",
+            f"{seed} has no effect: with these settings {model.name} always takes the most likely token. "
+            "Use temperatures above 0, such as --text-temperature 0.7 --audio-temperature 0.8",
             "seed",
         )
 
@@ -327,7 +326,7 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 
 @contextlib.contextmanager
 def _standard_output(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
-    """With ``-o -`` standard output, for the sound alone: whatever is printed meanwhile goes to standard error."""
+    """With ``-o -`` standard output, reserved for the sound: everything printed goes to standard error."""
     if args.output != "-":
         yield None
         return

@@ -41,25 +41,25 @@ HELP = "talk with Moshi in the terminal (the default)"
 EXAMPLES = """\
 examples:
   moshi-mlx-local                                the best model for this machine
-  moshi-mlx-local --model kyutai/moshika-mlx-q4  this one
+  moshi-mlx-local --model kyutai/moshika-mlx-q4  a given model
   moshi-mlx-local talk --record talks            record it: talks/*.wav, *.json
   moshi-mlx-local talk --resume talks/2026-11-22_14-05-33.moshi
   moshi-mlx-local talk --input-device 3 --output-device headset
   moshi-mlx-local talk --seconds 60 --json       a minute, then the figures
 
-Keys: m mute, r record, k keep, n or space a new conversation, d look for the
-devices again, ? what the figures mean, q or Ctrl-C quit. A recording is stereo,
-left Moshi, right you, with timed words beside it: the layout that
-moshi-finetune trains on. What is kept is the conversation itself: --resume goes
-on with it, as if it had never stopped.
+Keys: m mute, r record, k keep, n or space new conversation, d look for devices
+again, ? what the figures mean, q or Ctrl-C quit. A recording is a stereo wav
+(left Moshi, right you) and a JSON file with timed words, the layout that
+moshi-finetune trains on. k saves the conversation itself: --resume continues
+it as if it had never stopped.
 
 The panel:
 """
 FIGURES = {
-    "latency": "from the end of a frame of your voice (80 ms) to the answer to it being ready: the median",
-    "queue": "sound inside the program: yours waiting to be heard, Moshi's waiting to be played",
+    "latency": "from the end of a frame of your voice (80 ms) until its answer is ready: the median",
+    "queue": "sound waiting inside the program: yours to be processed, Moshi's to be played",
     "late": "frames whose answer came more than two frames (160 ms) after their end",
-    "dropped": "your voice left out because the model fell behind by more than --backlog",
+    "dropped": "your voice skipped because the model fell behind by more than --backlog",
     "underruns": "times the loudspeaker ran out of sound: heard as a gap or a click",
 }
 EXAMPLES += "".join(
@@ -75,56 +75,56 @@ TRANSCRIBES = (
     "with --model for a conversation; moshi-mlx-local check lists them"
 )
 _TICK = 0.05
-_ENOUGH = 250  # frames of a conversation that tell how long a step takes
+_ENOUGH = 250  # frames needed to measure how long a step takes
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own options and the shared ones."""
-    add_model_options(parser, chosen="the best one that this machine can hold and run in time")
+    """The command's own options and the shared ones."""
+    add_model_options(parser, chosen="the best one that this machine can hold and run in real time")
     group = parser.add_argument_group("sound")
-    group.add_argument("--input-device", metavar="D", help="microphone: a number or a part of its name")
-    group.add_argument("--output-device", metavar="D", help="loudspeaker: a number or a part of its name")
+    group.add_argument("--input-device", metavar="D", help="microphone: its number or part of its name")
+    group.add_argument("--output-device", metavar="D", help="loudspeaker: its number or part of its name")
     group.add_argument(
         "--latency",
         type=bounded(float, 0.001, 1),
         metavar="SECONDS",
-        help="buffer of the system in each direction; more if the sound stutters (default: low; 0.02 on Linux)",
+        help="system buffer in each direction; increase it if the sound stutters (default: low; 0.02 on Linux)",
     )
     group.add_argument(
         "--no-aec",
         action="store_true",
-        help="no echo cancellation: for headphones, or where the system does it already",
+        help="no echo cancellation: for headphones, or if the system already does it",
     )
     group.add_argument(
         "--backlog",
         type=bounded(float, 0.08, 3),
         default=0.32,
         metavar="SECONDS",
-        help="how far Moshi may fall behind before the oldest of your voice is dropped (default: %(default)s)",
+        help="how far Moshi may fall behind before the oldest part of your voice is dropped (default: %(default)s)",
     )
     group = parser.add_argument_group("conversation")
     group.add_argument(
         "--record",
         metavar="DIR",
-        help="record into this folder from the start (without it the keys r and k write into ./recordings)",
+        help="record into this folder from the start (without it, the keys r and k write into ./recordings)",
     )
     group.add_argument(
         "--resume",
         metavar="FILE",
-        help="go on with a conversation that the key k has kept: its model, seed and sampling, until a new one begins",
+        help="continue a conversation saved with the key k: its model, seed and sampling apply until a new one begins",
     )
-    group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after so many seconds")
+    group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after N seconds")
     group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
-    group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors still appear")
+    group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors are still shown")
     add_trace_option(group)
-    group.add_argument("--force", action="store_true", help="replace a trace that exists")
+    group.add_argument("--force", action="store_true", help="replace an existing trace file")
     add_generation_options(parser)
     add_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until someone quits. Returns the exit status: 0, or 130 after Ctrl-C."""
+    """Talk until the user quits. Returns the exit status: 0, or 130 after Ctrl-C."""
     from moshi_mlx_app.recording.recorder import LIST
 
     folder = Path(args.record or "recordings")
@@ -149,7 +149,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx_app.recording.transcript import Transcript, clean
     from moshi_mlx_app.screen.panel import Keys, Panel, own_errors
 
-    found = devices()  # what is missing should not come out after a download
+    found = devices()  # report missing devices before a download
     find_device(args.input_device, "input", found)
     find_device(args.output_device, "output", found)
     if args.resume is not None:
@@ -207,7 +207,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
             ):
                 talk = _Talk(args, conversation, card, recorder, panel, keys)
                 talk.run(stopped)
-    except KeyboardInterrupt:  # pressed again: whoever does that will not wait for figures
+    except KeyboardInterrupt:  # pressed again: do not wait for the figures
         impatient = True
     finally:
         with no_interrupt():
@@ -226,7 +226,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
 
 
 def _echo(rate: int) -> EchoCanceller | None:
-    """Echo cancellation, or a sentence about how to do without."""
+    """The echo canceller, or a notice about how to do without."""
     from moshi_mlx_app.audio.echo import EchoError, WebRtcEcho
 
     try:
@@ -237,7 +237,7 @@ def _echo(rate: int) -> EchoCanceller | None:
 
 
 class _Talk:
-    """The loop between the conversation, the devices and the person."""
+    """The loop that connects the conversation, the devices and the user."""
 
     def __init__(
         self,
@@ -254,11 +254,11 @@ class _Talk:
         self.seconds = 0.0
         self.kept: list[Path] = []
         self._keeping: Work | None = None
-        self._said: deque[tuple[str, str]] = deque()  # by the thread that keeps
-        self._first_frame = 0  # of the present conversation
+        self._said: deque[tuple[str, str]] = deque()  # written by the thread that saves
+        self._first_frame = 0  # of the current conversation
 
     def run(self, stopped: list[int]) -> None:
-        """Until a signal, the key q, the time that was asked for, or an error."""
+        """Run until a signal, the key q, the end of --seconds, or an error."""
         args, conversation = self.args, self.conversation
         began = time.monotonic()
         shown = 0.0
@@ -295,7 +295,7 @@ class _Talk:
         return (frame - self._first_frame) / self.conversation.engine.frame_rate
 
     def _key(self, key: str) -> bool:
-        """Do what the key says; False to quit."""
+        """Handle a key; False to quit."""
         if key == "q":
             return False
         if key == "m":
@@ -325,7 +325,7 @@ class _Talk:
             self.panel.notice(f"{error.filename}: {error.strerror}" if error.filename else str(error), "recording")
 
     def _keep(self) -> None:
-        """Write the conversation to a file, in a thread: a large model's takes seconds."""
+        """Save the conversation to a file, in a thread: with a large model this takes seconds."""
         from moshi_mlx.realtime.workers import run as run_in_thread
 
         if self._keeping is None or not self._keeping.alive:
@@ -340,7 +340,7 @@ class _Talk:
             self._said.append((str(error), "notice"))
         else:
             self.kept.append(path)
-            self._said.append((f"{path}; --resume goes on with it", "kept"))
+            self._said.append((f"{path}; continue it with --resume", "kept"))
 
     def _tell_kept(self) -> None:
         while self._said:
@@ -404,7 +404,7 @@ def _recorded(recorder: Recorder) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and its like end the loop, so that devices and files are closed; pressed again, they interrupt at once."""
+    """Let Ctrl-C and similar signals end the loop and close devices and files; a second one interrupts at once."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -1,1 +1,1 @@
-"""The published models, the one to take here, its download, and the speed of this machine."""
+"""Published models, the choice of a default, downloads, and the speed of this machine."""

@@ -1,6 +1,6 @@
-"""The catalog of published models, what each is for, and whether a machine can hold it and keep up with it.
+"""The catalog of published models, what each is for, and whether a machine can hold it and run it in real time.
 
-Everything here is arithmetic on what :mod:`moshi_mlx_app.models.measure` measured.
+Everything here is calculated from the measurements of :mod:`moshi_mlx_app.models.measure`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "purpose"
 BUILTIN = "small"
 """The model that needs no download."""
 
-_SHARE_OF_MEMORY = 0.75  # of the machine's memory that a model may take: the system and other programs want theirs
+_SHARE_OF_MEMORY = 0.75  # of the machine's memory that a model may take: the rest is for the system and other programs
 _BESIDE = 0.8e9  # bytes beside weights and cache: the codec, Python, MLX
-_SHARE_OF_TIME = 0.9  # of a frame that a step may take; the codec works beside it
-_OVERHEAD = 0.005  # seconds of a step that are not reading weights
+_SHARE_OF_TIME = 0.9  # of a frame that a step may take; the codec runs in parallel
+_OVERHEAD = 0.005  # seconds of a step that are not spent reading weights
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class PublishedModel:
     Attributes
     ----------
     name : str
-        What to give to ``--model``.
+        The value for ``--model``.
     size : int
         Bytes of the language model's weights.
     bits : {4, 8, 16}
-        Of a weight.
+        Bits per weight.
     read : int
-        Bytes of weights that one step reads: all but the embeddings, of which it takes a row each.
+        Bytes of weights that one step reads: all but the embeddings, of which it reads one row each.
     cache : int
-        Bytes of keys and values, bfloat16, once the context is full: held, and read at every step.
+        Bytes of keys and values, bfloat16, with a full context: kept in memory, and read at every step.
     purpose : str
-        As :func:`purpose`.
+        See :func:`purpose`.
     gated : bool
-        Whether its publisher asks for an account and an agreement.
+        Whether its publisher requires an account and an agreement.
     """
 
     name: str
@@ -79,7 +79,7 @@ def purpose(model: Moshi) -> str:
     Raises
     ------
     ConfigError
-        If it cannot hear.
+        If it has no audio input.
     """
     from moshi_mlx.errors import ConfigError
 
@@ -91,7 +91,7 @@ def purpose(model: Moshi) -> str:
 
 
 def kind(name: str) -> str:
-    """The same for models that differ in the voice alone."""
+    """The same for models that differ only in the voice."""
     return name.replace("moshika", "moshiko")
 
 
@@ -107,14 +107,14 @@ def verdict(
     steps: Mapping[str, float] | None = None,
     frame: float = 0.08,
 ) -> dict[str, Any]:
-    """Whether a model fits into ``room`` [bytes] and keeps up, and why.
+    """Whether a model fits into ``room`` [bytes] of memory and runs in real time, and why.
 
     Parameters
     ----------
     speed : mapping of int to float
-        Bytes of weights a second, by bits: :func:`~moshi_mlx_app.models.measure.speeds`.
+        Bytes of weights per second, by bits: :func:`~moshi_mlx_app.models.measure.speeds`.
     steps : mapping of str to float, optional
-        Milliseconds that a step of a model took here (p95), by :func:`kind`: what was measured beats the estimate.
+        Measured milliseconds of a step (p95), by :func:`kind`; preferred over the estimate.
     frame : float
         Seconds.
 
@@ -144,7 +144,7 @@ def verdict(
 
 
 def may_take(frame: float) -> str:
-    """The end of a verdict's ``why``, for who has said it already; ``frame`` in seconds."""
+    """The end of a verdict's ``why``, so that a caller can remove it; ``frame`` in seconds."""
     return f" and may take {_time(frame)}"
 
 

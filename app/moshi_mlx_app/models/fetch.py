@@ -1,4 +1,4 @@
-"""From ``--model`` to a loaded model: chosen if nobody named one, fetched where a person can see it, then read."""
+"""From ``--model`` to a loaded model: choose a default if none is given, download it with progress, load it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fetch", "load_model"]
 
-_EVERY = 10.0  # seconds between lines where no bar can be drawn
+_EVERY = 10.0  # seconds between lines if no bar can be drawn
 
 
 def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
@@ -35,7 +35,7 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         ``auto``, the fastest on this machine computes (:mod:`moshi_mlx_app.models.fastest`), or what the environment
         says (:data:`moshi_mlx.cpu.backend.VARIABLE`).
     shown : bool
-        Draw bars. What is chosen and what is fetched is said in any case.
+        Draw bars. The choice and the download are announced in any case.
 
     Raises
     ------
@@ -65,12 +65,12 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
 
 
 def fetch(source: str, *, shown: bool = True) -> None:
-    """Bring a model's files here, saying how much that is; nothing to do for folders and built-in models.
+    """Download a model's files, announcing their size; nothing to do for folders and built-in models.
 
     Raises
     ------
     MoshiError
-        If it cannot be found, or not be fetched to its end. What came is used the next time.
+        If it cannot be found or not be downloaded completely. The next attempt resumes.
     """
     from moshi_mlx.checkpoint.resolve import plan_download, resolve
 
@@ -80,11 +80,11 @@ def fetch(source: str, *, shown: bool = True) -> None:
         needed = plan_download(source)
     if not needed.missing:
         return
-    # The configuration alone is always here: the plan_download fetched it.
-    begun = f", {needed.begun / 1e9:.2f} GB of them are here" if needed.begun > 0.01 * needed.total else ""
+    # The configuration itself is always here: the plan_download fetched it.
+    begun = f", {needed.begun / 1e9:.2f} GB of it already here" if needed.begun > 0.01 * needed.total else ""
     warn(
         f"{source}: {needed.total / 1e9:.2f} GB, fetched once{begun}; into {needed.place}. "
-        "Ctrl-C stops it, and the next run goes on there",
+        "Ctrl-C stops it, and the next run resumes it",
         "download",
     )
     with _Download(needed, shown=shown) as download:
@@ -92,7 +92,7 @@ def fetch(source: str, *, shown: bool = True) -> None:
 
 
 class _Download:
-    """One bar for all files; a line now and then where there is no terminal."""
+    """One bar for all files; without a terminal, a line every few seconds."""
 
     def __init__(self, needed: DownloadPlan, *, shown: bool):
         self._here = {name: size - missing for name, (size, missing) in needed.files.items()}
@@ -129,5 +129,5 @@ class _Download:
             self._bar.update(self._task, completed=done)
         elif self._shown and time.monotonic() - self._said >= _EVERY:
             self._said = time.monotonic()
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # the reader of standard error has gone
                 warn(f"{done / 1e9:.2f} of {self._total / 1e9:.2f} GB", "download")

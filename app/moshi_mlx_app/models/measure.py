@@ -1,4 +1,4 @@
-"""What this machine is and how fast it is: for the verbs ``check`` and ``bench``."""
+"""Describe this machine and measure its speed: for the commands ``check`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 
 _PACKAGES = ("mlx", "numpy", "rustymimi", "sounddevice", "soxr", "livekit")
 _GROUP = 64
-_AT_ONCE = {True: 5e8, False: 5e7}  # bytes of weights to go through at a time, on a GPU and on a processor
+_AT_ONCE = {True: 5e8, False: 5e7}  # bytes of weights per measurement, on a GPU and on a CPU
 
 
 def machine() -> dict[str, Any]:
-    """System, processor, memory in bytes, and the versions of the packages that matter."""
+    """System, processor, memory in bytes, and the versions of the relevant packages."""
     import mlx.core as mx
 
     versions: dict[str, str | None] = {}
@@ -55,14 +55,14 @@ def machine() -> dict[str, Any]:
         "device": "gpu" if mx.default_device().type == mx.gpu else "cpu",
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        # What Metal lets a program keep for the GPU; other backends say nothing of the kind.
+        # The memory that Metal grants a program for the GPU; other backends have no such value.
         "gpu_memory": int(described.get("max_recommended_working_set_size", 0)) or None,
         "packages": versions,
     }
 
 
 def memory_used() -> int:
-    """Bytes that this process has held at most."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -80,7 +80,7 @@ def _milliseconds(watch: Stopwatch) -> list[float]:
 
 
 def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
-    """One silent frame, then the questions that come with the program, again and again."""
+    """One silent frame, then the included questions in a loop."""
     import soundfile
 
     with as_file(files("moshi_mlx") / "assets" / "questions.wav") as path:
@@ -89,7 +89,7 @@ def question(model: Moshi) -> Iterator[NDArray[np.float32]]:
         import soxr
 
         pcm = soxr.resample(pcm, rate, model.sample_rate)
-    # The silence before the first words would make a short measurement one of silence.
+    # With the silence before the first words, a short measurement would be one of silence.
     pcm = pcm[max(int(np.argmax(np.abs(pcm) > 0.05)) - model.frame_size // 2, 0) :]
     size = model.frame_size
     yield np.zeros(size, np.float32)
@@ -106,14 +106,14 @@ def unpaced(
     kv_bits: int | None = None,
     series: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """Each stage by itself, one frame after the other, as fast as it goes.
+    """Measure each stage, one frame after the other, at full speed.
 
     Parameters
     ----------
     kv_bits : int, optional
         As for :meth:`Moshi.session`.
     series : dict, optional
-        Gets the milliseconds of every frame, by stage.
+        Receives the milliseconds of every frame, by stage.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def unpaced(
     total = 0.0
     with model.session(generation=generation, kv_bits=kv_bits) as session:
         session.on_stage = lambda name, began, ended: took.update({"step" if name == "model" else name: ended - began})
-        # Two before anything counts: the first of a kind compiles and allocates.
+        # Two warm-up frames: the first ones compile and allocate.
         for index, pcm in enumerate(islice(question(model), frames + 2), start=-2):
             began = time.perf_counter()
             voice = session.step(pcm).pcm
@@ -155,7 +155,7 @@ def paced(
     *,
     series: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """A conversation on a microphone that gives one frame every 80 ms, with all its threads.
+    """Measure a conversation with all its threads, fed with one frame every 80 ms.
 
     ``series`` as for :func:`unpaced`, with ``latency``, and at most the last thousand frames.
     """
@@ -186,14 +186,14 @@ def paced(
 
 
 def speeds(seconds: float = 1.0) -> dict[int, float]:
-    """Bytes of weights that go through a matrix-vector product in a second, for weights of 4, 8 and 16 bits.
+    """Bytes of weights per second in matrix-vector products, for weights of 4, 8 and 16 bits.
 
-    The matrices are many, and large together: one alone would stay in a cache, where a model's weights never are.
+    The matrices are many, and large together: a single one would stay in a cache, which a model's weights do not.
 
     Parameters
     ----------
     seconds : float
-        To spend, about; other programs only ever make it slower, so the best of several rounds counts.
+        Approximate duration; other programs only make it slower, so the best of several rounds counts.
     """
     import mlx.core as mx
 
@@ -213,15 +213,15 @@ def speeds(seconds: float = 1.0) -> dict[int, float]:
         best, until = once, time.perf_counter() + seconds / 3
         while time.perf_counter() < until:
             best = min(best, _seconds_of(copies, x, bits) / count)
-        # A processor multiplies 32 bits where the file has 16: count what the file holds.
+        # A CPU multiplies in 32 bits where the file has 16: count the bytes of the file.
         found[bits] = (2 * high * wide if bits == 16 else held) / best
         del parts, copies
-        mx.clear_cache()  # the model that comes next may need all there is
+        mx.clear_cache()  # the model that is loaded next may need all memory
     return found
 
 
 def _seconds_of(matrices: list[list[Any]], x: Any, bits: int) -> float:
-    """Time of one product with each of them."""
+    """Time of one product with each part."""
     import mlx.core as mx
 
     def product(weights: Any, scales: Any = None, biases: Any = None) -> Any:

@@ -1,9 +1,9 @@
-"""Choose the default model: the best that this machine can hold and run in time.
+"""Choose the default model: the best that this machine can hold and run in real time.
 
-Memory and speed are measured, in about a second, and kept in the user's cache folder for as long as machine and
-versions stay the same. What a step of a model took in a real conversation is kept there too, and beats the estimate. A
-model that is here already comes before a better one that would have to be fetched: the line that explains the choice
-names it.
+Memory and speed are measured in about a second and cached in the user's cache folder until the machine or the
+versions change. The step time of a model in a real conversation is cached there too, and replaces the estimate. A
+model that is already downloaded is preferred to a better one that is not: the line that explains the choice
+names the better one.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ __all__ = [
     "select",
 ]
 
-_PATIENCE = 4.0  # seconds that the hub has for its answer
+_PATIENCE = 4.0  # seconds to wait for the hub
 _SPARE = 2**29  # bytes that a download must leave on the disk
 _OTHER = "; --model names another"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A model.
+    """The chosen model.
 
     Attributes
     ----------
     model : str
     line : str
-        What it is and why, for the user.
+        The choice and its reason, for the user.
     missing : int
-        Bytes of it that are not here yet.
+        Bytes that are not downloaded yet.
     """
 
     model: str
@@ -62,16 +62,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known about this machine.
+    """Measurements of this machine.
 
     Attributes
     ----------
     room : int
-        Bytes that a model may take.
+        Bytes of memory that a model may take.
     speeds : mapping of int to float
         See :func:`moshi_mlx_app.models.measure.speeds`.
     steps : mapping of str to float
-        Milliseconds of a step (p95) in conversations, by :func:`~moshi_mlx_app.models.catalog.kind` of model.
+        Milliseconds of a step (p95) in conversations, by :func:`~moshi_mlx_app.models.catalog.kind`.
     """
 
     room: int
@@ -91,12 +91,12 @@ def select(
     ----------
     here : Measured
     plan_download : callable
-        What a model needs and what of it is here, by name and whether the network must be left alone. May raise
+        Called with a name and whether to stay offline; returns a model's files and which of them are here. May raise
         MoshiError.
     free : callable
-        Bytes free on the disk of a folder.
+        Returns the free bytes on the disk of a folder.
     catalog : tuple of PublishedModel
-        Models, the better one first.
+        Models, best first.
     """
     from moshi_mlx.errors import MoshiError
 
@@ -105,11 +105,11 @@ def select(
     able = [model.name for model in talking if verdicts[model.name]["fits"] and verdicts[model.name]["keeps_up"]]
     if not able:
         least = min(talking, key=lambda model: verdicts[model.name]["step_ms"])
-        return _builtin(f"no published model would do here; the nearest, {least.name}, {verdicts[least.name]['why']}")
+        return _builtin(f"no published model runs here; the closest, {least.name}, {verdicts[least.name]['why']}")
     for name in able:
         with contextlib.suppress(MoshiError):
             if plan_download(name, True).missing == 0:
-                better = "" if kind(name) == kind(able[0]) else f"; {able[0]} would do too, with --model"
+                better = "" if kind(name) == kind(able[0]) else f"; {able[0]} would run too, with --model"
                 return Selection(name, f"{name}, the best one here: {verdicts[name]['why']}{better or _OTHER}")
     full = ""
     for name in able:
@@ -117,11 +117,11 @@ def select(
             needed = plan_download(name, False)
         except MoshiError as error:
             reason = " ".join(str(error).split()).partition(". ")[0]
-            return _builtin(f"{name} would do here, but {reason[:200]}")
+            return _builtin(f"{name} would run here, but {reason[:200]}")
         if needed.missing + _SPARE <= free(needed.place):
             line = f"{name}, the best one that this machine can run: {verdicts[name]['why']}{_OTHER}"
             return Selection(name, line, needed.missing)
-        full = f"{name} would do here, but {needed.place} has no room for {needed.missing / 1e9:.1f} GB"
+        full = f"{name} would run here, but {needed.place} has no space for {needed.missing / 1e9:.1f} GB"
     return _builtin(full)
 
 
@@ -130,13 +130,13 @@ def _builtin(why: str) -> Selection:
 
 
 def default_model(say: Callable[[str], object] = lambda _: None, here: Measured | None = None) -> Selection:
-    """The model that ``talk`` takes on this machine. ``say`` is told what takes a moment."""
-    say("looking which model suits this machine")
+    """The model that ``talk`` takes on this machine. ``say`` is called with progress messages."""
+    say("choosing a model for this machine")
     return select(here or measured(), _survey)
 
 
 def _survey(name: str, offline: bool) -> DownloadPlan:
-    """Like :func:`moshi_mlx.checkpoint.resolve.plan_download`, but back within seconds whatever the network does."""
+    """Like :func:`moshi_mlx.checkpoint.resolve.plan_download`, but returns within seconds whatever the network does."""
     from moshi_mlx.checkpoint.resolve import plan_download
     from moshi_mlx.errors import DownloadError
 
@@ -160,18 +160,18 @@ def _survey(name: str, offline: bool) -> DownloadPlan:
     return found[0]
 
 
-# -------------------------------------------------------------------------------------------------- what is remembered
+# -------------------------------------------------------------------------------------------------- cached measurements
 
 
 def cache_folder() -> Path:
-    """Where this program keeps what it can find out again."""
+    """The program's cache folder."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / DISTRIBUTION
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
 
 
 def measured(*, again: bool = False) -> Measured:
-    """What is known about this machine, measured now if ``again`` or if it was not measured before."""
+    """Measurements of this machine, taken now if ``again`` or if there are none."""
     from moshi_mlx_app.models import measure
 
     machine = measure.machine()
@@ -184,7 +184,7 @@ def measured(*, again: bool = False) -> Measured:
 
 
 def remember_step(model: str, milliseconds: float) -> None:
-    """Keep what a step of a published model took (p95) in a conversation, for the next choice."""
+    """Cache the step time (p95) of a published model in a conversation, for the next choice."""
     from moshi_mlx_app.models import measure
 
     if not any(published.name == model for published in CATALOG):
@@ -197,7 +197,7 @@ def remember_step(model: str, milliseconds: float) -> None:
 
 
 def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a measurement to hold."""
+    """What a cached measurement depends on."""
     names = ("machine", "processor", "device", "cores", "memory")
     packages = {name: machine["packages"][name] for name in ("mlx", "numpy", "rustymimi")}
     return {"program": program(), **packages, **{name: machine[name] for name in names}}
@@ -222,7 +222,7 @@ def remember(name: str, found: Mapping[str, Any]) -> None:
 
 
 def _read(machine: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was kept; None if there is nothing, or it is of another machine or version, or damaged."""
+    """The cache; None if it is missing, damaged, or of another machine or version."""
     try:
         kept = json.loads((cache_folder() / "machine.json").read_text(encoding="utf-8"))
         kept["speeds"] = {int(bits): float(value) for bits, value in kept["speeds"].items()}

@@ -1,10 +1,10 @@
-"""Recordings in: sound files read piece by piece.
+"""Reading sound files block by block.
 
-:class:`Recording` reads whatever libsndfile reads (wav, flac, ogg, mp3, aiff, caf...), twice: once through before any
-work, so that damage, NaN and the true length are known before the model is loaded, and once more in frames, mono and
-resampled. What libsndfile does not know (m4a, webm, ...) ffmpeg decodes into a temporary file, where it is installed.
-No more than a fraction of a second of sound is in memory, however long the file is. This module knows no model and no
-terminal.
+:class:`Recording` reads every format of libsndfile (wav, flac, ogg, mp3, aiff, caf...), twice: first completely,
+so that damage, NaN and the true length are known before the model is loaded, then in frames, mono and
+resampled. Other formats (m4a, webm, ...) are decoded by ffmpeg into a temporary file, if it is installed.
+No more than a fraction of a second of sound is in memory, however long the file is. This module depends on no model
+and no terminal.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = ["Recording"]
 Pcm = NDArray[np.float32]
 
 _BLOCK_VALUES = 1 << 16  # samples times channels in one read
-_STREAMED = 0x7FFF0000  # programs that write a wav into a pipe put this or more where the length belongs
+_STREAMED = 0x7FFF0000  # programs that write a wav into a pipe put this or more into the length field
 _FFMPEG = ("-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", "file:/dev/stdin", "-map", "0:a:0")
-# An au file may be written into a pipe: it has no length in front.
+# An au file can be written into a pipe: its header needs no length.
 _INTO_AU = ("-c:a", "pcm_s16be", "-f", "au", "pipe:1")
 
 
@@ -48,27 +48,27 @@ class Recording:
     source : str or path
         A sound file, a pipe, or ``"-"`` for standard input. Pipes are copied to a temporary file first.
     side : int, optional
-        The one of two channels that is played; by default the mean of all channels is.
+        Which of two channels to use; by default the mean of all channels.
 
     Attributes
     ----------
     name : str
-        What to call it in messages.
+        Its name in messages.
     sample_rate, channels : int
         As in the file.
     samples : int
-        Samples per channel that can be read, which may be fewer than the file promises.
+        Samples per channel that can be read, which may be fewer than the header says.
     peak : float
         Loudest absolute sample after mixing to mono; above 1 the recording is played softer by that factor.
     warnings : tuple of str
-        What is wrong with it, though not so wrong that it cannot be used.
+        Problems that do not prevent its use.
 
     Raises
     ------
     AudioError
-        It is not sound, is empty, damaged from the start, at an unsupported rate, or holds values that are not numbers.
+        If it is not a sound file, is empty, damaged from the start, has an unsupported rate, or holds NaN or infinity.
     OSError
-        It cannot be read at all.
+        If it cannot be opened or read.
     """
 
     def __init__(self, source: str | os.PathLike[str], side: int | None = None):
@@ -101,7 +101,7 @@ class Recording:
         self.close()
 
     def close(self) -> None:
-        """Let go of the copy of a pipe."""
+        """Close the copy of a pipe."""
         if self._spool is not None:
             self._spool.close()
 
@@ -124,7 +124,7 @@ class Recording:
         size : int
             Samples in a frame.
         lead, tail : int
-            Samples of silence before and after it. The last frame is filled up with silence.
+            Samples of silence before and after it. The last frame is padded with silence.
 
         Yields
         ------
@@ -149,7 +149,7 @@ class Recording:
         for piece in self._resampled(rate):
             yield piece[:missing]
             missing -= min(missing, len(piece))
-        # The resampler may round a sample away, and a file may have become shorter since it was surveyed.
+        # The resampler may round a sample away, and the file may have become shorter since the first pass.
         missing += tail
         while missing > 0:
             count = min(missing, rate)
@@ -169,12 +169,12 @@ class Recording:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
     def _mono(self) -> Iterator[Pcm]:
-        """Blocks [n], float32, of what the plan_download found readable."""
+        """Blocks [n], float32, of the part that was readable in the first pass."""
         gain = np.float32(1 / max(1.0, self.peak))
         left = self.samples
         with self._open() as file:
             while left > 0:
-                # The same blocks as in the plan_download, so that a decoder's failure stays behind the last of them.
+                # The same blocks as in the first pass, so that a decoder's failure stays after the last of them.
                 block = file.read(self._block, dtype="float32", always_2d=True)[:left]
                 if not len(block):
                     return
@@ -186,7 +186,7 @@ class Recording:
         return mixed
 
     def _survey(self) -> None:
-        """Read it through once: what is there, and is it usable?"""
+        """The first pass: length, peak, and whether it is usable."""
         import soundfile
 
         with self._open() as file:
@@ -229,26 +229,26 @@ class Recording:
         if damage:
             yield f"{said}; what follows cannot be decoded ({damage})"
         elif self.samples + self.sample_rate < promised < 1 << 62:
-            yield f"{said}; the file promises {promised / self.sample_rate:.2f} s, but ends there"
+            yield f"{said}; the header says {promised / self.sample_rate:.2f} s, but the file ends there"
         elif sizes and int(sizes[2]) < int(sizes[1]) < _STREAMED:
             share = int(sizes[2]) / int(sizes[1])
-            yield f"{said}; the file promises {self.duration / max(share, 1e-9):.2f} s, but ends there"
+            yield f"{said}; the header says {self.duration / max(share, 1e-9):.2f} s, but the file ends there"
         if self._damage:
             yield f"{self.name}: some of it could not be decoded ({self._damage})"
         if self.peak > 1:
             yield (
                 f"{self.name}: its loudest sample is {self.peak:.3g} times full scale; "
-                f"all of it is played {20 * np.log10(self.peak):.1f} dB softer"
+                f"all of it is attenuated by {20 * np.log10(self.peak):.1f} dB"
             )
         elif not self.peak:
             yield f"{self.name}: all of it is digital silence; was the microphone muted or not allowed?"
 
     def _open(self) -> Any:
-        """A fresh reader at the start. Opened by descriptor: the content decides the format, not the name."""
+        """A new reader at the start. Opened by descriptor: the content determines the format, not the name."""
         import soundfile
 
         try:
-            return soundfile.SoundFile(self._descriptor())  # which closes the descriptor, also where it fails
+            return soundfile.SoundFile(self._descriptor())  # closes the descriptor, also on failure
         except soundfile.SoundFileError as error:
             raise _Unknown(f"{self.name} cannot be read ({_reason(error)})") from error
 
@@ -260,7 +260,7 @@ class Recording:
         return descriptor
 
     def _decode(self) -> None:
-        """Leave what libsndfile does not know to ffmpeg, once."""
+        """Decode with ffmpeg if libsndfile does not know the format."""
         try:
             self._open().close()
             return
@@ -280,7 +280,7 @@ class Recording:
         decoded = tempfile.TemporaryFile(prefix="moshi-question-")
         try:
             with tempfile.TemporaryFile() as said:
-                # Seekable, as m4a needs it; and the name is no part of a command line.
+                # A descriptor is seekable, as m4a requires, and keeps the name off the command line.
                 done = subprocess.run([program, *_FFMPEG, *_INTO_AU], stdin=source, stdout=decoded, stderr=said)
                 said.seek(0)
                 line = said.read(4096).decode("utf-8", "replace").strip().partition("\n")[0]
@@ -302,7 +302,7 @@ class Recording:
         return os.fstat(self._spool.fileno()).st_size if self._spool is not None else os.stat(self._path).st_size
 
     def _copy(self) -> IO[bytes]:
-        """A pipe's contents in a temporary file: sound files are not read from front to back."""
+        """A pipe's contents in a temporary file: readers of sound files seek."""
         if self._path == "-" and sys.stdin is None:
             raise AudioError("standard input is closed; pipe a sound file into it, or name one")
         if self._path == "-" and sys.stdin.isatty():
@@ -327,6 +327,6 @@ class _Unknown(AudioError):
 
 
 def _reason(error: BaseException) -> str:
-    """libsndfile's own words without the descriptor's number and the full stop."""
+    """libsndfile's message without the descriptor's number and the full stop."""
     text = getattr(error, "error_string", None) or str(error)
     return re.sub(r"^(Error opening [^:]*: |Error : )", "", text).strip().rstrip(".")

@@ -1,4 +1,4 @@
-"""Ctrl-C has to wait while something is being kept that would be lost by half."""
+"""Defer Ctrl-C while a file is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["no_interrupt"]
 
 @contextlib.contextmanager
 def no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits the second or two that it takes to write what there is."""
+    """Ignore Ctrl-C for the second or two that it takes to finish a file."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

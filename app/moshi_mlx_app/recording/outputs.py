@@ -1,6 +1,6 @@
-"""The files that a command writes: checked before any work, and held while it runs.
+"""The files that a command writes: checked before any work, and locked while it runs.
 
-:func:`reserved` is for files that a person named. A :class:`Claim` holds one name, whoever chose it.
+:func:`reserved` is for files named on the command line. A :class:`Claim` locks one file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 __all__ = ["Claim", "Output", "check_folder", "named", "partial_name", "replace_text", "reserved", "unused_name"]
 
-_FORCE = "--force"  # an option of every command that calls `reserved`; others come here for a Claim alone
+_FORCE = "--force"  # an option of every command that calls `reserved`
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Output:
         How it was named on the command line.
     path : Path
     partial : Path
-        What it is called until it is complete.
+        Its name until it is complete.
     """
 
     what: str
@@ -43,30 +43,30 @@ class Output:
 
 
 def partial_name(target: Path) -> Path:
-    """Where a file is written until it is complete: ``answer.wav`` -> ``answer.partial.wav``, beside it."""
-    return target.parent / f"{target.stem}.partial{target.suffix}"  # which takes "." and "/", too
+    """The name of a file until it is complete: ``answer.wav`` -> ``answer.partial.wav``, in the same folder."""
+    return target.parent / f"{target.stem}.partial{target.suffix}"  # works for "." and "/", too
 
 
 @contextlib.contextmanager
 def reserved(
     parser: argparse.ArgumentParser, outputs: Sequence[Output], *, others: Mapping[str, str | int | Path], force: bool
 ) -> Iterator[None]:
-    """Nobody else's: files that may be written, and that no other run writes until the end of the ``with``.
+    """Check that files may be written, and lock them against other runs until the end of the ``with``.
 
     Parameters
     ----------
     parser : ArgumentParser
-        Ends the program where two outputs are one file.
+        Ends the program if two outputs are the same file.
     outputs : sequence of Output
     others : mapping
-        What the command reads, or writes by other ways, under what it is called: paths, or open descriptors.
+        Other files that the command reads or writes, by their description: paths, or open descriptors.
     force : bool
-        Files that exist may be replaced.
+        Existing files may be replaced.
 
     Raises
     ------
     OSError
-        Its message names the file and the way out.
+        The message names the file and what to do.
     """
     for output in outputs:
         folder = output.path.parent
@@ -97,11 +97,11 @@ def reserved(
                 claim = Claim(output.path)
             except BlockingIOError:
                 raise FileExistsError(
-                    f"{output.path}: another run is writing it; wait for its end, or choose another name "
+                    f"{output.path}: another run is writing it; wait until it ends, or choose another name "
                     f"for {output.what}"
                 ) from None
             stack.callback(claim.release)
-        for output in outputs:  # only now: a run that held the name may just have written it
+        for output in outputs:  # only now: a run that held the lock may just have written it
             if os.path.lexists(output.path) and not force:
                 raise FileExistsError(
                     f"{output.path} exists; replace it with {_FORCE}, or choose another name for {output.what}"
@@ -110,12 +110,12 @@ def reserved(
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """A folder that files can be written into, or that can be made.
+    """Check that files can be written into a folder, or that it can be created.
 
     Raises
     ------
     OSError
-        Its message names what is in the way.
+        The message names the problem.
     """
     there = folder
     while not os.path.lexists(there) and there != there.parent:
@@ -127,29 +127,29 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def unused_name(folder: Path, suffix: str) -> Path:
-    """A file name that says when it was made, and that nothing has yet."""
+    """An unused file name made from the current time."""
     stem = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = (folder / f"{stem}{'' if count == 1 else f'-{count}'}{suffix}" for count in range(1, 1000))
     return next(name for name in names if not os.path.lexists(name))
 
 
 class Claim:
-    """The right to write one file, which one run has at a time.
+    """An exclusive lock for writing one file.
 
-    It is a lock on ``.NAME.lock`` beside the file. The system lets go of it when its holder ends, however that comes:
-    a lock file that a killed run left behind blocks nobody.
+    It is a lock on ``.NAME.lock`` in the file's folder. The system releases it when the process
+    ends, even if it is killed, so a leftover lock file blocks nobody.
 
     Attributes
     ----------
     sure : bool
-        False where the file system knows no locks: then nobody is kept out.
+        False if the file system has no locks: then other runs are not kept out.
 
     Raises
     ------
     BlockingIOError
-        Another run has it.
+        Another run holds it.
     OSError
-        There is no place for the lock file.
+        The lock file cannot be created.
     """
 
     def __init__(self, path: Path):
@@ -158,7 +158,7 @@ class Claim:
             self._file = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 self.sure = _locked(self._file)
-                # Who had it may have removed the file between these lines.
+                # The previous holder may have removed the file between these lines.
                 if os.path.samestat(os.fstat(self._file), os.stat(self._lock)):
                     return
             except FileNotFoundError:
@@ -169,7 +169,7 @@ class Claim:
             os.close(self._file)
 
     def release(self, *, keep: bool = False) -> None:
-        """Let go of it; with ``keep`` the lock file stays, as a sign that something was not finished."""
+        """Release it; with ``keep`` the lock file stays, to mark an unfinished recording."""
         if not keep:
             with contextlib.suppress(OSError):
                 self._lock.unlink()
@@ -187,22 +187,22 @@ def _locked(file: int) -> bool:
 
 
 def _same(one: Path, other: str | int | Path) -> bool:
-    """Whether two names are one file, or would be if it existed."""
+    """Whether two names are the same file, or would be if it existed."""
     with contextlib.suppress(OSError):
         return os.path.samefile(one, other)
     if isinstance(other, int) or os.path.exists(one) or os.path.exists(other):
-        return False  # a file system that takes both names for one would have found both
+        return False  # on a file system that treats both names as one, both would exist
     return _folded(one) == _folded(Path(other))
 
 
 def _folded(path: Path) -> str:
-    """Many file systems, macOS's among them, take names for equal that differ in case or in Unicode's form alone."""
+    """Fold a name: many file systems, macOS's among them, ignore case and Unicode normalization."""
     return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
 
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """The system's errors from writing an open file name no file; from here they leave with ``path``."""
+    """Add ``path`` to OSErrors: those from writing to an open file name no file."""
     try:
         yield
     except OSError as error:
@@ -212,12 +212,12 @@ def named(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears whole or not at all, over what was there. One writer at a time: see Claim.
+    """Write a UTF-8 file atomically, replacing an existing one. One writer at a time: see Claim.
 
     Raises
     ------
     OSError
-        With the name of the file; what was there before stays.
+        With the name of the file; the previous file is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

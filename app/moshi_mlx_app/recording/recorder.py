@@ -1,15 +1,15 @@
-"""Live conversations on disk, as they happen, in the layout that moshi-finetune trains on.
+"""Recording live conversations in the layout that moshi-finetune trains on.
 
-For each conversation three things in one folder (kyutai-labs/moshi-finetune, README, "Prepare dataset")::
+For each conversation, in one folder (kyutai-labs/moshi-finetune, README, "Prepare dataset")::
 
     2026-11-22_14-05-33.wav     stereo, 16 bits: left Moshi, right the user as the model heard it
     2026-11-22_14-05-33.json    {"alignments": [["word", [start, end], "SPEAKER_MAIN"], ...], ...}, seconds in the wav
     recordings.jsonl            {"path": "2026-11-22_14-05-33.wav", "duration": 83.2}, a line for each finished one
 
-Every frame is written as it comes, with the lengths in the wav's header, and every word leaves valid JSON behind: if
-the program is killed, what is missing is what was still on its way, a fraction of a second. The next recording in the
-folder, of whatever program, adds what the killed one left out: the line in recordings.jsonl and the JSON's last keys
-(docs/recordings.md). When the disk is full, frames are kept in memory and written once there is room.
+Every frame is written as it comes, with the lengths in the wav's header, and the JSON is valid after every word: if
+the program is killed, only what was still in the queue is missing, a fraction of a second. The next recording in the
+folder, by any program, adds what the killed one could not: the line in recordings.jsonl and the JSON's last keys
+(docs/recordings.md). When the disk is full, frames are kept in memory and written once there is space.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ LIST = "recordings.jsonl"
 _LARGEST_WAV = LARGEST
 _HELD = 300.0  # seconds that are kept in memory while the disk is full
 _RETRY = 0.5
-_LAST_TRIES = 1.5  # seconds in which the end is written when the disk is full to the last
+_LAST_TRIES = 1.5  # seconds to try writing the end when the disk stays full
 _HEAD, _TAIL = '"alignments": [\n', "\n]}\n"
 _OURS = re.compile(r"\.(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(?:-\d+)?\.wav)\.lock")
 
 
 class Recorder:
-    """Takes a conversation's frames and writes them in a thread of its own.
+    """Receives a conversation's frames and writes them in its own thread.
 
     Parameters
     ----------
     folder : path
-        Made if it is missing, at the first :meth:`start`.
+        Created at the first :meth:`start` if it is missing.
     sample_rate, frame_size : int
     about : Transcript, optional
         What is known of the conversation before it begins, for the JSON.
@@ -82,17 +82,17 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """Of the wav that is being written."""
+        """Length of the wav that is being written."""
         part = self._part
         return 0.0 if part is None else part.samples / self._rate
 
     def start(self) -> None:
-        """Begin to record with the next frame.
+        """Start recording with the next frame.
 
         Raises
         ------
         OSError
-            If the folder cannot be made or written to.
+            If the folder cannot be created or written to.
         """
         if self.running:
             return
@@ -104,7 +104,7 @@ class Recorder:
         self._thread.start()
 
     def stop(self) -> None:
-        """Write what is on its way and close the files; takes at most two seconds."""
+        """Write what is in the queue and close the files; takes at most two seconds."""
         thread = self._thread
         if thread is None:
             return
@@ -114,7 +114,7 @@ class Recorder:
         self._thread = None
 
     def tap(self, heard: Pcm, frame: SessionFrame) -> None:
-        """One frame of a conversation (see :class:`moshi_mlx.realtime.Conversation`); never waits, never raises."""
+        """Queue one frame of a conversation (see :class:`moshi_mlx.realtime.Conversation`); never blocks or raises."""
         if not self.running:
             return
         if len(self._queue) * self._size > _HELD * self._rate:
@@ -128,14 +128,14 @@ class Recorder:
         self._bell.ring()
 
     def notices(self) -> list[str]:
-        """What a person should know since the last call."""
+        """Notices since the last call."""
         news = []
         while self._notices:
             news.append(self._notices.popleft())
         return news
 
     def _write(self) -> None:
-        """The thread: from the queue to the files, again and again where the disk refuses."""
+        """The thread: writes the queue to the files, retrying on disk errors."""
         self._recover()
         until = float("inf")
         while True:
@@ -147,7 +147,7 @@ class Recorder:
                     self._queue.popleft()
                     if self._trouble:
                         self._trouble = ""
-                        self._notices.append("recording goes on, and nothing of it is lost")
+                        self._notices.append("recording continues, and nothing was lost")
                 if self._ending:
                     self._finish()
                     return
@@ -155,13 +155,13 @@ class Recorder:
                 if not self._trouble:
                     self._trouble = _reason(error)
                     self._notices.append(
-                        f"recording waits: {self._trouble}. Make room: {_HELD / 60:.0f} minutes are kept in memory"
+                        f"recording waits: {self._trouble}. Free space: {_HELD / 60:.0f} minutes are kept in memory"
                     )
                 if time.monotonic() >= until:
                     lost = len(self._queue) * self._size / self._rate
                     self._notices.append(f"the last {lost:.1f} s could not be recorded: {self._trouble}")
                     try:
-                        self._finish(whole=False)  # which takes less room than a frame
+                        self._finish(whole=False)  # takes less space than a frame
                     except OSError:
                         if self._part is not None:
                             self._part.close(finished=False)
@@ -188,7 +188,7 @@ class Recorder:
             self._recover()
 
     def _recover(self) -> None:
-        """Finish what killed programs left in the folder; what is still being recorded is locked."""
+        """Finish recordings of killed programs in the folder; those in progress are locked."""
         for path in sorted(self.folder.glob(".*.wav.lock")):
             ours = _OURS.fullmatch(path.name)
             if ours is None:
@@ -202,15 +202,15 @@ class Recorder:
             try:
                 recovered = claim.sure and _recover(wav)
                 finished = claim.sure
-            except (OSError, ValueError, RecursionError):  # a full disk, somebody else's JSON: it stays as it is
+            except (OSError, ValueError, RecursionError):  # a full disk, or another program's JSON: left unchanged
                 finished = False
             claim.release(keep=not finished)
             if recovered:
-                self._notices.append(f"{wav}: its program was killed; all of it that was written is listed now")
+                self._notices.append(f"{wav}: its program was killed; the part that was written is listed now")
 
 
 class _Part:
-    """One wav and its JSON. Writing the same frame again, after an error, does no harm: places follow from numbers."""
+    """One wav and its JSON. A frame can be written again after an error: its number determines its position."""
 
     def __init__(self, folder: Path, rate: int, size: int, first: int, about: Transcript | None):
         self._rate, self._size, self._first = rate, size, first
@@ -222,7 +222,7 @@ class _Part:
                 continue
             try:
                 self._claim = Claim(self.path)
-            except BlockingIOError:  # another program, in this moment
+            except BlockingIOError:  # another program, at this moment
                 continue
             try:
                 self._wav = WavFile(self.path, rate, 2, new=True)
@@ -245,7 +245,7 @@ class _Part:
             self._discard()
             self._claim.release()
             raise
-        self._entries = ""  # words that are not in the file yet
+        self._entries = ""  # words that are not yet in the file
         self._any = False
         self._taken = first - 1  # the last frame whose words were taken over
         self._end = len(head)
@@ -274,7 +274,7 @@ class _Part:
             self._entries = ""
 
     def finish(self, *, whole: bool) -> None:
-        """Complete the JSON, list the recording, and let go of it. After an OSError it can be called again."""
+        """Complete the JSON, list the recording, and release it. After an OSError it can be called again."""
         if self.samples:
             _complete(self._words, self._rate, self.samples, whole=whole)
             _list(self.path, self.samples / self._rate)
@@ -283,7 +283,7 @@ class _Part:
         self.close(finished=True)
 
     def close(self, *, finished: bool) -> None:
-        """Let go of it; what is not finished, the next recording in the folder will finish."""
+        """Release it; an unfinished recording is finished by the next one in the folder."""
         self._wav.close()
         os.close(self._json)
         self._claim.release(keep=not finished)
@@ -305,7 +305,7 @@ class _Part:
 
 
 def _complete(path: Path, rate: int, samples: int, *, whole: bool) -> None:
-    """Add what follows from the rest of a recording's JSON: only its end knows it."""
+    """Add the keys of a recording's JSON that are known only at its end."""
     found = read_json(path) or _salvaged(path)
     if "duration" in found:
         return
@@ -324,7 +324,7 @@ def _complete(path: Path, rate: int, samples: int, *, whole: bool) -> None:
 
 
 def _salvaged(path: Path) -> dict[str, Any]:
-    """JSON that was cut off in the middle of a word: what stands before it."""
+    """Repair JSON that was truncated in the middle of a word, by dropping that word."""
     head, _, rest = path.read_text(encoding="utf-8", errors="replace").partition(_HEAD)
     entries = []
     for line in rest.splitlines():
@@ -336,7 +336,7 @@ def _salvaged(path: Path) -> dict[str, Any]:
 
 
 def _recover(wav: Path) -> bool:
-    """Finish a recording whose program was killed. Returns whether it was missing in the list."""
+    """Finish a recording whose program was killed. Returns whether it was missing from the list."""
     words = wav.with_suffix(".json")
     if not (wav.exists() and words.exists()):
         return False
@@ -371,12 +371,12 @@ def _listed(wav: Path) -> bool:
 
 
 def _list(wav: Path, duration: float) -> None:
-    """Append a line to the list, or nothing: half a line would spoil the next one, too."""
+    """Append a line to the list, or nothing: half a line would also corrupt the next one."""
     path = wav.with_name(LIST)
     with named(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            # Other programs may record here, too. The system lets go of this lock with the file.
+            # Other programs may record here, too. The system releases this lock with the file.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             before = os.fstat(file).st_size

@@ -1,6 +1,6 @@
-"""What was said, in the one form that ``file``, ``talk --record`` and the page write: docs/recordings.md has its keys.
+"""Transcripts: the JSON that ``file``, ``talk --record`` and the page write; docs/recordings.md describes the keys.
 
-Beside a stereo wav it is what moshi-finetune trains on (its key ``alignments``), and ``file`` reads it again where
+Together with the stereo wav it is what moshi-finetune trains on (the key ``alignments``), and ``file`` reads it when
 such a recording is the question.
 """
 
@@ -32,7 +32,7 @@ _LARGEST = 1 << 26  # bytes of a JSON file that is read: hours of words
 
 @dataclass
 class Transcript:
-    """A conversation; :meth:`as_dict` has the file's keys.
+    """The transcript of a conversation; :meth:`as_dict` has the file's keys.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Transcript:
     heard : sequence of dict
         Words of the user that were known before, as the key ``words`` has them.
     seconds_computed : float or None
-        None in a conversation, which takes as long as it takes.
+        None for a live conversation.
     """
 
     program: str
@@ -76,7 +76,7 @@ class Transcript:
         settings: dict[str, Any] | None = None,
         **fields: Any,
     ) -> Transcript:
-        """The beginning: what answers, and how; ``settings`` are further ones, ``fields`` this class's own."""
+        """Start a transcript for a model and its settings; ``settings`` are added, ``fields`` are this class's."""
         return cls(
             program=program(),
             model=clean(model.name),
@@ -90,7 +90,7 @@ class Transcript:
         )
 
     def head(self) -> dict[str, Any]:
-        """What is known before anything is said."""
+        """The keys that are known at the start."""
         computed = self.seconds_computed
         return {
             "version": VERSION,
@@ -136,12 +136,12 @@ def spoken(words: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def aligned(word: dict[str, Any]) -> list[Any]:
-    """A word as moshi-finetune has it."""
+    """A word in moshi-finetune's format."""
     return [word["text"], [word["start"], word["end"]], LABELS[word["speaker"]]]
 
 
 def unaligned(entries: Iterable[Any]) -> list[dict[str, Any]]:
-    """The reverse of :func:`aligned` for many, without those that make no sense."""
+    """The reverse of :func:`aligned` for a list; invalid entries are skipped."""
     words = []
     for entry in entries:
         try:
@@ -157,12 +157,12 @@ def unaligned(entries: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all (see :func:`replace_text`)."""
+    """Write a JSON file atomically (see :func:`replace_text`)."""
     replace_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file in this form, or None where there is none."""
+    """Read a JSON file in this format; None if there is none."""
     try:
         if path.stat().st_size > _LARGEST:
             return None
@@ -173,5 +173,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def clean(text: str | os.PathLike[str]) -> str:
-    """A name as valid Unicode: file names on Linux need not be."""
+    """A name as valid Unicode, which file names on Linux need not be."""
     return os.fspath(text).encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""Wav files of 16 bits that are valid on disk after every frame, and the same into a pipe."""
+"""16-bit wav files that are valid on disk after every frame, and the same format for a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LARGEST = (1 << 32) - 4096
 
 
 def header(rate: int, channels: int, samples: int) -> bytes:
-    """The first bytes of a wav with so many samples in each channel."""
+    """The header of a wav with this many samples in each channel."""
     width = 2 * channels
     size = samples * width
     return struct.pack(
@@ -35,7 +35,7 @@ def header(rate: int, channels: int, samples: int) -> bytes:
 
 
 def write_at(file: int, data: bytes, place: int) -> None:
-    """All of ``data`` at ``place``; the system may take less at a time when the disk fills up."""
+    """Write all of ``data`` at ``place``; the system may write less at a time when the disk fills up."""
     while data:
         count = os.pwrite(file, data, place)
         data, place = data[count:], place + count
@@ -48,14 +48,14 @@ def _values(sides: tuple[Pcm, ...]) -> bytes:
 
 
 class WavFile:
-    """A wav that grows. Places follow from numbers: what could not be written, on a full disk, can be tried again.
+    """A growing wav file. A write that failed, for example on a full disk, can be repeated.
 
     Parameters
     ----------
     path : path
     rate, channels : int
     new : bool
-        Refuse to write over a file.
+        Refuse to replace an existing file.
 
     Attributes
     ----------
@@ -81,17 +81,17 @@ class WavFile:
             if not self.samples:
                 write_at(self._file, header(self._rate, self._channels, 0), 0)
             write_at(self._file, data, HEADER + width * self.samples)
-            # The lengths come after the sound: a header never promises what is not there.
+            # The lengths are written after the sound, so the header never counts missing samples.
             samples = self.samples + len(data) // width
             write_at(self._file, header(self._rate, self._channels, samples), 0)
         self.samples = samples
 
     def close(self) -> None:
-        """What could be written has been: a disk that refuses now takes nothing away."""
+        """Close it; errors are ignored, since everything has been written."""
         file, self._file = self._file, -1
         if file >= 0:
             with contextlib.suppress(OSError):
-                if self.samples:  # half a frame on a full disk is room for the words
+                if self.samples:  # drop half a frame on a full disk: its space is used for the words
                     os.ftruncate(file, HEADER + 2 * self._channels * self.samples)
             with contextlib.suppress(OSError):
                 os.close(file)
@@ -106,7 +106,7 @@ def _fit(rate: int, samples: int, channels: int) -> None:
 
 
 class AnswerFile:
-    """An answer on its way: left Moshi, right the user, or Moshi alone.
+    """The wav of an answer: left Moshi, right the user, or Moshi alone.
 
     It grows under :func:`partial_name`. :meth:`finish` moves it to its name, :meth:`keep` leaves it where it is.
 
@@ -115,15 +115,15 @@ class AnswerFile:
     target : path
     sample_rate : int
     samples : int
-        How long it will be: refused now if no wav can hold it.
+        Its length: refused if no wav can hold it.
     channels : int
 
     Raises
     ------
     AudioError
-        Too long for a wav.
+        If it is too long for a wav.
     OSError
-        The folder is missing or not writable.
+        If the folder is missing or not writable.
     """
 
     def __init__(self, target: Path, sample_rate: int, samples: int, channels: int = 2):
@@ -138,7 +138,7 @@ class AnswerFile:
         return self._wav.samples
 
     def write(self, moshi: Pcm, user: Pcm) -> None:
-        """Append both sides, [samples] float32 each and equally long."""
+        """Append both channels, [samples] float32 each and equally long."""
         self._wav.write(*(moshi, user)[: self._channels])
 
     def finish(self) -> Path:
@@ -149,7 +149,7 @@ class AnswerFile:
         return self.target
 
     def keep(self) -> Path | None:
-        """Close it as it is. Returns where it is, or None if there was nothing to keep, and it is gone."""
+        """Close it as it is. Returns its path, or None if it was empty and has been removed."""
         self._wav.close()
         if self.samples:
             return self.partial
@@ -158,7 +158,7 @@ class AnswerFile:
 
 
 class AnswerStream:
-    """An answer into a pipe, frame by frame. Parameters as :class:`AnswerFile`; the length is said in front."""
+    """An answer written to a pipe, frame by frame. Parameters as for :class:`AnswerFile`; the header has the length."""
 
     def __init__(self, stream: BinaryIO, sample_rate: int, samples: int, channels: int = 2):
         _fit(sample_rate, samples, channels)
@@ -178,9 +178,9 @@ class AnswerStream:
         self.samples += len(moshi)
 
     def finish(self) -> Path:
-        """Nothing is left to be done."""
+        """Nothing to do."""
         return self.target
 
     def keep(self) -> Path | None:
-        """What was written is out of reach."""
+        """Nothing to do: what was written has left the pipe."""
         return self.target if self.samples else None

@@ -1,8 +1,8 @@
-"""What a person sees and presses during a live conversation. Knows no sound: it is told numbers and shows them.
+"""Display and keys of a live conversation. It processes no sound: it shows the figures that it is given.
 
-On a terminal Moshi's lines scroll above a panel of levels, figures and keys, as wide as the terminal; anywhere else
-only the lines come, with no colour and no control characters. Words go to standard output, everything else to standard
-error, as in the verb ``file``.
+On a terminal Moshi's lines scroll above a panel of levels, figures and keys, as wide as the terminal; elsewhere
+only the lines are printed, with no colour and no control characters. Words go to standard output, everything else to
+standard error, as in the command ``file``.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class State:
     Attributes
     ----------
     seconds : float
-        Since the conversation began.
+        Time since the conversation began.
     user, moshi : float
         Levels: root mean square, 0 to 1.
     latency : float
-        Seconds from the end of a frame to its answer being ready: the median of the last thousand.
+        Seconds from the end of a frame until its answer is ready: the median of the last thousand.
     queue : float
-        Seconds of sound that wait inside the program: to be heard, and to be played.
+        Seconds of sound waiting inside the program: to be processed, and to be played.
     late : int
         Frames whose answer was ready more than two frames after their end.
     dropped : float
@@ -69,7 +69,7 @@ class State:
 
 
 def decibels(level: float) -> float:
-    """Of a root mean square, relative to full scale; not below -99."""
+    """Decibels of a root mean square, relative to full scale; not below -99."""
     return max(20 * math.log10(level), -99.0) if level > 0 else -99.0
 
 
@@ -83,13 +83,13 @@ class Panel:
     text : bool
         Print Moshi's words.
     keys : bool
-        Whether keys are read, so that they are worth showing.
+        Whether keys are read, and therefore shown.
     """
 
     def __init__(self, *, panel: bool = True, text: bool = True, keys: bool = True):
         self._text, self._keys = text, keys
         self._lines = Lines()
-        self._waiting: list[tuple[str, str]] = []  # notices that came inside a word, and when the first of them came
+        self._waiting: list[tuple[str, str]] = []  # notices that arrived within a word, and the time of the first
         self._since = 0.0
         self._live: Live | None = None
         if panel and is_terminal(sys.stderr):
@@ -100,7 +100,7 @@ class Panel:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-        # Both on one terminal: lines must go through the panel, or they would be written over it.
+        # Both on one terminal: lines must go through the panel, or they would overwrite it.
         self._above = self._live.console if self._live is not None and is_terminal(sys.stdout) else None
 
     def __enter__(self) -> Panel:
@@ -116,7 +116,7 @@ class Panel:
             self._live.stop()
 
     def say(self, seconds: float, text: str) -> None:
-        """Moshi said ``text`` at this time of the conversation; call it with ``""`` as time goes on."""
+        """Moshi said ``text`` at this time of the conversation; call it with ``""`` as time passes."""
         if self._waiting and (text[:1].isspace() or time.monotonic() - self._since >= _PATIENCE):
             self._flush()
         self._print(self._lines.feed(seconds, text))
@@ -124,14 +124,14 @@ class Panel:
             self._flush()
 
     def restart(self) -> None:
-        """A new conversation begins, and its time counts from zero."""
+        """A new conversation begins; its time starts at zero."""
         self._flush()
         self._lines = Lines()
 
     def notice(self, text: str, label: str = "notice") -> None:
-        """A sentence about the devices, the recording and the like.
+        """Print a notice about the devices, the recording and the like.
 
-        It stands below the words that came before it: the line that is still growing ends first, after a whole word.
+        It appears below the words that came before it: the current line is ended first, after a whole word.
         """
         self._since = self._since if self._waiting else time.monotonic()
         self._waiting.append((text, label))
@@ -139,7 +139,7 @@ class Panel:
             self._flush()
 
     def show(self, state: State) -> None:
-        """Draw the panel again."""
+        """Redraw the panel."""
         if self._live is None:
             return
         width = max(self._live.console.width - 1, 20)
@@ -147,7 +147,7 @@ class Panel:
         self._live.update(Text("\n".join([*lines, *_panel(state, self._keys, width)])), refresh=True)
 
     def _flush(self) -> None:
-        """End the growing line, and print the notices that wait."""
+        """End the current line, and print the pending notices."""
         self._print(self._lines.flush())
         waiting, self._waiting = self._waiting, []
         for text, label in waiting:
@@ -188,7 +188,7 @@ def _panel(state: State, keys: bool, width: int) -> list[str]:
 
 
 def _flow(fields: Sequence[str], width: int) -> list[str]:
-    """Fields beside each other, in as many lines as they need."""
+    """Fields next to each other, in as many lines as needed."""
     lines = [fields[0]]
     for field in fields[1:]:
         if len(lines[-1]) + 3 + len(field) <= width:
@@ -205,7 +205,7 @@ def _bar(level: float) -> str:
 
 
 class Keys:
-    """Single keys from the terminal, without waiting for Return. Use it with ``with``; nothing where there is none."""
+    """Single keys from the terminal, without waiting for Return. Use it with ``with``; inactive without a terminal."""
 
     def __init__(self) -> None:
         self._file = -1
@@ -225,7 +225,7 @@ class Keys:
                 self._before = termios.tcgetattr(sys.stdin.fileno())
                 self._file = sys.stdin.fileno()
                 tty.setcbreak(self._file)
-        except (ImportError, OSError, ValueError):  # no terminal after all
+        except (ImportError, OSError, ValueError):  # not a terminal after all
             self._file = -1
         return self
 
@@ -254,7 +254,7 @@ class Keys:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Keep standard error for this program: PortAudio and its friends write there when a device goes away."""
+    """Reserve standard error for this program: PortAudio and its libraries write there when a device goes away."""
     try:
         kept = sys.stderr
         if sys.platform != "linux" or kept.fileno() != 2:

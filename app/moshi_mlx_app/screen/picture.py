@@ -1,8 +1,8 @@
-"""The picture of ``bench --picture``: when each stage took how long, as SVG.
+"""The picture of ``bench --picture``: the time of each stage, as SVG.
 
-Three panels: the frames one after the other, as fast as they go, stage on stage; the same at the pace of a
-conversation, with the latency of the answer; and how often each stage took how long. Written by hand: a plotting
-library would be among the largest things that this program installs.
+Three panels: the frames one after the other at full speed, stages stacked; step and latency at the pace of a
+conversation; and a histogram of each stage. Written by hand: a plotting
+library would be one of the largest dependencies of this program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["draw"]
 
 _COLORS = {"encode": "#0072b2", "step": "#e69f00", "decode": "#009e73", "latency": "#b8508f"}
 _WIDTH, _LEFT, _RIGHT, _HIGH = 960, 64, 24, 190
-_MOST = 420  # frames that have room side by side
+_MOST = 420  # frames that fit side by side
 _BINS = 40
 
 Series = Mapping[str, Sequence[float] | NDArray[np.float64]]
@@ -32,7 +32,7 @@ def draw(title: str, about: str, fast: Series, paced: Series, frame: float) -> s
     Parameters
     ----------
     title, about : str
-        Two lines above it.
+        Two lines at the top.
     fast, paced : mapping of str to sequence of float
         Milliseconds of each frame, by stage: ``encode``, ``step``, ``decode``; ``paced`` has ``latency`` too.
     frame : float
@@ -53,9 +53,9 @@ def draw(title: str, about: str, fast: Series, paced: Series, frame: float) -> s
         _text(_LEFT, 30, title, size=18),
         _text(_LEFT, 50, about, color="#666"),
         *_legend([*stages, *(["latency"] if len(paced.get("latency", ())) else [])]),
-        *_bars(110, f"As fast as it goes{each}", dict(zip(stages, grouped, strict=True)), frame),
+        *_bars(110, f"At full speed{each}", dict(zip(stages, grouped, strict=True)), frame),
         *_lines(370, "At the pace of a conversation: from a frame's last sample to its answer", paced, frame),
-        *_histograms(630, "How often each stage took how long, as fast as it goes", {n: fast[n] for n in stages}),
+        *_histograms(630, "Distribution of the time of each stage, at full speed", {n: fast[n] for n in stages}),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -109,7 +109,7 @@ def _histograms(top: int, title: str, series: Series) -> list[str]:
     wide = (_WIDTH - _LEFT - _RIGHT) / max(len(series), 1)
     for place, (name, values) in enumerate(series.items()):
         times = np.asarray(values, float)
-        # A few frames far out would leave all others in one bar: they are counted in the last.
+        # A few outliers would leave all others in one bar: they are counted in the last bar.
         last = max(float(np.percentile(times, 99)) * 1.1, 1e-3)
         counts, edges = np.histogram(np.minimum(times, last), bins=_BINS, range=(0.0, last))
         left, inner, high = _LEFT + place * wide, wide - 30, 130
@@ -143,7 +143,7 @@ def _axes(top: int, title: str, highest: float) -> list[str]:
 
 
 def _limit(top: int, highest: float, frame: float) -> list[str]:
-    """A line where the frame's time is over, above what is drawn."""
+    """A line at the duration of a frame, on top of the plot."""
     y, right = top + _HIGH * (1 - frame / highest), _WIDTH - _RIGHT
     return [
         f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#c00" stroke-dasharray="5 4"/>',
@@ -161,7 +161,7 @@ def _legend(names: list[str]) -> list[str]:
 
 
 def _round_up(value: float) -> float:
-    """A round number that is not smaller."""
+    """The next larger round number."""
     power = 10.0 ** np.floor(np.log10(value))
     return float(next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if step * power >= value))
 
@@ -172,5 +172,5 @@ def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start
 
 
 def _escaped(text: str) -> str:
-    """Text for XML, which allows neither controls nor noncharacters, escaped or not."""
+    """Escape text for XML, which allows neither control characters nor noncharacters, escaped or not."""
     return escape(re.sub("[\ufffe\uffff]", " ", printable(text)))

@@ -1,9 +1,9 @@
-"""Everything that the program prints: text on standard output, sentences on standard error, progress on a terminal.
+"""Everything that the program prints: text on standard output, messages on standard error, progress on a terminal.
 
-Text is the result, so it goes to standard output; everything about the work goes to standard error. On a terminal a
-bar stands at the bottom and finished lines scroll above it, broken between words; anywhere else the same lines come
-plainly, with no bar, no colour and no control characters. If standard output closes (``| head -1``), the text stops and
-the work goes on. What files, devices and models are called is made printable here, and rich's markup is never read.
+Text is the result, so it goes to standard output; everything else goes to standard error. On a terminal a
+bar stays at the bottom and finished lines scroll above it, wrapped between words; elsewhere the same lines are
+plain, with no bar, no colour and no control characters. If standard output closes (``| head -1``), the text stops and
+the work continues. Names of files, devices and models are made printable here, and rich's markup is never interpreted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["AnswerProgress", "Lines", "Loading", "is_terminal", "say", "say_line
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """True where a bar can be drawn and moved."""
+    """True if a bar can be drawn and updated."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _is_pipe(stream: TextIO) -> bool:
-    """True where the text may come out on the same terminal after all, as with ``| tee``."""
+    """True if the text may end up on the same terminal, as with ``| tee``."""
     try:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
     except (OSError, ValueError):
@@ -41,10 +41,10 @@ def _is_pipe(stream: TextIO) -> bool:
 
 
 def wrapped(text: str, stream: TextIO, indent: int = 0) -> list[str]:
-    """``text`` broken between words to fit a terminal, with ``indent`` spaces before all lines but the first.
+    """``text`` wrapped between words to fit a terminal, with ``indent`` spaces before all lines but the first.
 
-    It is one line where ``stream`` is no terminal. A word that is longer than a line, such as a path, stays
-    whole: the terminal continues it, and it can be copied.
+    It is one line if ``stream`` is not a terminal. A word that is longer than a line, such as a path, is not
+    broken: the terminal wraps it, and it can be copied.
     """
     if not is_terminal(stream):
         return [text]
@@ -59,7 +59,7 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> list[str]:
 
 
 def say(*lines: str) -> None:
-    """Lines on standard output, unless their reader has gone; a line break in a name begins no line."""
+    """Print lines on standard output, unless the reader has gone; line breaks within a line are replaced."""
     try:
         print(*map(printable, lines), sep="\n", flush=True)
     except BrokenPipeError:
@@ -67,7 +67,7 @@ def say(*lines: str) -> None:
 
 
 def say_line(line: str, console: Console | None = None) -> None:
-    """A line of :class:`Lines` on standard output; through the ``console`` of what is drawn on the same terminal."""
+    """Print a line of :class:`Lines` on standard output, or through the ``console`` of a display on the terminal."""
     if console is None:
         say(*wrapped(line, sys.stdout, Lines.INDENT))
     else:
@@ -75,7 +75,7 @@ def say_line(line: str, console: Console | None = None) -> None:
 
 
 def silence_output() -> None:
-    """Point standard output at nothing: its reader has gone, and the interpreter would complain at exit."""
+    """Redirect standard output to nothing: its reader has gone, and the interpreter would complain at exit."""
     try:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())
@@ -85,7 +85,7 @@ def silence_output() -> None:
 
 
 def warn(text: str, label: str = "warning", console: Console | None = None) -> None:
-    """A sentence on standard error, after a ``label`` if it is not empty; through the ``console`` of what is drawn."""
+    """Print a message on standard error, with a ``label`` if it is not empty, or through a display's ``console``."""
     label = f"{label}: " if label else ""
     lines = "\n".join(wrapped(label + printable(text), sys.stderr, len(label)))
     if console is None:
@@ -95,7 +95,7 @@ def warn(text: str, label: str = "warning", console: Console | None = None) -> N
 
 
 class Loading:
-    """One line that says what is being done while a model loads; only on a terminal. Call it with a sentence."""
+    """A status line while a model loads; only on a terminal. Call it with a message."""
 
     def __init__(self, *, shown: bool = True):
         self._status: Status | None = None
@@ -119,9 +119,9 @@ class Loading:
 
 
 class Lines:
-    """Text that comes in pieces, cut into lines worth reading: at the end of a sentence, at a pause, or when long.
+    """Splits streamed text into lines: at the end of a sentence, at a pause, or when a line is long.
 
-    ``current`` is the line that is still growing, with the time of its first piece in front.
+    ``current`` is the unfinished line, preceded by the time of its first piece.
     """
 
     PAUSE = 1.2
@@ -133,7 +133,7 @@ class Lines:
         self._start = self._last = 0.0
 
     def feed(self, seconds: float, text: str) -> list[str]:
-        """Take the text of one frame, often ``""``; returns the lines that it ends."""
+        """Add the text of one frame, often ``""``; returns the lines that are finished."""
         done: list[str] = []
         text = printable(text)
         if not self._text:
@@ -153,7 +153,7 @@ class Lines:
         return done
 
     def flush(self) -> list[str]:
-        """The line that is still growing, if any."""
+        """Finish the current line, if any."""
         line, self._text = self.current, ""
         return [line] if line else []
 
@@ -183,16 +183,16 @@ class _Bar(Progress):
 
 
 class AnswerProgress:
-    """Shows one answer as it grows. Use it with ``with``: leaving it clears the bar and prints what is pending.
+    """Shows the progress of an answer. Use it with ``with``: leaving it clears the bar and prints what is pending.
 
     Parameters
     ----------
     total : float
-        Seconds of sound to answer.
+        Seconds of sound to compute.
     text : bool
         Print the text.
     bar : bool
-        Draw a bar where standard error is a terminal.
+        Draw a bar if standard error is a terminal.
     """
 
     def __init__(self, total: float, *, text: bool = True, bar: bool = True):
@@ -202,7 +202,7 @@ class AnswerProgress:
         self._bar: _Bar | None = None
         if bar and is_terminal(sys.stderr) and not (text and _is_pipe(sys.stdout)):
             self._bar = _Bar(
-                # Not as wide as the terminal: the echo of ^C would wrap and shift everything by a line.
+                # Narrower than the terminal: the echo of ^C would wrap and shift everything by a line.
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.1f} of {task.total:.1f} s"),
                 _FactorColumn(),
@@ -214,7 +214,7 @@ class AnswerProgress:
                 redirect_stderr=False,
             )
             self._task = self._bar.add_task("", total=total, factor=None)
-        # Both on one terminal: finished lines must go through the bar, or they would be written over it.
+        # Both on one terminal: finished lines must go through the bar, or they would overwrite it.
         self._together = self._bar is not None and text and is_terminal(sys.stdout)
 
     def __enter__(self) -> AnswerProgress:
