@@ -12,7 +12,7 @@ def main() -> int:
     """Run the installed command with the process's arguments. Returns the exit status."""
     found = list(entry_points(group="console_scripts", name=COMMAND))
     if not found:
-        print(f"the command {COMMAND} is not installed: without it moshi_mlx is a library only", file=sys.stderr)
+        print(f"the command {COMMAND} is not installed: this moshi_mlx is only the library", file=sys.stderr)
         return 2
     run = found[0].load()
     return int(run() or 0)

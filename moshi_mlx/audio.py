@@ -1,8 +1,8 @@
-"""Sound as it comes in: what is taken for samples, everywhere, and what is refused.
+"""Validation of samples, in one place for the whole library.
 
 Samples are floats from -1 to 1, or integers as sound files hold them, which are scaled: int16 and int32 by 2^15 and
-2^31, uint8 (8-bit wav) around its silence, 128. Whatever else comes is refused with a sentence that says what to do:
-other types, values far beyond full scale (integers that somebody has turned into floats), NaN, wrong shapes and rates.
+2^31, uint8 (8-bit wav) around its silence, 128. Everything else is refused with a message that says what to do:
+other types, values far beyond full scale (integers converted to floats), NaN, wrong shapes and rates.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Pcm = NDArray[np.float32]
 MIN_RATE, MAX_RATE = 8_000, 192_000
 """Sample rates of recordings, hertz."""
 TAIL, LONGEST_TAIL = 4.0, 3600.0
-"""Seconds of silence after a recording, in which the answer can end: the usual ones, and the most."""
+"""Seconds of silence after a recording, so that the answer can end: the default, and the maximum."""
 
-_LOUDEST = 16.0  # float sound may pass full scale a little; integers taken for floats pass it by thousands
+_LOUDEST = 16.0  # float sound may exceed full scale slightly; integers taken as floats exceed it by thousands
 _FULL_SCALE = {"int16": 2.0**15, "int32": 2.0**31}
 
 
@@ -149,7 +149,7 @@ def as_mono(pcm: ArrayLike, sample_rate: float, target_rate: float) -> Pcm:
         if samples.shape[0] < samples.shape[1]:
             raise AudioError(
                 f"pcm has shape {list(samples.shape)}, more channels than samples: it must be [samples, channels], so "
-                "turn it (pcm.T)"
+                "transpose it (pcm.T)"
             )
         samples = samples.mean(axis=1)
     bad = np.flatnonzero(~np.isfinite(samples))
@@ -179,7 +179,7 @@ def check_rate(sample_rate: float) -> None:
 
 
 def check_tail(seconds: float) -> None:
-    """Raise AudioError unless this many seconds of silence can be put after a recording."""
+    """Raise AudioError unless this is a valid number of seconds of silence after a recording."""
     if not isinstance(seconds, Real) or not 0 <= seconds <= LONGEST_TAIL:
         raise AudioError(
             f"tail is the silence after the recording, from 0 to {LONGEST_TAIL:g} seconds, found {str(seconds)[:60]}"

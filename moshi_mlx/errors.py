@@ -1,4 +1,4 @@
-"""Everything that this package raises on purpose.
+"""The exceptions that this package raises on purpose.
 
 ::
 
@@ -11,7 +11,7 @@
     ├── TokenError         a text token or an audio code outside its range
     └── CodecError         the codec failed while it ran
 
-Each message names the thing and the way out. ``assert`` is kept for internal invariants.
+Each message names the problem and what to do. ``assert`` is kept for internal invariants.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MoshiError(Exception):
     """Base class of all errors raised on purpose by this package."""
 
     def __str__(self) -> str:
-        text = super().__str__()  # which may quote what a file holds, and a file may hold anything
+        text = super().__str__()  # it may quote a file's contents, which may be anything
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-290:]}"
 
 

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a model that can talk."""
+"""Load a checkpoint by its name."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def load(
     source : str or path
         A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
     weights : str, optional
-        Which file of weights to take where a checkpoint has several, for instance ``model.q4.safetensors``.
+        Which file of weights to load if a checkpoint has several, for instance ``model.q4.safetensors``.
     codec : {"auto", "rust", "mlx", "numpy"}
-        What computes the codec; see :func:`moshi_mlx.codec.base.make_codec`.
+        Implementation of the codec; see :func:`moshi_mlx.codec.base.make_codec`.
     lora : path, optional
-        ``lora.safetensors`` of moshi-finetune to merge; by default what the checkpoint names.
+        ``lora.safetensors`` of moshi-finetune to merge; by default the one that the checkpoint names.
     lora_scaling : float, optional
-        Factor on it; by default what the checkpoint says.
+        Its scale; by default the checkpoint's.
     dtype : mx.Dtype, optional
         Type of weights that are not quantized; by default the file's.
     backend : {"auto", "mlx", "numpy"}
@@ -102,10 +102,10 @@ def load(
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:
-    """How long a frame in and a frame out take here with every codec that a checkpoint can have.
+    """Time of encoding and decoding a frame with every codec implementation that a checkpoint supports.
 
-    In two or three seconds for the published codec, half a second for the built-in one. What is the fastest once is so
-    until machine or versions change: keep it, and give it to :func:`load` as ``codec``.
+    Takes two or three seconds for the published codec, half a second for the built-in one. The result is valid
+    until the machine or the versions change: keep the fastest, and pass it to :func:`load` as ``codec``.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def measure_backend(model: Moshi, seconds: float = 0.2) -> dict[str, float]:
 
 
 def _codec_sizes(config: ModelConfig, files: CheckpointFiles) -> tuple[MimiConfig, int]:
-    """Sizes of a checkpoint's codec, and how many codebooks the model uses; 0 if it has no use for a codec."""
+    """Sizes of a checkpoint's codec, and how many codebooks the model uses; 0 if it needs no codec."""
     lm = config.lm
     codebooks = max(lm.own_q, lm.user_q)
     if not codebooks:
@@ -192,7 +192,7 @@ def load_codec(config: ModelConfig, files: CheckpointFiles, kind: str = "auto") 
         return None
     if files.mimi is not None:
         made = make_codec(files.mimi, sizes, codebooks, kind)
-        if isinstance(made, RustMimi):  # which reads the file by itself, and does not look
+        if isinstance(made, RustMimi):  # it reads the file itself, without this check
             check_finite(read_safetensors(files.mimi)[0], str(files.mimi))
         return made
     if files.folder.parent != BUILTIN:
@@ -203,7 +203,7 @@ def load_codec(config: ModelConfig, files: CheckpointFiles, kind: str = "auto") 
 
 
 def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:
-    """Downloads as sentences, a few a second at most."""
+    """Report downloads as messages, a few per second at most."""
     if on_progress is None:
         return None
     said: dict[str, float] = {}
@@ -219,12 +219,12 @@ def _telling(on_progress: Callable[[str], None] | None) -> Progress | None:
 
 def _lacking(files: CheckpointFiles, part: str, what: str) -> CheckpointError:
     looked_for = files.names.get(part)
-    hint = f": put {looked_for} beside its weights, or name another file in config.json" if looked_for else ""
+    hint = f": put {looked_for} next to its weights, or name another file in config.json" if looked_for else ""
     return CheckpointError(f"{files.folder} lacks {what}{hint}")
 
 
 def _random_lm(config: LmConfig) -> Lm:
-    """Weights for a built-in model that is not trained yet: the same ones every time."""
+    """Weights for a built-in model that is not trained yet: always the same."""
     mx.random.seed(_UNTRAINED_SEED)
     lm = Lm(config)
     mx.eval(lm.parameters())

@@ -1,4 +1,4 @@
-"""Kyutai's package has its program here; this one's is the command ``moshi-mlx-local``, and whoever looks is told."""
+"""A hint for users of ``moshi_mlx.local``, the program of Kyutai's package; here it is ``moshi-mlx-local``."""
 
 from __future__ import annotations
 

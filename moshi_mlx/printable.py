@@ -1,6 +1,6 @@
 """Text from files, models and networks, made safe to print.
 
-This module knows no terminal: it only removes what one would obey.
+This module uses no terminal: it only removes what a terminal would interpret.
 """
 
 from __future__ import annotations

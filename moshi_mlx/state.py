@@ -1,25 +1,25 @@
-"""The streaming contract, and what a state is.
+"""The streaming contract, and the definition of a state.
 
-A streaming module has two ways through the same weights::
+A streaming module runs the same weights in two ways::
 
     y = module(x)                    # whole: a full sequence at once, differentiable
     state = module.init_state(batch) # stepwise: any number of new positions at a time
     y = module.step(x, state)        # reads and advances `state` in place
 
-Fed the same input, both give the same output (up to rounding), however the input is cut. Weights live in the
+Given the same input, both give the same output (up to rounding), however the input is split. Weights live in the
 module and never change while it streams; everything that does change is in the state, so one module serves any
 number of sessions.
 
 A state is a value: a tree of dicts whose leaves are arrays, ``mx.array`` or numpy, with the batch as their first axis;
-positions and counters are leaves as well (int32 [batch]). So a row can be taken out, put into another state, joined
+positions and counters are leaves as well (int32 [batch]). So a row can be extracted, put into another state, joined
 with others, saved to a file and read by another process (:func:`take_rows`, :func:`put_rows`,
-:func:`concatenate_rows`, :func:`save_state`). What computes in numpy and what computes in MLX have one schema, and
-either takes the other's state.
+:func:`concatenate_rows`, :func:`save_state`). The numpy and the MLX implementations share one schema, and
+accept each other's states.
 
-MLX modules replace leaves and never write into an array that somebody else may hold; numpy modules write into theirs.
+MLX modules replace leaves and never write into an array that may be shared; numpy modules write in place.
 :func:`copy_state` is safe with both.
 
-This module knows no layer and no model.
+This module is independent of layers and models.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
 
 
 def _map(change: Callable[..., Any], state: State, *others: State) -> State:
-    """A tree of what ``change`` makes of the leaves; ``others`` have the same structure."""
+    """Apply ``change`` to the leaves of a tree; ``others`` have the same structure."""
     made: State = {}
     for key, value in state.items():
         rest = [other[key] for other in others]
@@ -132,7 +132,7 @@ def count_rows(state: State) -> int:
 
 
 def describe_state(state: State) -> list[StateEntry]:
-    """The written schema of a state: one entry per leaf, in order."""
+    """The schema of a state: one entry per leaf, in order."""
     return [
         StateEntry(name, str(value.dtype).removeprefix("mlx.core."), tuple(value.shape))
         for name, value in _leaves(state)
@@ -142,8 +142,8 @@ def describe_state(state: State) -> list[StateEntry]:
 def copy_state(state: State) -> State:
     """A snapshot that later steps on ``state`` leave untouched.
 
-    MLX's buffers are shared until one side advances: item assignment replaces what an array object refers to, so the
-    snapshot needs array objects of its own, not buffers of its own. Numpy arrays are copied.
+    MLX's buffers are shared until one side advances: item assignment replaces the buffer of an array object, so the
+    snapshot needs separate array objects, not separate buffers. Numpy arrays are copied.
     """
 
     def copy(leaf: Leaf) -> Leaf:
@@ -163,7 +163,7 @@ def as_mlx(state: State) -> State:
 
 
 def take_rows(state: State, rows: Sequence[int]) -> State:
-    """A state of its own that holds some rows, in the order given."""
+    """A new state with some rows, in the given order."""
     index = np.asarray(rows, np.int32)
 
     def take(leaf: Leaf) -> Leaf:
@@ -200,7 +200,7 @@ def concatenate_rows(states: Sequence[State]) -> State:
     Raises
     ------
     StateError
-        If the schemas differ, or there is no state at all.
+        If the schemas differ, or ``states`` is empty.
     """
     if not states:
         raise StateError("there are no states to join")
@@ -232,7 +232,7 @@ def update_state(state: State, other: State) -> None:
 
 
 def _check_schema(state: State, other: State, rows: int | None = None) -> None:
-    """Refuse ``other`` if its schema is not that of ``state``, with ``rows`` rows if that is given."""
+    """Raise StateError if the schema of ``other`` is not that of ``state``, with ``rows`` rows if given."""
     mine, theirs = ({entry.name: entry for entry in describe_state(tree)} for tree in (state, other))
     if rows is not None:
         mine = {name: StateEntry(name, entry.dtype, (rows, *entry.shape[1:])) for name, entry in mine.items()}
@@ -255,7 +255,7 @@ def _assign(state: State, other: State) -> None:
 def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None) -> None:
     """Write a state to a safetensors file, with a digest of its values.
 
-    The file is written beside its final name and moved into place, so that an interruption leaves the old one whole.
+    The file is written under a temporary name and moved into place, so that an interruption leaves the old one intact.
     """
     arrays = {name: mx.array(value) for name, value in _leaves(state)}
     header = {"format": _FORMAT, "digest": _digest(arrays), **(metadata or {})}

@@ -3,7 +3,7 @@
 Every stream k is shifted by ``delays[k]`` frames before the model reads it. At position p the model
 
 * reads token ``p - 1 - delays[k]`` of each stream (its start token while that is negative), and
-* predicts token ``p - delays[k]`` of each stream that it generates (to be thrown away while that is negative).
+* predicts token ``p - delays[k]`` of each stream that it generates (discarded while that is negative).
 """
 
 from __future__ import annotations

@@ -635,7 +635,7 @@ def test_text_without_an_embedding_row() -> None:
     lm, config = golden_lm.model("helium")
     with pytest.raises(TokenError, match="between -2 and 55"):
         Generator(lm, GREEDILY).step(text=config.lm.text_card)
-    with pytest.raises(TokenError, match="listens to nobody"):
+    with pytest.raises(TokenError, match="has no user streams"):
         Generator(lm, GREEDILY).step([1])
     lm, config = golden_lm.model("tts")
     rows = config.lm.text_card + 1

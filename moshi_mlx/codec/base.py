@@ -1,4 +1,4 @@
-"""One face for all codecs: Mimi in MLX, Mimi in numpy, and Kyutai's own in Rust (the package ``rustymimi``).
+"""One interface for all codecs: Mimi in MLX, Mimi in numpy, and Kyutai's own in Rust (the package ``rustymimi``).
 
 Numpy in, numpy out. A codec encodes and decodes whole recordings, and makes streams that work a frame at a time::
 
@@ -13,7 +13,7 @@ Many streams are the rows of one state, and a step advances those that have a fr
     state = codec.init_encoder_state(batch=12)
     codes = codec.encode_step(frames, state, rows=[0, 3, 7])       # [3, 8, 1]
 
-Rows join, leave and begin again with :func:`~moshi_mlx.state.put_rows` and its neighbours. A stream belongs to one
+Rows join, leave and restart with :func:`~moshi_mlx.state.put_rows` and related functions. A stream belongs to one
 thread at a time; an encoder and a decoder may run in two threads at once.
 """
 
@@ -80,15 +80,15 @@ class _Stream(ABC):
 
     @abstractmethod
     def _fresh(self) -> State:
-        """The state of a stream that begins."""
+        """The initial state of a stream."""
 
     def reset(self) -> None:
-        """Begin again with silence."""
+        """Restart with silence."""
         if self._used:
             self.state, self._used = self._fresh(), False
 
     def snapshot(self) -> State:
-        """What the stream carries from frame to frame, as numpy arrays that later frames leave alone.
+        """The state of the stream, as numpy arrays that later frames do not change.
 
         Raises
         ------
@@ -98,7 +98,7 @@ class _Stream(ABC):
         return self._codec.export_state(self.state)
 
     def restore(self, snapshot: State) -> None:
-        """Go on from a :meth:`snapshot`, of this codec in MLX or in numpy.
+        """Continue from a :meth:`snapshot`, of this codec in MLX or in numpy.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class EncoderStream(_Stream):
         Raises
         ------
         AudioError
-            If the frame has another shape or type, or holds NaN or infinity. The stream can go on with the next one.
+            If the frame has another shape or type, or holds NaN or infinity. The stream can continue with the next one.
         CodecError
             If the codec itself fails.
         """
@@ -164,12 +164,12 @@ class DecoderStream(_Stream):
         Returns
         -------
         array [frame_size], float32
-            A frame of its own, nominally within -1 .. 1, not clipped.
+            A new array, nominally within -1 .. 1, not clipped.
 
         Raises
         ------
         TokenError
-            If there are more or fewer codes, or one is out of range. The stream can go on with the next column.
+            If there are more or fewer codes, or one is out of range. The stream can continue with the next column.
         CodecError
             If the codec itself fails.
         """
@@ -218,7 +218,7 @@ class Codec(ABC):
 
     @abstractmethod
     def init_encoder_state(self, batch: int = 1) -> State:
-        """What :meth:`encode_step` carries from call to call, for ``batch`` streams that begin with silence.
+        """The state of :meth:`encode_step` for ``batch`` streams that begin with silence.
 
         Rows are taken out, replaced and joined by :func:`~moshi_mlx.state.take_rows`,
         :func:`~moshi_mlx.state.put_rows` and :func:`~moshi_mlx.state.concatenate_rows`.
@@ -226,7 +226,7 @@ class Codec(ABC):
 
     @abstractmethod
     def init_decoder_state(self, batch: int = 1) -> State:
-        """What :meth:`decode_step` carries from call to call, for ``batch`` streams that begin with silence."""
+        """The state of :meth:`decode_step` for ``batch`` streams that begin with silence."""
 
     def encode_step(self, pcm: ArrayLike, state: State, rows: Sequence[int] | None = None) -> NDArray[np.int32]:
         """Codes of the next frames of some streams.
@@ -414,7 +414,7 @@ def _evaluated(state: State) -> State:
 
 @contextmanager
 def _part(state: State, rows: Rows) -> Iterator[State]:
-    """Some rows as a state of their own, whose changes are taken over."""
+    """Some rows as a separate state, whose changes are copied back."""
     batch = count_rows(state)
     if isinstance(rows, slice) and rows == slice(0, batch):
         yield state
@@ -469,9 +469,9 @@ def mimi_codec(mimi: Mimi, kind: str = "auto") -> MimiCodec:
 class RustMimi(Codec):
     """The published Mimi in Rust. A frame costs a fraction of what it costs in MLX on a CPU.
 
-    Each row of a state is a ``rustymimi.Tokenizer`` of its own (about 0.5 GB), because one object cannot encode and
+    Each row of a state is a separate ``rustymimi.Tokenizer`` (about 0.5 GB), because one object cannot encode and
     decode at the same time; ``rustymimi.StreamTokenizer`` could, but it cannot be reset, must be polled, and drops its
-    errors. Neither gives its state away, so streams can be neither saved nor restored.
+    errors. Neither exposes its state, so streams can be neither saved nor restored.
 
     Parameters
     ----------
@@ -506,7 +506,7 @@ class RustMimi(Codec):
         return self._streams(batch)
 
     def _streams(self, batch: int) -> State:
-        """A state whose rows are objects: they can be taken and put like others, but not copied or saved."""
+        """A state whose rows are objects: they can be moved between states, but not copied or saved."""
         streams = np.empty(batch, object)
         for row in range(batch):
             streams[row] = _RustTokenizer(self)
@@ -603,7 +603,7 @@ def make_codec(
     CheckpointError
         If the file cannot be read or does not fit.
     CodecError
-        If ``rust`` is asked for and cannot be had.
+        If ``rust`` is requested and not available.
     ConfigError
         If ``kind`` is not one of these, or there are fewer codebooks than asked for.
     """
@@ -627,14 +627,14 @@ def measure_codecs(
     num_codebooks: int | None = None,
     seconds: float = 0.2,
 ) -> dict[str, float]:
-    """How long a frame in and a frame out take here with every codec that can be had for a file of weights.
+    """Time of encoding and decoding a frame with every codec that is available for a file of weights.
 
     Parameters
     ----------
     path, config, num_codebooks
         As for :func:`make_codec`.
     seconds : float
-        For each, beside the time to load it; one that is far behind gets less.
+        Time to measure each, in addition to loading it; a much slower one gets less.
 
     Returns
     -------
@@ -746,5 +746,7 @@ def _codes(codes: NDArray[Any], codec: Codec) -> NDArray[np.int32]:
 def _rust_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever the bindings raise; the first line tells, the rest is a Rust backtrace
+    except (
+        Exception
+    ) as error:  # the bindings raise various types; the first line is the message, the rest a Rust backtrace
         raise CodecError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}") from None

@@ -20,12 +20,12 @@ _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def one_blas_thread() -> bool:
-    """Let the OpenBLAS of numpy's wheel use one thread in this process, unless the environment says how many.
+    """Make the OpenBLAS of numpy's wheel use one thread in this process, unless the environment sets a number.
 
     Returns
     -------
     bool
-        Whether it was set. False where numpy has another library (macOS: Accelerate), which is left alone.
+        Whether it was set. False if numpy has another library (macOS: Accelerate), which is not changed.
     """
     if any(os.environ.get(name) for name in _VARIABLES):
         return False

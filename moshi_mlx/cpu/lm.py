@@ -1,9 +1,9 @@
 """One position through the language model: with MLX's kernels, or on the CPU with numpy's.
 
-:func:`make_stepper` is the one place that chooses. On a GPU the model's modules are the fast way. On a CPU, MLX takes
-each norm, rotation and attention apart into ten operations and more, spends four microseconds on every one of them,
-and its Linux wheel brings a matrix product without vector instructions; numpy spends half a microsecond and brings a
-proper BLAS. There :class:`NumpyStepper` computes the same numbers from the same memory, one call after the other.
+:func:`make_stepper` chooses between them. On a GPU the model's modules are fastest. On a CPU, MLX splits
+each norm, rotation and attention into ten operations or more, spends four microseconds on each of them,
+and its Linux wheel has a matrix product without vector instructions; numpy spends half a microsecond and has a
+proper BLAS. There :class:`NumpyStepper` computes the same values from the same memory.
 
 Both are tested against the PyTorch reference, and against each other.
 """
@@ -69,7 +69,7 @@ class Stepper:
     def computed(self, rows: Ints, total: int) -> Ints:
         """Which of a state's ``total`` rows are computed where ``rows`` step.
 
-        Here all of them, so that shapes, and with them kernels, are few: those that wait compute what nobody reads.
+        Here all of them, so that there are few shapes and kernels: the results of waiting rows are not read.
         """
         return np.arange(total)
 
@@ -128,7 +128,7 @@ class Stepper:
     def run(self, function: Callable[..., Any], kind: Hashable, *args: Any) -> Any:
         """``function(self, lm, kind, *args)``, whose operations depend on ``kind`` and on the shapes of ``args`` alone.
 
-        Building the graph of a step takes Python most of its time, and other threads wait for the interpreter: on a
+        Building the graph takes most of the Python time of a step, and other threads wait for the interpreter: on a
         GPU the graph is kept, for each kind and shape.
         """
         if self._compiled is None:
@@ -176,7 +176,7 @@ class NumpyStepper(Stepper):
         self._depth = _Depth(lm.depformer, config) if config.dep_q else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copied model makes its own
+        return None  # a copied model creates its own
 
     @staticmethod
     def suits(lm: Lm) -> bool:
@@ -317,7 +317,7 @@ def _dense(module: Any) -> Floats:
 class _Matrix:
     """What rows [batch, inputs] are multiplied with.
 
-    One row is read through the weight as it lies. For several, small weights are kept once more, in blocks of 64
+    One row uses the weight as it is stored. For several rows, small weights are also kept in blocks of 64
     columns: OpenBLAS then needs no packing, which takes longer than the product itself where rows are few.
     """
 
@@ -347,8 +347,8 @@ class _Matrix:
 def _matrix(module: Any, outputs: int | None = None) -> _Matrix:
     """The weight of a linear layer, or its first ``outputs`` columns.
 
-    A dense weight is seen as it lies, [outputs, inputs]. One that is unpacked anyway is laid out in the order in which
-    rows are multiplied, which takes a quarter less time.
+    A dense weight is used as it is stored, [outputs, inputs]. One that is unpacked anyway is laid out in the order in
+    which rows are multiplied, which takes a quarter less time.
     """
     weight = _dense(module)[:outputs].T
     return _Matrix(np.ascontiguousarray(weight) if isinstance(module, nn.QuantizedLinear) else weight)

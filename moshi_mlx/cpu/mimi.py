@@ -1,14 +1,14 @@
-"""Mimi frame by frame in numpy: what a conversation uses where there is no GPU.
+"""Mimi frame by frame in numpy, for conversations without a GPU.
 
-MLX's wheel for Linux brings a matrix product without vector instructions, and takes 9 ns for an exponential; numpy
-brings OpenBLAS and takes one. :class:`Encoder` and :class:`Decoder` compute what ``encode_step`` and ``decode_step``
-of :class:`~moshi_mlx.models.mimi.Mimi` compute, from the same weights. The same figures in another order of summation:
-the tests hold both together.
+MLX's wheel for Linux has a matrix product without vector instructions, and takes 9 ns for an exponential; numpy
+has OpenBLAS and takes 1 ns. :class:`Encoder` and :class:`Decoder` compute what ``encode_step`` and ``decode_step``
+of :class:`~moshi_mlx.models.mimi.Mimi` compute, from the same weights, with another order of summation. The tests
+compare both.
 
-Weights are prepared once for each model and shared by all of its streams. What changes is in a state with the names and
+Weights are prepared once for each model and shared by all of its streams. The state has the names and
 shapes of the MLX one, in numpy arrays that a step writes in place. A step advances some rows of a state and neither
-reads nor writes the others: threads may advance disjoint rows at the same time. Together rows cost less than one after
-the other, and each computes bit for bit what it computes alone.
+reads nor writes the others: threads may advance disjoint rows at the same time. Rows together cost less than one after
+the other, and the results of each are bit for bit those of the row alone.
 """
 
 from __future__ import annotations
@@ -121,16 +121,16 @@ def _seen(weight: mx.array) -> Any:
 
 
 def _matrix(linear: nn.Linear) -> Floats:
-    """What vectors are multiplied with, [inputs, outputs], in the order in which it is read."""
+    """The matrix [inputs, outputs], laid out in the order in which it is read."""
     return np.ascontiguousarray(_seen(linear.weight).T)
 
 
 def _product(x: Floats, matrix: Floats) -> Floats:
     """``x`` [rows, time, inputs] times ``matrix`` [inputs, outputs]; a row's result does not depend on the others.
 
-    A library's product of all rows at once would round otherwise for another number of rows, and now and then choose
-    another code. So long rows are multiplied one by one; of short ones, each vector is, but by a panel of the matrix
-    that stays in the cache while all of them go by.
+    A library's product of all rows at once rounds differently for another number of rows, and would occasionally choose
+    another code. So long rows are multiplied one by one; short ones vector by vector, with a panel of the matrix
+    that stays in the cache for all of them.
     """
     batch, time, inputs = x.shape
     out = np.empty((batch, time, matrix.shape[1]), np.float32)
@@ -332,7 +332,7 @@ class _Stage:
 
 
 class _SEANet:
-    """Layers near the waveform take one row after the other, whose values stay in the cache; the rest all at once."""
+    """Layers near the waveform process one row after the other, to stay in the cache; the others all rows at once."""
 
     def __init__(self, net: SEANetEncoder | SEANetDecoder):
         layers: list[tuple[str, Any]] = [("first", _Conv(net.first, active=False))]

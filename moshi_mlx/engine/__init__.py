@@ -1,4 +1,4 @@
-"""The way of a frame through a model: one conversation at a time, or many together."""
+"""The path of a frame through a model: one conversation at a time, or many together."""
 
 from __future__ import annotations
 

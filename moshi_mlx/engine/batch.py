@@ -4,9 +4,10 @@
 
     batch = Batch(model.engine)
     row = batch.join(Settings(seed=1))
-    answers = batch.step({row: pcm})     # whoever has a frame; the others wait, and cost nothing
+    answers = batch.step({row: pcm})     # the rows that have a frame; the others wait at no cost
 
-A row answers what it would answer alone, whoever is beside it. One that fails leaves, and the others go on.
+A row gives the answer that it would give alone, whatever the other rows do. A row that fails is removed, and the others
+continue.
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ class Batch:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The conversations that are there, in the order in which they came. A number is never given twice."""
+        """The conversations, in the order in which they joined. Numbers are never reused."""
         return tuple(self._rows)
 
     def join(self, settings: Settings | None = None, snapshot: State | None = None) -> int:
-        """Begin a conversation, or go on with one where a snapshot was taken.
+        """Start a conversation, or continue one from a snapshot.
 
         Raises
         ------
         MoshiError
-            If the settings or the snapshot do not fit the model; nothing has changed then.
+            If the settings or the snapshot do not fit the model; nothing has changed in that case.
         """
         row = self._count
         self._count += 1
@@ -83,17 +84,17 @@ class Batch:
         return row
 
     def leave(self, row: int) -> None:
-        """End a conversation, if it is there."""
+        """End a conversation, if it exists."""
         self._rows.pop(row, None)
         for stage in (self._encode, self._predict, self._decode):
             stage.leave(row)
 
     def opening(self, row: int) -> bool:
-        """Whether a conversation's next steps are those before its first frame: :meth:`step` takes them by itself."""
+        """Whether a conversation still has steps before its first frame; :meth:`step` runs them by itself."""
         return self._predict.opening(row)
 
     def open(self, row: int) -> None:
-        """Run what comes before a conversation's first frame at once."""
+        """Run all steps before a conversation's first frame at once."""
         self._predict.open(row)
 
     def fill(self, row: int) -> None:
@@ -114,12 +115,12 @@ class Batch:
         Parameters
         ----------
         frames : mapping of int to array [frame_size], float32
-            The next sound of each conversation that has it; not of those that are :meth:`opening`.
+            The next frame of each conversation that has one; not of those that are :meth:`opening`.
 
         Returns
         -------
         dict
-            For each of ``frames`` its answer, and for each conversation that failed its error: it has left.
+            The answer for each of ``frames``, and the error for each conversation that failed and was removed.
         """
         failed: dict[int, Exception] = {}
         opening = dict.fromkeys(row for row in self._rows if self._predict.opening(row))
@@ -132,11 +133,11 @@ class Batch:
         return {**failed, **{row: spoken[row].frame(pcm) for row, pcm in sound.items()}}
 
     def flush(self, row: int) -> tuple[str, tuple[Word, ...]]:
-        """The last text and words of a conversation, which only the end completes."""
+        """The last text and words of a conversation, which are complete only at its end."""
         return self._predict.flush(row)
 
     def snapshot(self, row: int) -> State:
-        """All that a conversation needs to go on, here or elsewhere, as a tree of arrays with one row.
+        """The state from which a conversation can be continued, here or elsewhere: a tree of arrays with one row.
 
         Raises
         ------
@@ -152,7 +153,7 @@ class Batch:
         }
 
     def _run(self, name: str, stage: _Stage, given: Mapping[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
-        """What a stage makes of each row's value."""
+        """Run a stage for each row."""
         if not given:
             return {}
         began = time.monotonic()
@@ -163,7 +164,7 @@ class Batch:
 
 
 def _together(stage: _Stage, rows: list[int], values: list[Any], failed: dict[int, Exception]) -> dict[int, Any]:
-    """A stage's results by row; where it fails, one row after the other, to know whose fault it is."""
+    """A stage's results by row; after a failure each row is run by itself, to find the faulty one."""
     if len(rows) == 1 or stage.batched:
         try:
             return dict(zip(rows, stage.step(rows, values), strict=True))

@@ -1,7 +1,7 @@
-"""How the tokens of one position are chosen, for rows that step together and each in its own way.
+"""Sampling the tokens of one position, for rows that step together with different settings.
 
-:func:`choose_text` and :func:`choose_codes` are functions of arrays, so that a GPU can keep their graphs: what decides
-which operations there are is in a :class:`Kind`, who takes part in a :class:`Team`.
+:func:`choose_text` and :func:`choose_codes` are functions of arrays, so that their graphs can be kept on a GPU:
+a :class:`Kind` determines the operations, a :class:`Team` the participating rows.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How tokens are chosen. Defaults are the PyTorch reference's.
+    """Sampling settings. Defaults are the PyTorch reference's.
 
     Attributes
     ----------
     text, audio : Sampling
     repetition_penalty : float
         Divides positive and multiplies negative logits of words among the last ``repetition_context`` text tokens;
-        1: off. Special tokens are spared, or the model could not pause.
+        1: off. Special tokens are exempt; otherwise the model could not pause.
     repetition_context : int
     padding_bonus : float
         Added to the logit of the text padding token: above 0 the model speaks less, below 0 more.
@@ -75,13 +75,13 @@ _OTHERS = ("repetition_penalty", "repetition_context", "padding_bonus", "cfg_coe
 
 
 def settings_of(config: GenerationConfig) -> NDArray[np.float32]:
-    """A configuration as a state keeps it, in the precision in which it is used."""
+    """A configuration as it is stored in a state, in the precision in which it is used."""
     values = [getattr(part, name) for part in (config.text, config.audio) for name in _SAMPLING]
     return np.array([*values, *(getattr(config, name) for name in _OTHERS)], np.float32)
 
 
 def config_from(settings: NDArray[np.float32]) -> GenerationConfig:
-    # The shortest decimal that is this float32: what somebody wrote, where he wrote one.
+    # The shortest decimal that gives this float32: usually the one that was written.
     values = [float(str(value)) for value in settings]
     try:
         text, audio = (
@@ -95,7 +95,7 @@ def config_from(settings: NDArray[np.float32]) -> GenerationConfig:
 
 
 def seed_words(seed: int) -> list[int]:
-    """A seed as a state keeps it: 128 bits, two's complement, in words of 32."""
+    """A seed as it is stored in a state: 128 bits, two's complement, in words of 32."""
     if not -(2**127) <= seed < 2**127:
         raise ConfigError(f"a seed has at most 128 bits, found {seed}")
     return [seed >> shift & 0xFFFFFFFF for shift in (0, 32, 64, 96)]
@@ -108,7 +108,7 @@ def seed_from(words: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation: its row in the state, with guidance that of its unconditioned half, and how it chooses."""
+    """A conversation: its row in the state, with guidance also that of its unconditioned half, and its settings."""
 
     main: int
     null: int | None
@@ -117,7 +117,7 @@ class Row:
 
 
 class Kind(NamedTuple):
-    """What decides which operations a step has: the rest is arrays.
+    """Determines which operations a step has; everything else is arrays.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ class Kind(NamedTuple):
 
 
 class Team:
-    """Rows that step together, and what follows from who they are.
+    """Rows that step together, and what depends on that selection.
 
     A lane is a row of the state that is computed: on a GPU all of them, in numpy those that step.
 
@@ -149,8 +149,8 @@ class Team:
     at : array [n]
         Their lanes.
     owner : array [lanes], or None
-        Whose tokens a lane reads: with guidance the unconditioned half reads its conversation's, and a lane that waits
-        borrows somebody's. None where lanes and conversations are the same.
+        The conversation whose tokens a lane reads: with guidance the unconditioned half reads its conversation's; a
+        waiting lane reads those of another. None if lanes and conversations are the same.
     fixed : dict
         What every step of the team needs.
     """
@@ -163,7 +163,7 @@ class Team:
         lane = np.full(total, -1, np.intp)
         lane[lanes] = np.arange(len(lanes))
         self.at = lane[self.mains]
-        # Rows that nobody has may advance: who joins brings a state of his own.
+        # Unused rows may advance: a conversation that joins brings its own state.
         whole = everyone and len(lanes) == total and bool((lanes == np.arange(total)).all())
         owner = np.zeros(len(lanes), np.intp)
         owner[self.at] = np.arange(len(members))
@@ -209,8 +209,8 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
     Returns
     -------
     dict
-        ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes and what the
-        extra ``heads`` say, where there are any.
+        ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes and the output
+        of the extra ``heads``, if there are any.
     """
     xp, model = stepper.xp, lm.config
     made: dict[str, Any] = {}

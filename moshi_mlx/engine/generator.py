@@ -3,17 +3,17 @@
 Timing. Call s brings user frame s. The model then runs position s + 1, where it reads that frame (its delayed codes
 one position later), and predicts the text token and first code with index s + 1 and the delayed codes with index s.
 So with delays of one frame, as Moshi has, call s completes frame s of the model's own voice. Position 0, which reads
-nothing but start tokens, runs when the generator is made. No user frame is lost and none waits for the next call:
-that is 80 ms less than with generators that read a frame one call later, and one frame more than with those that drop
+only start tokens, runs when the generator is created. No user frame is lost and none waits for the next call:
+this saves 80 ms compared with generators that read a frame one call later, and one frame compared with those that drop
 the first.
 
-Rows. A conversation is a row of a batch: it joins at position 0 beside others that are anywhere, has its own seed,
-settings and conditions, waits where it has no frame, and leaves. It says what it would say alone. Its state is a value
-that can be taken out, saved and put into another generator (:meth:`Generator.snapshot`, :meth:`Generator.adopt`).
-Rows and the slots of their rings come in a few fixed sizes, so that the kernels of a GPU and the memory are bounded,
-and go back when conversations have left.
+Rows. A conversation is a row of a batch: it joins at position 0 while others are at any position, has its own seed,
+settings and conditions, waits when it has no frame, and leaves. It gives the answer that it would give alone. Its state
+is a value that can be extracted, saved and adopted by another generator (:meth:`Generator.snapshot`,
+:meth:`Generator.adopt`). Rows and the slots of their rings come in a few fixed sizes, so that the number of GPU kernels
+and the memory are bounded, and are freed when conversations have left.
 
-Only integers cross to the host, once a frame. This module knows tokens, not sound.
+Only integers are transferred to the host, once per frame. This module handles tokens, not sound.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Step:
-    """What one call produced.
+    """The result of one call.
 
     Attributes
     ----------
@@ -78,9 +78,9 @@ class Generator:
     config : GenerationConfig
         Of conversations that bring none of their own.
     seeds : sequence of int, or None
-        The conversations to begin with, one each, at position 0, which is run. None: there is none yet.
+        One conversation per seed is created, and its position 0 is run. None: no conversation yet.
     conditions, null_conditions : sequence of mapping, or None
-        Values for the model's conditioners, one mapping a conversation; with guidance also what to steer away from.
+        Values for the model's conditioners, one mapping per conversation; with guidance also the negative conditions.
     kv_bits : {None, 8}
         Precision of the cache.
     text, own_codes
@@ -136,7 +136,7 @@ class Generator:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Names of the conversations, in the order in which they came. A name is never given twice."""
+        """Names of the conversations, in the order in which they joined. Names are never reused."""
         return tuple(self._rows.members)
 
     @property
@@ -156,7 +156,7 @@ class Generator:
         Raises
         ------
         StateError
-            If conversations differ in it, or there is none: see :meth:`position_of`.
+            If conversations are at different positions, or there are none: see :meth:`position_of`.
         """
         found = {self.position_of(row) for row in self._rows.members}
         if len(found) != 1:
@@ -165,9 +165,9 @@ class Generator:
 
     @property
     def first(self) -> Step:
-        """What position 0 of the conversations that were there from the beginning predicted."""
+        """What position 0 predicted for the conversations that the generator was created with."""
         if self._first is None:
-            raise StateError("this generator began without a conversation: step_rows gives what position 0 predicts")
+            raise StateError("this generator started without a conversation: step_rows gives what position 0 predicts")
         return self._first
 
     def position_of(self, row: int) -> int:
@@ -176,7 +176,7 @@ class Generator:
 
     @property
     def capacity(self) -> int:
-        """Rows that are computed together: 1, 2, 4, 8 and so on, 0 where nobody is there."""
+        """Rows that are computed together: 1, 2, 4, 8 and so on; 0 without conversations."""
         return self._rows.capacity
 
     @property
@@ -194,7 +194,7 @@ class Generator:
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
     ) -> int:
-        """Begin a conversation beside the others. Nothing is computed: its first :meth:`step_rows` runs position 0.
+        """Add a conversation. Nothing is computed: its first :meth:`step_rows` runs position 0.
 
         Parameters
         ----------
@@ -202,7 +202,7 @@ class Generator:
         config : GenerationConfig, optional
             Default: the generator's.
         condition, null_condition : mapping, optional
-            Values for the model's conditioners; with guidance also what to steer away from.
+            Values for the model's conditioners; with guidance also the negative condition.
         text : int, optional
         own_codes : array [own_q], optional
             What position 0 should predict, as for :meth:`step`.
@@ -215,7 +215,7 @@ class Generator:
         Raises
         ------
         ConfigError, TokenError
-            As when a generator is made; nothing has changed then.
+            As for the constructor; nothing has changed in that case.
         """
         forced = self._check_forced(text, own_codes, 1)
         name = self._rows.join([self._rows.checked(int(seed), config, condition, null_condition)])[0]
@@ -223,7 +223,7 @@ class Generator:
         return name
 
     def leave(self, row: int) -> None:
-        """End a conversation. Memory goes back when the rest needs a quarter of the rows, or a smaller ring."""
+        """End a conversation. Memory is freed when the rest needs a quarter of the rows, or a smaller ring."""
         self._rows.leave(row)
 
     def fill(self, row: int) -> None:
@@ -233,17 +233,17 @@ class Generator:
     # A frame
 
     def reset(self, *, text: ArrayLike | None = None, own_codes: ArrayLike | None = None) -> Step:
-        """Begin all conversations anew: empty caches, then position 0. Returns what it predicted.
+        """Restart all conversations: empty caches, then position 0. Returns what it predicted.
 
         Raises
         ------
         TokenError
             If a token is out of range or misshapen; the generator is unchanged then.
         StateError
-            If nobody is there.
+            If there are no conversations.
         """
         if not self.batch:
-            raise StateError("there is no conversation to begin anew")
+            raise StateError("there is no conversation to reset")
         forced = self._check_forced(text, own_codes, self.batch)
         self._rows.clear()
         team = self._rows.team(self.rows)
@@ -264,7 +264,7 @@ class Generator:
         ----------
         user_codes : array [batch, user_q] or [user_q], int
             The user's frame; -1 feeds zeros, ``card`` feeds the start code (Hibiki's end of input). None only if the
-            model listens to nobody.
+            model has no user streams.
         text : array [batch] or int, optional
             Text token to take instead of sampling, -2 where to sample.
         own_codes : array [batch, own_q] or [own_q], optional
@@ -280,10 +280,10 @@ class Generator:
         TokenError
             If a token is out of range or misshapen; the generator is unchanged then.
         StateError
-            If conversations are at different positions, or have not begun: see :meth:`step_rows`.
+            If conversations are at different positions, or have not started: see :meth:`step_rows`.
         """
         if self.position == 0:
-            raise StateError("these conversations have joined and not begun: step_rows runs their position 0")
+            raise StateError("these conversations have joined but not started: step_rows runs their position 0")
         return self._together(*self._stepped(self.rows, user_codes, text, own_codes))
 
     def step_rows(
@@ -301,21 +301,21 @@ class Generator:
         rows : sequence of int
             Names, as :meth:`join` gave them.
         user_codes : array [rows, user_q], int
-            As for :meth:`step`. A conversation at position 0 reads nothing: -2 there. None where none reads.
+            As for :meth:`step`. A conversation at position 0 reads nothing: -2 there. None if none reads.
         text, own_codes : array [rows], array [rows, own_q], optional
             As for :meth:`step`.
 
         Returns
         -------
         list of Step
-            One for each of ``rows``, with a batch of one: what the conversation alone would give.
+            One for each of ``rows``, with a batch of one: the result that the conversation would give alone.
 
         Raises
         ------
         TokenError
             If a token is out of range or misshapen; the generator is unchanged then.
         StateError
-            If a row is not there, or named twice.
+            If a row does not exist, or is named twice.
         """
         names = tuple(rows)
         if not names:
@@ -341,7 +341,7 @@ class Generator:
     # State
 
     def snapshot(self, rows: Sequence[int] | None = None) -> State:
-        """Everything that conversations need to go on, as a state of its own, one row each.
+        """The state from which conversations can be continued, one row each.
 
         Parameters
         ----------
@@ -356,12 +356,12 @@ class Generator:
         Raises
         ------
         StateError
-            If a conversation is not there, or has not begun.
+            If a conversation does not exist, or has not started.
         """
         return self._rows.snapshot(self.rows if rows is None else rows)
 
     def restore(self, snapshot: State, rows: Sequence[int] | None = None) -> None:
-        """Let conversations go on from a snapshot of as many, of the same model and settings.
+        """Continue conversations from a snapshot of the same number, model and settings.
 
         Parameters
         ----------
@@ -377,7 +377,7 @@ class Generator:
         self._rows.restore(snapshot, self.rows if rows is None else rows)
 
     def adopt(self, snapshot: State) -> list[int]:
-        """Let the conversations of a snapshot join, each with its seed, settings and conditions.
+        """Add the conversations of a snapshot, each with its seed, settings and conditions.
 
         Returns
         -------
@@ -396,7 +396,7 @@ class Generator:
     def _stepped(
         self, names: tuple[int, ...], user_codes: ArrayLike | None, text: ArrayLike | None, own_codes: ArrayLike | None
     ) -> tuple[Team, Ints, NDArray[np.float32] | None]:
-        """Check what is given, note it where it will be read, and advance."""
+        """Check the input, store it where it will be read, and advance."""
         model, count = self.lm.config, len(names)
         team = self._rows.team(names)
         begun = self._rows.book["position"][team.mains] > 0
@@ -411,7 +411,7 @@ class Generator:
                     "user_codes are -2 for a conversation at position 0, which reads none, and nowhere else"
                 )
         elif user_codes is not None and np.size(user_codes):
-            raise TokenError("this model listens to nobody: user_codes must be None")
+            raise TokenError("this model has no user streams: user_codes must be None")
         forced = self._check_forced(text, own_codes, count)
         if codes is not None:
             self._note(team, codes, self._users, self._rows.book["position"][team.mains] - 1)
@@ -419,7 +419,7 @@ class Generator:
         return team, *self._advance(team)
 
     def _force(self, team: Team, text: Ints | None, own_codes: Ints | None) -> None:
-        """Note tokens that are to be taken instead of sampled."""
+        """Store tokens to take instead of sampling."""
         position = self._rows.book["position"][team.mains]
         if text is not None:
             self._note(team, text[:, None], self._own[:1], position - self._delays[0])
@@ -427,13 +427,13 @@ class Generator:
             self._note(team, own_codes, self._own[1:], position)
 
     def _note(self, team: Team, tokens: Ints, streams: NDArray[Any], index: NDArray[Any]) -> None:
-        """Note token ``index`` [n] of some streams where it will be read; -2 leaves what is there."""
+        """Store token ``index`` [n] of some streams where it will be read; -2 keeps the existing one."""
         columns = (index[:, None] + 1 + self._delays[streams]) % self._columns
         inputs, place = self._rows.book["inputs"], (team.mains[:, None], streams, columns)
         inputs[place] = np.where(tokens == UNGENERATED, inputs[place], tokens)
 
     def _advance(self, team: Team) -> tuple[Ints, NDArray[np.float32] | None]:
-        """Run one position of each row: tokens [n, 1 + own_q], and what the extra heads say."""
+        """Run one position of each row: tokens [n, 1 + own_q], and the output of the extra heads."""
         state, book, mains = self._rows.state, self._rows.book, team.mains
         self._rows.make_room()
         position, inputs = book["position"][mains], book["inputs"]
@@ -447,7 +447,7 @@ class Generator:
         following = (mains[:, None], self._own, (position[:, None] + 1) % self._columns)
         wanted = inputs[following]
         tokens, heads = self._predict(team, column, wanted, position)
-        # Tokens that are all forced do not depend on the caches, whose graph would grow if nobody evaluated it.
+        # If all tokens are forced they do not depend on the caches, whose graph would grow if it were not evaluated.
         caches = state if (wanted != UNGENERATED).all() else {"offset": state["transformer"]["offset"]}
         produced, *said = (
             found[team.at] for found in self._stepper.fetch(caches, *([tokens] if heads is None else [tokens, heads]))
@@ -488,7 +488,7 @@ class Generator:
         return tokens, made.get("heads")
 
     def _penalties(self, team: Team) -> NDArray[np.float32]:
-        """What text logits [n, text_out] are divided by, or multiplied with, for words that were said lately."""
+        """The factor that text logits [n, text_out] are divided by, or multiplied with, for recent words."""
         model = self.lm.config
         factor = np.ones((len(team.mains), model.text_out), np.float32)
         special = {0, 1, EOS_ID, model.existing_text_padding_id}
@@ -548,7 +548,7 @@ class Generator:
 
 
 def _alike(flags: NDArray[np.bool_]) -> bool | None:
-    """Whether all are true, or none is; None if some are."""
+    """True if all are, False if none is, None otherwise."""
     return True if flags.all() else None if flags.any() else False
 
 

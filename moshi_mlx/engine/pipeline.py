@@ -1,4 +1,4 @@
-"""The way of a frame, once: sound > codes > tokens and text > sound, for any number of conversations.
+"""The path of a frame: sound > codes > tokens and text > sound, for any number of conversations.
 
 ::
 
@@ -10,8 +10,8 @@ Each stage owns its part of the state and is used by one thread at a time: the t
 after the other. A conversation is a row, with the same number in each stage, that joins and leaves at any time. Its
 state is a value, one tree of arrays for the three stages (:meth:`snapshot` of each).
 
-A row opens before its first frame: position 0 of the model, and the silence that some checkpoints were trained to hear
-first. What it says meanwhile belongs to the first frame.
+Before its first frame a row has opening steps: position 0 of the model, and the silence that some checkpoints were
+trained to hear first. Text from these steps belongs to the first frame.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a conversation begins.
+    """The settings of a conversation.
 
     Attributes
     ----------
     seed : int
         The same seed, settings and sound give the same answer.
     generation : GenerationConfig, optional
-        How tokens are chosen; by default what the checkpoint or the reference says.
+        Sampling settings; defaults come from the checkpoint or the reference.
     conditions, null_conditions : mapping, optional
         Values for the model's conditioners; by default what Kyutai's programs use.
     """
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SessionFrame:
-    """What one frame of a conversation produced.
+    """The result of one frame of a conversation.
 
     Attributes
     ----------
@@ -103,14 +103,14 @@ class SessionFrame:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model made of one frame.
+    """The model's output for one frame.
 
     Attributes
     ----------
     index : int
         Frame number, from 0.
     codes : array [own_q], int32, or None
-        What the decoder turns into sound; None where there is no voice yet, or never.
+        Input of the decoder; None if there is no voice, or none yet.
     text, words, step
         As in :class:`SessionFrame`.
     """
@@ -122,12 +122,12 @@ class Answer:
     step: Step | None = None
 
     def frame(self, pcm: Pcm) -> SessionFrame:
-        """The frame that this is with the sound of its codes."""
+        """This answer with the sound of its codes."""
         return SessionFrame(self.index, pcm, self.text, self.words, self.step, self.codes is not None)
 
 
 class Engine:
-    """A model as frames go through it: makes the stages, and knows what a conversation begins with.
+    """A model prepared for frames: creates the stages, and the initial state of conversations.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ class Engine:
     sample_rate, frame_size, frame_rate
         Those of the codec.
     own_q, user_q : int
-        Codes of a frame that the model says and hears.
+        Codes per frame that the model produces and hears.
     lead : int
         Frames of silence that a conversation hears first.
 
@@ -166,7 +166,7 @@ class Engine:
 
     @property
     def engine(self) -> Engine:
-        """Itself: what takes a model takes an engine, too."""
+        """Itself, so that an engine can be passed in place of a model."""
         return self
 
     def encode(self) -> Encode:
@@ -204,7 +204,7 @@ class Engine:
         return stream.encode(np.zeros(self.frame_size, np.float32))
 
     def default_conditions(self) -> dict[str, Any] | None:
-        """What the checkpoint's conditioners are set to when nobody says otherwise (as Kyutai's programs do)."""
+        """Default values of the checkpoint's conditioners, as in Kyutai's programs."""
         conditioners = self.lm.config.conditioners
         if not conditioners:
             return None
@@ -253,7 +253,7 @@ class _CodecStage:
         raise NotImplementedError
 
     def join(self, row: int, snapshot: State | None = None) -> None:
-        """Begin a row, or go on where a conversation's snapshot was taken."""
+        """Add a row, or continue one from a conversation's snapshot."""
         if not self._used:
             return
         stream = self._begin()
@@ -297,7 +297,7 @@ class _CodecStage:
         return count if not self._codec.batched or not count else 1 << (count - 1).bit_length()
 
     def _resize(self, count: int, filler: State) -> None:
-        """Move the rows into a state for ``count``; what fills the rest is put over before it is read."""
+        """Move the rows into a state for ``count``; the unused rest is overwritten before it is read."""
         self._total = self._needed(count)
         if not self._total:
             self._state = {}
@@ -308,7 +308,7 @@ class _CodecStage:
         self._places = {row: place for place, row in enumerate(self._places)}
 
     def _settle(self) -> None:
-        """The thread that steps may be another one, and unevaluated arrays belong to their thread."""
+        """Evaluate the state: another thread may step, and unevaluated arrays belong to their thread."""
         arrays = [array for array in state_arrays(self._state) if isinstance(array, mx.array)]
         if arrays:
             mx.eval(arrays)
@@ -366,7 +366,7 @@ class Decode(_CodecStage):
 
 @dataclass
 class _Row:
-    """What the second stage holds of a conversation beside the generator.
+    """The second stage's data of a conversation, apart from the generator.
 
     Attributes
     ----------
@@ -404,7 +404,7 @@ class Predict:
         self._rows: dict[int, _Row] = {}
 
     def join(self, row: int, settings: Settings | None = None, snapshot: State | None = None) -> None:
-        """Begin a row, or go on where a conversation's snapshot was taken. It opens with the next steps."""
+        """Add a row, or continue one from a conversation's snapshot. Its opening steps come first."""
         if snapshot is not None:
             self._rows[row] = self._resume(snapshot)
             return
@@ -455,7 +455,7 @@ class Predict:
         return [self._read(one, step) for one, step in zip(held, steps, strict=True)]
 
     def _before(self, row: _Row) -> Ints:
-        """What an opening row hears: nothing at position 0, then silence."""
+        """The input of an opening row: nothing at position 0, then silence."""
         lead = self._engine.lead
         if row.opening > lead:
             return np.full(self._engine.user_q, UNGENERATED, np.int32)
@@ -474,7 +474,7 @@ class Predict:
         return Answer(index, step.codes[0] if spoken and step.codes is not None else None, text, words, step)
 
     def flush(self, row: int) -> tuple[str, tuple[Word, ...]]:
-        """The last text and words of a row, which only the end completes."""
+        """The last text and words of a row, which are complete only at its end."""
         return self._rows[row].text.flush()
 
     def snapshot(self, row: int) -> State:
@@ -487,7 +487,7 @@ class Predict:
         """
         held = self._rows[row]
         if held.opening:
-            raise StateError("this conversation has not begun yet: there is nothing to keep")
+            raise StateError("this conversation has not begun yet: there is nothing to save")
         early = json.dumps([held.early[0], [[word.text, word.start, word.end] for word in held.early[1]]])
         return {
             "generator": self._generator.snapshot([held.name]),
@@ -529,7 +529,7 @@ class _Text:
         self._shift = float(engine.config.stt_config.get("audio_delay_seconds", 0.0)) + engine.lead / engine.frame_rate
 
     def step(self, step: Step) -> tuple[str, tuple[Word, ...]]:
-        """Text that a position began to say, and the words that it ended."""
+        """The text that starts at a position, and the words that end there."""
         token = int(step.text[0])
         index = step.index + 1 - self._delay
         if self._detokenizer is None or self._tracker is None or token < 0 or index < 0:
@@ -537,7 +537,7 @@ class _Text:
         return self._detokenizer.step(token), self._shifted(self._tracker.step(index, token))
 
     def flush(self) -> tuple[str, tuple[Word, ...]]:
-        """What only the end completes."""
+        """The rest, which is complete only at the end."""
         if self._detokenizer is None or self._tracker is None:
             return "", ()
         return self._detokenizer.flush(), self._shifted(self._tracker.flush())
@@ -565,7 +565,7 @@ class _Text:
 
 
 def part_of(snapshot: State, name: str) -> State:
-    """One part of a conversation's snapshot; refused if it is not there."""
+    """One part of a conversation's snapshot; StateError if it is missing."""
     part = snapshot.get(name)
     if not isinstance(part, dict):
         raise StateError(f"the snapshot does not fit this model: it has no part {name!r}")
@@ -573,7 +573,7 @@ def part_of(snapshot: State, name: str) -> State:
 
 
 def generation_defaults(config: ModelConfig) -> GenerationConfig:
-    """What a checkpoint's ``lm_gen_config`` says, over the reference's defaults. Speech-to-text is greedy."""
+    """The checkpoint's ``lm_gen_config`` applied to the reference's defaults. Speech-to-text is greedy."""
     base = GenerationConfig()
     if config.model_type == "stt":
         return replace(base, text=GREEDY)

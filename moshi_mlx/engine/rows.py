@@ -1,6 +1,6 @@
-"""The rows of a batch: which conversation has which, their state as a value, and how many there are.
+"""The rows of a batch: which conversation has which row, their state as a value, and their number.
 
-Conversations have names that are never given twice. A conversation's row changes when others leave, and with guidance
+Conversations have names that are never reused. A conversation's row changes when others leave, and with guidance
 it has a second one, for its unconditioned half. Rows and the slots of their rings come in a few fixed sizes.
 
 What a row holds is in two states (:mod:`moshi_mlx.state`): the language model's, and a book of numpy arrays.
@@ -48,7 +48,7 @@ class Rows:
     ----------
     lm : Lm
     stepper : Stepper
-        Whose kind of arrays the language model's state has.
+        Determines the kind of arrays of the language model's state.
     config : GenerationConfig
         Of conversations that bring none of their own.
     kv_bits : {None, 8}
@@ -59,7 +59,7 @@ class Rows:
     members : dict of int to Row
         Conversations by name, in the order in which they joined.
     capacity : int
-        Rows that are computed together: 1, 2, 4, 8 and so on, 0 where nobody is here.
+        Rows that are computed together: 1, 2, 4, 8 and so on; 0 without conversations.
     state : State or None
         Of the language model.
     book : State
@@ -86,7 +86,7 @@ class Rows:
         return 0 if self.state is None else int(self.state["transformer"]["0"]["keys"].shape[2])
 
     def get(self, name: int) -> Row:
-        """The row of a conversation, by name; refused if it is not here."""
+        """The row of a conversation, by name; StateError if it does not exist."""
         row = self.members.get(name)
         if row is None:
             raise StateError(f"there is no conversation {name} here; there are {list(self.members)}")
@@ -111,7 +111,7 @@ class Rows:
         condition: Mapping[str, Any] | None,
         null: Mapping[str, Any] | None,
     ) -> tuple[int, GenerationConfig, Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        """What a conversation begins with, for :meth:`join`."""
+        """The initial values of a conversation, for :meth:`join`."""
         config = config or self._config
         seed_words(seed)
         if config.cfg_coef == 1.0:
@@ -121,7 +121,7 @@ class Rows:
         return seed, config, *match_slots(condition, null)
 
     def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]]) -> list[int]:
-        """Let conversations join at position 0."""
+        """Add conversations at position 0."""
         values = [condition for _, _, condition, _ in joining]
         values += [null for _, config, _, null in joining if config.cfg_coef != 1.0]
         given = None if all(value is None for value in values) else [value or {} for value in values]
@@ -136,7 +136,7 @@ class Rows:
         return names
 
     def _enter(self, seeds: Sequence[int], configs: Sequence[GenerationConfig]) -> list[int]:
-        """Names and rows for conversations whose state is still to be put there."""
+        """Allocate names and rows for conversations, without their state."""
         needed = sum(1 if config.cfg_coef == 1.0 else 2 for config in configs)
         if self._used() + needed > self.capacity:
             self._resize(_rows_for(self._used() + needed))
@@ -173,7 +173,7 @@ class Rows:
             index += [member.main] if member.null is None else [member.main, member.null]
             self.members[name] = moved
         used = len(index)
-        index += [0] * (total - used)  # what these hold is put over before anybody reads it
+        index += [0] * (total - used)  # overwritten before they are read
         if self.capacity:
             self.state = take_rows(self.state, index)
             self.book = take_rows(self.book, index)
@@ -187,7 +187,7 @@ class Rows:
         self.teams.clear()
 
     def shrink(self) -> None:
-        """Give back rows and slots that nobody needs."""
+        """Free unused rows and slots."""
         needed = _rows_for(self._used())
         if 4 * needed <= self.capacity or not needed:
             self._resize(needed)
@@ -205,7 +205,7 @@ class Rows:
         self._settle()
 
     def _settle(self) -> None:
-        """Evaluate the state, so that what it was made of is given back."""
+        """Evaluate the state, so that its sources are freed."""
         self._stepper.fetch(self.state)
 
     def make_room(self) -> None:
@@ -240,7 +240,7 @@ class Rows:
         put_rows(self.state, rows, part)
 
     def new_book(self, seeds: Sequence[int], configs: Sequence[GenerationConfig]) -> State:
-        """What conversations hold beside the language model's state, at position 0.
+        """The data of conversations apart from the language model's state, at position 0.
 
         Column p % columns of ``inputs`` holds what each stream feeds at position p; -2 where that is not known yet.
         """
@@ -288,7 +288,7 @@ class Rows:
         book = as_numpy({name: like[name] for name in like if name not in ("lm", "null")})
         parts = [like[name] for name in ("lm", "null") if name in like]
         if not np.array_equal(book.pop("model"), np.tile(self._shape, (rows, 1))):
-            raise StateError("the snapshot does not fit this model: its context, vocabularies or delays are others")
+            raise StateError("the snapshot does not fit this model: its context, vocabularies or delays differ")
         inputs = book["inputs"]
         wrong = (inputs < UNGENERATED).any() or (inputs > self.highest[:, None]).any() or (position < 1).any()
         for part in parts:
@@ -335,7 +335,7 @@ class Rows:
         self.make_room()
 
     def leave(self, name: int) -> None:
-        """Take a conversation out, and give back what nobody else needs."""
+        """Remove a conversation, and free what is no longer needed."""
         self.get(name)
         del self.members[name]
         self.teams.clear()
@@ -379,7 +379,7 @@ class Rows:
         return snapshot
 
     def restore(self, snapshot: State, names: Sequence[int]) -> None:
-        """Let conversations that are here go on from a snapshot of as many."""
+        """Continue existing conversations from a snapshot of the same number."""
         members = [self.get(name) for name in names]
         book, parts = self._read(snapshot, len(members))
         for index, member in enumerate(members):
@@ -394,7 +394,7 @@ class Rows:
         self.teams.clear()
 
     def adopt(self, snapshot: State) -> list[int]:
-        """Let the conversations of a snapshot join: their names."""
+        """Add the conversations of a snapshot; returns their names."""
         book, parts = self._read(snapshot, None)
         configs = [config_from(settings) for settings in book["settings"]]
         names = self._enter([seed_from(words) for words in book["seed"].tolist()], configs)

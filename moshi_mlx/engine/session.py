@@ -1,7 +1,7 @@
 """One conversation, frame by frame, and its file.
 
-What a conversation carries from frame to frame is a value: :meth:`Session.snapshot` takes it out, and
-:meth:`Session.restore` goes on with it, here or in another process, with the same samples and tokens.
+The state of a conversation is a value: :meth:`Session.snapshot` returns it, and
+:meth:`Session.restore` continues from it, in this or another process, with the same samples and tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Session:
     Attributes
     ----------
     on_stage : callable or None
-        Called for every frame with "encode", "model" and "decode" as they end, and when each began and ended
+        Called for every frame at the end of "encode", "model" and "decode", with the start and end times
         (:func:`time.monotonic`); for traces.
     """
 
@@ -64,7 +64,7 @@ class Session:
         return self._frames
 
     def step(self, pcm: ArrayLike) -> SessionFrame:
-        """Hear one frame, and speak one.
+        """Process one frame of the user's sound, and return the answer's.
 
         Parameters
         ----------
@@ -95,22 +95,22 @@ class Session:
             return answer
 
     def finish(self) -> SessionFrame:
-        """The last text and words, which only the end completes; its ``pcm`` is empty."""
+        """The last text and words, which are complete only at the end; its ``pcm`` is empty."""
         with self._alone():
             text, words = self._batch.flush(self._row)
         return SessionFrame(self._frames, np.zeros(0, np.float32), text, words)
 
     def reset(self) -> None:
-        """Begin anew, as after :meth:`Moshi.session`."""
+        """Start a new conversation, as after :meth:`Moshi.session`."""
         with self._alone():
             self._begin()
 
     def close(self) -> None:
-        """End the conversation; its memory goes with the last reference to it."""
+        """End the conversation; its memory is freed with the last reference to it."""
         self._end = "is closed"
 
     def snapshot(self) -> State:
-        """All that the conversation needs to go on: a tree of arrays that later frames leave alone.
+        """The state from which the conversation can be continued: a tree of arrays that later frames do not change.
 
         It fits every session on this model with this precision of the cache, in numpy and in MLX.
 
@@ -123,9 +123,9 @@ class Session:
             return self._batch.snapshot(self._row)
 
     def restore(self, snapshot: State) -> None:
-        """Go on where a :meth:`snapshot` was taken, with its seed, settings and conditions.
+        """Continue from a :meth:`snapshot`, with its seed, settings and conditions.
 
-        :meth:`reset` begins anew with this session's own.
+        :meth:`reset` starts over with those of this session.
 
         Raises
         ------
@@ -150,7 +150,7 @@ class Session:
         save_conversation(path, self._engine, self.snapshot(), self._kv_bits)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on with a conversation from a file; see :meth:`restore`.
+        """Continue a conversation from a file; see :meth:`restore`.
 
         Raises
         ------
@@ -169,11 +169,11 @@ class Session:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else is in the session: two threads at once would mix their frames, or crash MLX."""
+        """Refuse a second thread: two at once would mix their frames, or crash MLX."""
         if not self._busy.acquire(blocking=False):
             raise StateError(
-                "another thread is in this session: a session belongs to one thread at a time. Give each thread a "
-                "session of its own, or let them take turns with a lock"
+                "another thread is in this session: a session belongs to one thread at a time. Give each thread "
+                "its own session, or let them take turns with a lock"
             )
         try:
             yield
@@ -182,7 +182,7 @@ class Session:
 
 
 def play(session: Session, frames: Iterable[Pcm]) -> Iterator[tuple[Pcm, SessionFrame]]:
-    """Play sound to a session: each frame with its answer, and in the end, without sound, what :meth:`finish` gives."""
+    """Play sound to a session: yields each frame with its answer, and finally the result of :meth:`finish`."""
     for pcm in frames:
         yield pcm, session.step(pcm)
     last = session.finish()
@@ -192,7 +192,7 @@ def play(session: Session, frames: Iterable[Pcm]) -> Iterator[tuple[Pcm, Session
 def save_conversation(
     path: str | os.PathLike[str], engine: Engine, snapshot: State, kv_bits: int | None = None
 ) -> None:
-    """Write a conversation's snapshot to a file, with the model that it belongs to.
+    """Write a conversation's snapshot to a file, with the identity of its model.
 
     Raises
     ------
@@ -217,12 +217,12 @@ def load_conversation(path: str | os.PathLike[str], engine: Engine, kv_bits: int
         which = f"the model {model}" if model != engine.name else f"another version of the model {model}"
         raise StateError(f"{path} is a conversation with {which}, and this is {engine.name}: load that model for it")
     if about["kv_bits"] != str(kv_bits):
-        raise StateError(f"{path} was kept with kv_bits={about['kv_bits']}, and this session has {kv_bits}")
+        raise StateError(f"{path} was saved with kv_bits={about['kv_bits']}, and this session has {kv_bits}")
     return snapshot
 
 
 def describe_conversation(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What :func:`save_conversation` wrote beside the snapshot: ``model``, its name, ``fingerprint`` and ``kv_bits``.
+    """The metadata from :func:`save_conversation`: ``model``, the model's name, ``fingerprint`` and ``kv_bits``.
 
     Raises
     ------

@@ -1,11 +1,11 @@
-"""Text tokens in, text a person can read out.
+"""From text tokens to readable text and timed words.
 
-Moshi's text stream holds one token a frame: the pieces of a word, then padding until the next word. Three things stand
-here, and none of them knows a model, a frame's audio or a terminal:
+Moshi's text stream holds one token per frame: the pieces of a word, then padding until the next word. This module has
+three parts, which depend on no model, audio or terminal:
 
 - :class:`TextTokenizer` wraps a SentencePiece model: ids <-> pieces.
-- :class:`Detokenizer` turns ids into text as they come. Ids 0 to 3 are marks and print nothing; runs of byte pieces
-  (``<0xF0>``...) are gathered until they make a character; ``▁`` becomes a space.
+- :class:`Detokenizer` turns streamed ids into text. Ids 0 to 3 are special and print nothing; runs of byte pieces
+  (``<0xF0>``...) are collected until they form a character; ``▁`` becomes a space.
 - :class:`WordTracker` turns (frame, id) into words with a start and an end.
 
 A stream's state is a few bytes and a few letters: it does not grow with time.
@@ -56,7 +56,7 @@ class TextTokenizer:
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
-        # Imported here: `import moshi_mlx` stays light for those who never touch text.
+        # Imported here so that `import moshi_mlx` stays light.
         from sentencepiece import SentencePieceProcessor
 
         if isinstance(source, bytes):
@@ -71,7 +71,7 @@ class TextTokenizer:
         try:
             self._model.LoadFromSerializedProto(contents)
             size = int(self._model.GetPieceSize())
-            # Asked once, so that a token costs two list look-ups while a conversation runs.
+            # Cached, so that a token costs two list look-ups while a conversation runs.
             self._pieces: list[str] = [self._model.IdToPiece(i) for i in range(size)]
         except (RuntimeError, UnicodeDecodeError) as error:  # the second: a piece whose bytes were changed
             raise CheckpointError(
@@ -93,7 +93,7 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, strip_leading_space: bool = True) -> str:
-        """Text of a whole sequence of ids: what a :class:`Detokenizer` gives for them, in one string."""
+        """Text of a whole sequence of ids, as a :class:`Detokenizer` gives it, in one string."""
         stream = self.detokenizer(strip_leading_space=strip_leading_space)
         return "".join([*map(stream.step, ids), stream.flush()])
 
@@ -130,10 +130,10 @@ class TextTokenizer:
 
 
 class Detokenizer:
-    """Ids of one stream, one at a time, into text.
+    """Turns the ids of one stream, one at a time, into text.
 
-    A character that a byte piece has begun is held back until it is whole; a byte sequence that is not UTF-8 prints as
-    U+FFFD. The pieces of a stream joined are the same however it is cut, and :meth:`flush` gives what is left.
+    A character that a byte piece starts is held back until it is complete; a byte sequence that is not UTF-8 prints as
+    U+FFFD. The joined text is the same however the stream is split, and :meth:`flush` gives the rest.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class Detokenizer:
 
     @property
     def pending(self) -> bool:
-        """True while a byte piece has begun a character that is not whole yet."""
+        """True while a character made of byte pieces is incomplete."""
         return bool(self._utf8.getstate()[0])
 
     def snapshot(self) -> State:
@@ -216,13 +216,13 @@ class Word:
 
 
 class WordTracker:
-    """(frame, id) pairs of one stream into timed words.
+    """Turns (frame, id) pairs of one stream into timed words.
 
     A word starts at the piece that brings a space (``▁``), or at the first piece after EPAD, which marks a word's start
-    in languages that write no spaces. Its start is that piece's frame (of a character made of byte pieces: the first
+    in languages without spaces. Its start is that piece's frame (for a character made of byte pieces: the first
     byte's frame). Punctuation and pieces without ``▁`` belong to the word before them.
 
-    Where a word ends is not in the stream: its pieces come one a frame, faster than they are spoken. So a word ends
+    The end of a word is not in the stream: its pieces come one per frame, faster than they are spoken. So a word ends
     where the next one starts, and at most :attr:`TAIL_FRAMES` frames after its last piece; the last word before a pause
     therefore often ends a little late. A run without a space or a mark is cut after :attr:`MAX_LETTERS` letters, so
     that nothing grows with time.
@@ -337,7 +337,7 @@ class WordTracker:
             self._hint = None
 
     def _close(self, frame: int, words: list[Word]) -> None:
-        """End the current word, if there is one, at ``frame`` or where its tail is over."""
+        """End the current word, if there is one, at ``frame`` or at the end of its tail."""
         if self._text:
             end = min(frame, self._last + 1 + self.TAIL_FRAMES)
             words.append(Word(self._text, self._seconds(self._start), self._seconds(end)))
@@ -365,7 +365,7 @@ def _values(row: Any, lowest: int, highest: int) -> list[int]:
     values = np.asarray(row).reshape(-1)
     count = int((values >= 0).sum())
     if (values[count:] != -1).any() or ((values[:count] < lowest) | (values[:count] > highest)).any():
-        raise StateError("the snapshot of a text is damaged: it holds what is no letter")
+        raise StateError("the snapshot of a text is damaged: it holds invalid characters")
     return [int(value) for value in values[:count]]
 
 

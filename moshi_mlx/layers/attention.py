@@ -2,8 +2,8 @@
 
 A full ring has exactly ``context`` slots: position p is kept in slot ``p % context``, rotated by its absolute position,
 and overwritten ``context`` positions later. The order of keys does not matter to a softmax, so a full ring is read
-as it lies; nothing is trimmed or moved. While all conversations are short the ring may have fewer slots, of which
-position p takes slot p: :func:`resize_rings` gives it more, and takes them back.
+as it is; nothing is trimmed or moved. While all conversations are short the ring may have fewer slots, and
+position p takes slot p: :func:`resize_rings` changes their number.
 
 Every row of a batch has a position of its own. What is computed has the same shape for all of them: a mask hides the
 slots that a row has not written, or may no longer see.
@@ -103,7 +103,7 @@ class Window:
         keys : mx.array [batch, kv_heads, size, width]
             A ring with fewer slots than ``context`` must hold all positions so far and the new ones.
         active : mx.array [batch], bool, or None
-            Rows that advance. Another row computes something that nobody reads. Of a single position it also writes
+            Rows that advance. The result of another row is not read. Of a single position it also writes
             that, into the slot of its next position, which no query sees before it is written again: the slot holds
             nothing yet, or the position ``context`` before, which is out of the window. A chunk would write over
             slots that are still seen, so there the rows that wait keep theirs.
@@ -223,7 +223,7 @@ class Attention(nn.Module):
         state : State
             Its ring is written; its position advances if there is no ``window``.
         window : Window, optional
-            From somebody who keeps the positions of several layers.
+            From a caller that keeps the positions of several layers.
         """
         held = state["keys"].shape[0]
         if held != x.shape[0]:
@@ -367,7 +367,7 @@ def _kv_group(head_dim: int) -> int:
 
 
 def resize_rings(state: State, slots: int) -> None:
-    """Give the rings of a transformer's state, in place, another number of slots.
+    """Change the number of slots of the rings of a transformer's state, in place.
 
     Slots that are added hold zeros. Those taken away must hold nothing: no row has as many positions as ``slots``, or
     the rings keep all of their context. Leaves may be of either kind of array.

@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         state : State
             A ring that is smaller than the context must have room for the new positions.
         active : mx.array [batch], bool, optional
-            Rows that advance. The others stay where they are; what is computed for them means nothing.
+            Rows that advance. The others stay where they are; their results are meaningless.
         """
         first, offset, time = state["0"], mx.array(state["offset"]), x.shape[1]
         if len(offset) != x.shape[0]:

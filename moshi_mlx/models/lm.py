@@ -6,7 +6,7 @@ predicts the codes of the own voice one after the other, each from ``hidden`` an
 (Défossez et al. 2024, "Moshi", sections 3.4.1 to 3.4.4; PyTorch ``moshi/models/lm.py``).
 
 Weights only: caches are in the state that :meth:`Lm.init_state` makes. Delays, sampling and the bookkeeping of
-streams are elsewhere (`delays`, `sampling`, `generate`).
+streams are elsewhere (``tokens``, ``sampling``, ``engine``).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Everything is causal and in float32. One frame of samples gives one column of co
 column of codes gives one frame of samples: the delay is a frame, never more.
 
 Sizes come from a configuration in the JSON structure that Kyutai's loader reads; the default is the published codec.
-Reading weight files is :mod:`moshi_mlx.checkpoint.mimi`' business.
+Weight files are read by :mod:`moshi_mlx.checkpoint.mimi`.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Mimi(nn.Module):
 
     Notes
     -----
-    Encoding and decoding share no state: each has one of its own, and both may run at the same time.
+    Encoding and decoding have separate states, and both may run at the same time.
     """
 
     def __init__(self, config: MimiConfig | None = None, num_codebooks: int | None = None):
@@ -343,7 +343,7 @@ class Mimi(nn.Module):
     # Frame by frame
 
     def init_encoder_state(self, batch: int = 1) -> State:
-        """What :meth:`encode_step` carries from call to call. Its size never changes."""
+        """The state of :meth:`encode_step`. Its size never changes."""
         state: State = {
             "seanet": self.encoder.init_state(batch),
             "transformer": self.encoder_transformer.init_state(batch),
@@ -353,7 +353,7 @@ class Mimi(nn.Module):
         return state
 
     def init_decoder_state(self, batch: int = 1) -> State:
-        """What :meth:`decode_step` carries from call to call. Its size never changes."""
+        """The state of :meth:`decode_step`. Its size never changes."""
         state: State = {
             "transformer": self.decoder_transformer.init_state(batch),
             "seanet": self.decoder.init_state(batch),

@@ -1,8 +1,8 @@
 """Choosing a token from logits: in float32, from an explicit seed.
 
 A token is ``argmax(filtered logits / temperature + Gumbel noise)``, which draws from the softmax exactly. The noise of
-a frame depends on the row's seed and the position alone, so a conversation in a batch says what it would say alone,
-and a restored one goes on as it would have.
+a frame depends only on the row's seed and the position, so a conversation gives the same answer in a batch as alone,
+and a restored one continues as it would have.
 
 mlx-lm has samplers of the same filters; they draw from MLX's global generator and importing them loads transformers,
 so these few lines are our own.
@@ -163,7 +163,7 @@ def sample(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.a
 
 
 class SamplingKind(NamedTuple):
-    """What is true of all rows: decides which operations are there at all.
+    """Properties of all rows: they determine the operations.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""A conversation in real time: rings and worker threads around a loaded model, for an app that has its own audio."""
+"""Conversations in real time: ring buffers and worker threads around a model, for apps that handle their own audio."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A conversation in real time, for an app that has its own audio.
+"""A conversation in real time, for an app that handles its own audio.
 
 The app's side (:meth:`Conversation.feed`, :meth:`Conversation.read` and the rest) copies and returns, and may be called
-from audio callbacks. What computes is a driver: three threads of the conversation's own (:mod:`.pipelined`), or one
+from audio callbacks. The computation is done by a driver: three threads per conversation (:mod:`.pipelined`), or one
 thread for many conversations (:mod:`.scheduler`).
 
-If the machine falls behind, what waits to be heard is bounded: beyond ``backlog`` the oldest sound of the user is
-dropped, whole frames of it, and counted. Nothing is of a size that grows with time.
+If the machine falls behind, the backlog is bounded: beyond ``backlog`` the oldest sound of the user is
+dropped in whole frames, and counted. Nothing grows with time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Event:
     ----------
     kind : str
         ``text``: the model began to say ``text``. ``word``: it has said ``word``. ``late``: a frame's answer came
-        late. ``dropped``: ``samples`` of the user's sound were dropped. ``reset``: the conversation began anew.
+        late. ``dropped``: ``samples`` of the user's sound were dropped. ``reset``: the conversation was restarted.
         ``error``: a stage failed, and the conversation is over.
     frame : int
         Frame of the model at which it happened.
@@ -77,23 +77,23 @@ class Conversation:
     Parameters
     ----------
     model : Moshi, Engine or Scheduler
-        Shared: several conversations may run on it. On a :class:`Scheduler` they share its thread; on the others each
-        has three threads of its own.
+        Several conversations may share it. On a :class:`Scheduler` they share its thread; otherwise each
+        has three threads.
     seed, generation, conditions, kv_bits
         As for :meth:`Moshi.session`.
     resume : State or path, optional
-        Go on where a :meth:`snapshot` was taken, or with a file that :meth:`save` wrote. The seed, settings and
-        conditions are those of then; after :meth:`reset` they are those given here.
+        Continue from a :meth:`snapshot` or from a file that :meth:`save` wrote. The seed, settings and
+        conditions are the saved ones; after :meth:`reset` they are those given here.
     backlog : float
-        Seconds of the user's sound that may wait for the codec before the oldest is dropped.
+        Seconds of the user's sound that may wait for the codec; beyond that the oldest is dropped.
     margin : float
-        Seconds of the model's sound that are kept ready at first; underruns widen it.
+        Initial target delay of the jitter buffer, in seconds; underruns increase it.
     tap : callable, optional
         Called in a worker thread with every frame: what the model heard, array [frame_size], valid during the call
-        only, and the :class:`SessionFrame` that it answered. Index 0 comes again after :meth:`reset`; one that is
-        resumed goes on counting. For recordings; it must be quick, and what it raises ends the conversation.
+        only, and the :class:`SessionFrame` that it answered. The index restarts at 0 after :meth:`reset`; a resumed
+        conversation continues counting. For recordings; it must be fast, and an exception ends the conversation.
     trace : Trace, optional
-        Gets what each thread does, what waits in the rings, and everything that is late or dropped.
+        Records what each thread does, the fill of the rings, and everything that is late or dropped.
     clock : callable
         Seconds, monotonic; for tests.
 
@@ -128,7 +128,7 @@ class Conversation:
         if isinstance(model, Scheduler):
             if kv_bits not in (None, model.kv_bits):
                 raise ConfigError(
-                    f"kv_bits {kv_bits}: the scheduler was made with {model.kv_bits}, which holds for all"
+                    f"kv_bits {kv_bits}: the scheduler was made with {model.kv_bits}, which applies to all"
                 )
             kv_bits = model.kv_bits
         self._kv_bits = kv_bits
@@ -179,7 +179,7 @@ class Conversation:
         Raises
         ------
         ConversationError
-            If a stage cannot be made.
+            If a stage cannot be created.
         StateError
             If it was started before.
         """
@@ -191,7 +191,7 @@ class Conversation:
             if ready is None:
                 self.check()
                 self._resumed = None
-        except BaseException:  # Ctrl-C, too: nobody else would end the threads
+        except BaseException:  # also Ctrl-C: nothing else would end the threads
             self.stop()
             raise
         return self
@@ -199,7 +199,7 @@ class Conversation:
     def stop(self, wait: bool = True) -> bool:
         """End the conversation. Returns within a second, whatever the threads do.
 
-        Frames that the model has answered still become sound, and go to the tap. The threads are kept for the next
+        Frames that the model has answered are still decoded, and go to the tap. The threads are kept for the next
         conversation (see :mod:`.workers`).
 
         Parameters
@@ -210,39 +210,39 @@ class Conversation:
         Returns
         -------
         bool
-            False if a thread is still inside one long computation: it ends after that, and touches nothing more.
+            False if a thread is still in one long computation: it ends after that, without further effects.
         """
         self._stopping = True
         return not self._started or self._driver.stop(wait)
 
     @property
     def running(self) -> bool:
-        """Whether sound goes through."""
+        """Whether the conversation is running."""
         return self._started and not self._stopping
 
     @property
     def error(self) -> ConversationError | None:
-        """Why it ended by itself, if it did."""
+        """The error that ended the conversation, if any."""
         return self._error
 
     def check(self) -> None:
-        """Raise what ended the conversation, if anything did."""
+        """Raise the error that ended the conversation, if any."""
         if self._error is not None:
             raise self._error
 
     def feed(self, pcm: ArrayLike) -> int:
-        """Hand over the user's sound: any number of samples, from one thread at a time; never waits.
+        """Add the user's sound: any number of samples, from one thread at a time; never blocks.
 
         Parameters
         ----------
         pcm : array [samples]
             At the model's sample rate: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`). NaN, which a driver
-            may give, is heard as silence.
+            may give, is taken as silence.
 
         Returns
         -------
         int
-            Samples taken; fewer than given only if the threads have stood still for seconds.
+            Samples taken; fewer than given only if the threads have stalled for seconds.
 
         Raises
         ------
@@ -262,7 +262,7 @@ class Conversation:
         return taken
 
     def read(self, count: int) -> NDArray[np.float32]:
-        """The next ``count`` samples of the model's voice; never waits, silence where there is none."""
+        """The next ``count`` samples of the model's voice; never blocks, silence where there is none."""
         out = np.empty(count, np.float32)
         self.read_into(out)
         return out
@@ -278,7 +278,7 @@ class Conversation:
         self._span("read", began)
 
     def events(self) -> list[Event]:
-        """What happened since the last call, oldest first; the last thousand at most."""
+        """Events since the last call, oldest first; at most the last thousand."""
         news: list[Event] = []
         while self._events:
             news.append(self._events.popleft())
@@ -290,40 +290,40 @@ class Conversation:
 
     @property
     def backlog(self) -> float:
-        """Seconds of the user's sound that wait to be heard."""
+        """Seconds of the user's sound that wait to be processed."""
         return self._pcm_in.available / self._rate
 
     @property
     def delay(self) -> float:
-        """Seconds of sound that wait inside: to be heard, and to be played."""
+        """Seconds of sound that wait inside: to be processed, and to be played."""
         return (self._pcm_in.available + self._pcm_out.available) / self._rate
 
     @property
     def margin(self) -> float:
-        """Seconds of the model's sound that are kept ready."""
+        """Target delay of the jitter buffer, in seconds."""
         return self._jitter_buffer.margin
 
     def pause(self) -> None:
-        """Hear and say nothing; what is fed meanwhile is thrown away."""
+        """Stop hearing and speaking; sound fed while paused is discarded."""
         self._paused = True
 
     def resume(self) -> None:
-        """Go on where :meth:`pause` stopped."""
+        """Continue after :meth:`pause`."""
         self._paused = False
 
     def mute(self, muted: bool = True) -> None:
-        """Let the model hear silence in place of what is fed."""
+        """Let the model hear silence instead of the user's sound."""
         self._muted = muted
 
     def reset(self) -> None:
-        """Begin anew: the model forgets everything; what waits to be heard or played is thrown away."""
+        """Start a new conversation: the model forgets everything; queued sound is discarded."""
         self._resets += 1
         self._driver.wake()
 
     def snapshot(self, timeout: float = 5.0) -> State:
-        """All that the conversation needs to go on, as it is between two frames; it goes on meanwhile.
+        """The state of the running conversation between two frames, from which it can be continued.
 
-        Sound that waits to be heard or played is not part of it.
+        Sound that waits to be processed or played is not part of it.
 
         Parameters
         ----------
@@ -333,14 +333,14 @@ class Conversation:
         Returns
         -------
         State
-            For ``resume``, here or in another process: the same tokens and samples follow.
+            For ``resume``, in this or another process: the same tokens and samples follow.
 
         Raises
         ------
         StateError
-            If the conversation does not run, ends meanwhile, or does not come to it in time.
+            If the conversation is not running, ends before it is done, or does not respond in time.
         CodecError
-            If the codec cannot give its state (Rust).
+            If the codec cannot export its state (Rust).
         """
         with self._keeping:
             kept = self._wanted = Kept()
@@ -388,11 +388,11 @@ class Conversation:
         return came
 
     def _forget(self) -> None:
-        """What was fed before a new conversation is not heard."""
+        """Discard what was fed before a new conversation."""
         self._pcm_in.skip(self._pcm_in.available)
 
     def _say(self, text: str, words: tuple[Word, ...]) -> None:
-        """The model has answered a frame, and said this."""
+        """The model has answered a frame."""
         self.stats.frames += 1
         for word in words:
             self._tell("word", word=word)
@@ -400,7 +400,7 @@ class Conversation:
             self._tell("text", text=text)
 
     def _speak(self, heard: NDArray[np.float32], came: float, frame: SessionFrame, began: float) -> None:
-        """A frame's sound is there; ``began``: when that which is the last to be done for it began."""
+        """A frame's sound is decoded; ``began`` is when its last stage started."""
         stats, lag = self.stats, 0.0
         if frame.voiced:
             stats.level_out = _level(frame.pcm)
@@ -416,7 +416,7 @@ class Conversation:
             self._span("spoke a frame", began, values={"lag_ms": round(lag * 1e3, 1)})
 
     def _fail(self, said: str, error: BaseException) -> None:
-        """It is over, because of this."""
+        """End the conversation with an error."""
         failure = ConversationError(said)
         failure.__cause__ = error
         if self._error is None:
@@ -451,7 +451,7 @@ class Conversation:
 
 
 class Kept:
-    """A snapshot on its way through the stages, each of which adds its part."""
+    """A snapshot that passes through the stages, each of which adds its part."""
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -459,7 +459,7 @@ class Kept:
         self.ended = threading.Event()
 
     def add(self, take: Callable[[], State]) -> None:
-        """One stage's part, or why there is none."""
+        """Add one stage's part, or the error."""
         try:
             self.state.update(take())
         except MoshiError as error:

@@ -1,12 +1,11 @@
-"""Plays decoded frames at the loudspeaker's own pace.
+"""The jitter buffer: plays decoded frames at the loudspeaker's pace.
 
 The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes
-blocks at its own. In between, a small margin is held: enough that no block finds the ring empty, and no more. An
-underrun widens it; when none has come for a while it narrows again, the more patiently the more often that went wrong.
-Where the two clocks drift apart, or the margin should change, sound is played a little faster or slower, by at most
-half a percent, with interpolation: no sample is cut out, so nothing clicks. Only what a standing loudspeaker let pile
-up, so much that it would take minutes to be made up for in this way, is left out at once, with a short fade from
-before to after it.
+blocks at its own. In between, a small target delay (the margin) is kept: just enough that no block finds the ring
+empty. An underrun increases it; after a while without underruns it decreases again, more slowly each time that was too
+early. To follow clock drift, or a change of the margin, sound is played slightly faster or slower, by at most half a
+percent, with interpolation: no sample is dropped, so there are no clicks. Only a large excess, which accumulates while
+the loudspeaker stalls and would take minutes to play off in this way, is skipped at once, with a short cross-fade.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from .ring import Ring
 
 __all__ = ["JitterBuffer"]
 
-_STRETCH = 200  # at most one sample in so many is added or left out
-_STEP = 0.010  # seconds by which an underrun widens the margin
-_WINDOW = 4.0  # seconds over which the lowest filling is taken
-_PILE = 0.06  # seconds beyond the margin that are left out if they are there ...
-_PILE_WINDOW = 1.0  # ... for so many seconds
+_STRETCH = 200  # at most one sample in this many is added or dropped
+_STEP = 0.010  # seconds by which an underrun increases the margin
+_WINDOW = 4.0  # seconds over which the lowest fill level is taken
+_PILE = 0.06  # excess over the margin, in seconds, that is skipped if it lasts ...
+_PILE_WINDOW = 1.0  # ... for this many seconds
 _FADE = 0.005
-_PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before the margin narrows
-_NARROWING = 0.25  # of what it is wider than at first
+_PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before the margin decreases
+_NARROWING = 0.25  # share of the increase that is taken back
 
 
 class JitterBuffer:
-    """The reading side of the output ring.
+    """The reader of the output ring.
 
     Parameters
     ----------
@@ -37,9 +36,9 @@ class JitterBuffer:
         Samples; written by the decoder.
     sample_rate : int
     margin : float
-        Seconds of sound that should be left after a read, at first.
+        Initial target delay: seconds of sound that should be left after a read.
     most : float
-        Seconds to which underruns may widen the margin. What piles up beyond twice that is skipped.
+        Largest target delay in seconds. An excess beyond twice this is skipped.
     """
 
     def __init__(self, ring: Ring, sample_rate: int, margin: float = 0.02, most: float = 0.4):
@@ -61,7 +60,7 @@ class JitterBuffer:
 
     @property
     def margin(self) -> float:
-        """Seconds of sound that should be left after a read."""
+        """Target delay: seconds of sound that should be left after a read."""
         return self._margin / self._rate
 
     @property
@@ -70,21 +69,21 @@ class JitterBuffer:
         return self._ring.available / self._rate
 
     def clear(self) -> None:
-        """Writer's side: what has been written so far shall not be played."""
+        """Writer's side: discard what has been written so far."""
         self._clear_to = self._ring.written
 
     def read_into(self, out: NDArray[np.float32]) -> None:
-        """Reader's side: fill ``out`` [samples]; never waits, silence where there is no sound."""
+        """Reader's side: fill ``out`` [samples]; never blocks, silence where there is no sound."""
         count = len(out)
         if self._clear_to:
             self._ring.skip_to(self._clear_to)
             self._clear_to = 0
             self._playing = False
         available = self._ring.available
-        # A frame may come just after a block was taken, or just before: a block's length makes no difference then.
+        # A frame may come just after a read or just before it, so one block's length is ignored.
         margin = max(self._margin, count + count // 4)
         if not self._playing:
-            # Frames come in bursts: begin a margin after the first, and the next will be in time by as much.
+            # Frames come in bursts: start one margin after the first, so that the next is in time by as much.
             self._held = self._held + count if available else 0
             if self._held <= margin or available < count:
                 out[:] = 0
@@ -126,7 +125,7 @@ class JitterBuffer:
 
     def _widen(self) -> None:
         self._margin = min(self._margin + round(_STEP * self._rate), self._most)
-        if self._narrowed:  # too early: wait longer the next time
+        if self._narrowed:  # it was decreased too early: wait longer the next time
             self._patience = min(2 * self._patience, round(_MOST_PATIENCE * self._rate))
         self._calm, self._narrowed = 0, False
 
@@ -136,7 +135,7 @@ class JitterBuffer:
         self._calm, self._narrowed = 0, wider > 0
 
     def _shift(self, count: int, left: int, margin: int) -> int:
-        """Samples to take more (or fewer) than asked for, towards the margin."""
+        """Extra samples to read (or to leave) to approach the margin."""
         if self._since >= _WINDOW * self._rate:
             self._correction = self._lowest - margin
             if abs(self._correction) < 0.002 * self._rate:
@@ -148,7 +147,7 @@ class JitterBuffer:
         return shift
 
     def _leave_out(self, count: int, out: NDArray[np.float32]) -> None:
-        """Fill ``out`` from ``count`` samples later, fading over from what would have come."""
+        """Skip ``count`` samples and fill ``out``, with a cross-fade from the skipped sound."""
         fade = min(round(_FADE * self._rate), len(out))
         before = np.empty(fade, np.float32)
         self._ring.peek_into(before)
@@ -158,7 +157,7 @@ class JitterBuffer:
         out[:fade] = before + rise * (out[:fade] - before)
 
     def _read_warped(self, out: NDArray[np.float32], take: int) -> None:
-        """Fill ``out`` from ``take`` samples, a few more or fewer than it holds, by cubic interpolation."""
+        """Fill ``out`` from ``take`` samples, slightly more or fewer than its length, by cubic interpolation."""
         if len(self._work) < take + 1:
             self._work = np.zeros(2 * take, np.float32)
         # One sample beyond the last, if it is there, so that the next block continues the curve.
@@ -187,7 +186,7 @@ def _resample(samples: NDArray[np.float32], count: int) -> NDArray[np.float32]:
 
 
 def _fade_out(out: NDArray[np.float32], got: int) -> None:
-    """Silence after ``got`` samples, with a slope of 2 ms at 24 kHz so that the end does not click."""
+    """Silence after ``got`` samples, with a fade of 2 ms at 24 kHz so that the end does not click."""
     out[got:] = 0
     ramp = min(got, 48)
     if ramp:

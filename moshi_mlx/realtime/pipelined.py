@@ -1,13 +1,13 @@
-"""One conversation on three threads, so that each frame is answered as soon as it can be.
+"""One conversation on three threads, so that each frame is answered as soon as possible.
 
 ::
 
     pcm_in > [encoder] > codes_in > [model] > codes_out > [decoder] > pcm_out
     ring     thread      ring       thread    ring        thread      ring
 
-While the model works on frame n, the codec encodes frame n + 1 and decodes frame n - 1. Between the threads go numpy
-arrays only, and each thread makes the MLX arrays that it uses. What concerns all of them (a new conversation, a
-snapshot) goes the same way as the frames, so that it happens between the same two frames everywhere.
+While the model works on frame n, the codec encodes frame n + 1 and decodes frame n - 1. Only numpy arrays pass between
+the threads, and each thread creates the MLX arrays that it uses. A new conversation or a snapshot is a marker
+that passes along with the frames, so that it happens between the same two frames in every stage.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FRAME, _RESET, _KEEP = range(3)
 
 
 class Pipelined:
-    """What drives a conversation that has the machine to itself.
+    """The driver of a single conversation.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Pipelined:
     def __init__(self, conversation: Conversation):
         engine = conversation.engine
         self._answers: deque[Answer] = deque()  # one for each frame in codes_out
-        self._keeping: dict[str, deque[Kept]] = {"model": deque(), "decoder": deque()}  # one for each such mark
+        self._keeping: dict[str, deque[Kept]] = {"model": deque(), "decoder": deque()}  # one for each snapshot marker
         tapped = engine.frame_size if conversation._tap is not None else 0
         self.codes_in = Ring(_FRAMES_BETWEEN, dtype=_record(engine.user_q, tapped))
         self.codes_out = Ring(_FRAMES_BETWEEN, dtype=_record(0, tapped))
@@ -59,10 +59,10 @@ class Pipelined:
         self._threads: list[Work] = []
         self._ready = threading.Semaphore(0)
         self._stopping = False
-        self._answering = self._speaking = False  # whether the model, the decoder have not come to their end
+        self._answering = self._speaking = False  # whether the model and the decoder are still running
 
     def start(self, conversation: Conversation, ready: Callable[[], object] | None) -> None:
-        """Start the threads and wait until they can take sound, or have failed; ``ready`` is called then."""
+        """Start the threads and wait until they are ready, or have failed; then call ``ready``."""
         stages = [("encoder", self._encode), ("model", self._model), ("decoder", self._decode)]
         self._answering = self._speaking = True
         for name, stage in stages:
@@ -73,7 +73,7 @@ class Pipelined:
             ready()
 
     def stop(self, wait: bool) -> bool:
-        """Let the threads come to their end; False if one is still inside a long computation after a second."""
+        """Stop the threads; False if one is still in a long computation after a second."""
         self._end()
         until = time.monotonic() + (_STOP_WITHIN if wait else 0.0)
         for work in self._threads:
@@ -82,7 +82,7 @@ class Pipelined:
         return not any(work.alive for work in self._threads)
 
     def wake(self) -> None:
-        """The encoder has something to do."""
+        """Wake the encoder."""
         self._bells["pcm_in"].ring()
 
     def _end(self) -> None:
@@ -95,7 +95,7 @@ class Pipelined:
     def _guard(self, conversation: Conversation, name: str, stage: Callable[[Conversation], None]) -> None:
         try:
             stage(conversation)
-        except BaseException as error:  # whatever it is, the owner has to know
+        except BaseException as error:  # any failure is reported to the owner
             conversation._fail(f"the {name} of the conversation failed: {error}", error)
             self._end()
         finally:
@@ -211,10 +211,10 @@ class Pipelined:
         self._bells[name].ring()
 
     def _take(self, record: NDArray[Any], name: str) -> bool:
-        """The next record of a ring; False when the conversation is over, and no answer is left to be spoken."""
+        """Read the next record of a ring; False when the conversation is over and all answers are spoken."""
         ring = self.rings[name]
         while True:
-            over = self._stopping and (ring is self.codes_in or not self._answering)  # before the ring is looked at
+            over = self._stopping and (ring is self.codes_in or not self._answering)  # read this before the ring
             if ring.read_into(record):
                 self._bells[f"{name}_space"].ring()
                 return True
@@ -224,7 +224,7 @@ class Pipelined:
 
 
 def _record(codebooks: int, samples: int) -> np.dtype[Any]:
-    """One frame on its way: its codes, when its last sample came, for a tap what was heard; or a mark instead."""
+    """A frame between threads: its codes, the time of its last sample, and the sound for a tap; or a marker."""
     return np.dtype(
         [
             ("mark", np.int8),

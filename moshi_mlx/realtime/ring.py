@@ -1,8 +1,8 @@
 """A ring between one writing and one reading thread, over memory that is allocated once.
 
 Both sides count what they have written and read; only the writer changes one count and only the reader the other, so
-neither ever waits for a lock of the ring. That is all it claims: a Python thread still needs the interpreter's lock to
-run at all, and with several writers, or several readers, the counts would break.
+neither ever waits for a lock of the ring. It is no more than that: a Python thread still needs the interpreter's lock
+to run, and several writers, or several readers, would corrupt the counts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Ring:
         return self.capacity - (self._written - self._read)
 
     def write(self, items: NDArray[Any]) -> int:
-        """Writer's side: append what fits of ``items`` [n, *shape]; returns how many that were."""
+        """Writer's side: append as many of ``items`` [n, *shape] as fit; returns how many."""
         count = min(len(items), self.free)
         start = self._written % self.capacity
         head = min(count, self.capacity - start)
@@ -64,13 +64,13 @@ class Ring:
         return count
 
     def read_into(self, out: NDArray[Any]) -> int:
-        """Reader's side: fill ``out`` [n, *shape] from the oldest items; returns how many there were."""
+        """Reader's side: fill ``out`` [n, *shape] from the oldest items; returns how many."""
         count = self.peek_into(out)
         self._read += count
         return count
 
     def peek_into(self, out: NDArray[Any]) -> int:
-        """Reader's side: like :meth:`read_into`, and leave the items where they are."""
+        """Reader's side: like :meth:`read_into`, without removing the items."""
         count = min(len(out), self.available)
         start = self._read % self.capacity
         head = min(count, self.capacity - start)
@@ -80,20 +80,20 @@ class Ring:
         return count
 
     def skip_to(self, written: int) -> None:
-        """Reader's side: forget what was there when :attr:`written` had this value."""
+        """Reader's side: discard everything written before :attr:`written` had this value."""
         self.skip(written - self._read)
 
     def skip(self, count: int) -> int:
-        """Reader's side: forget the oldest items; returns how many there were."""
+        """Reader's side: discard the oldest items; returns how many."""
         count = max(0, min(count, self.available))
         self._read += count
         return count
 
 
 class Signal:
-    """Wakes one waiting thread. Ringing never blocks, so an audio callback may do it.
+    """Wakes one waiting thread. Setting it never blocks, so an audio callback may do it.
 
-    A plain lock used backwards: it is held while nothing has happened, and ringing lets go of it.
+    A plain lock used in reverse: it is held while nothing has happened, and released by the signal.
     """
 
     def __init__(self) -> None:
@@ -101,13 +101,13 @@ class Signal:
         self._lock.acquire()
 
     def ring(self) -> None:
-        """Let the waiting thread, or the next that waits, go on."""
+        """Wake the waiting thread, or the next one that waits."""
         if self._lock.locked():
             try:
                 self._lock.release()
-            except RuntimeError:  # another thread rang in between
+            except RuntimeError:  # another thread did it in between
                 pass
 
     def wait(self, timeout: float) -> bool:
-        """Wait until it rings, at most ``timeout`` seconds; False if it did not."""
+        """Wait for the signal, at most ``timeout`` seconds; False on timeout."""
         return self._lock.acquire(timeout=timeout)

@@ -1,4 +1,4 @@
-"""What a conversation costs and how late it is. Sizes are fixed: nothing here grows with time."""
+"""Statistics of a conversation: stage times and latency. Sizes are fixed: nothing here grows with time."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class Stats:
     late : int
         Frames whose answer was ready later than two frame lengths after their last sample came.
     dropped_in : int
-        Samples of the user that were dropped to keep the delay within its bound.
+        Samples of the user that were dropped to keep the backlog within its bound.
     dropped_out : int
-        Samples of the model that were dropped because nobody read them.
+        Samples of the model that were dropped because they were not read.
     underruns : int
-        Reads that found too little sound while the model was speaking in time or not.
+        Reads that ran out of samples.
     encode, step, decode : Stopwatch
         Time taken by each stage.
     latency : Stopwatch
-        From a frame's last sample to its answer being ready to play.
+        Latency: from a frame's last sample until its answer is ready to play.
     level_in, level_out : float
         Root mean square of the latest frame, -1 to 1 scale.
     """

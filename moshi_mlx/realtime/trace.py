@@ -1,4 +1,4 @@
-"""Where the time goes, as a Chrome trace: open the file in https://ui.perfetto.dev or chrome://tracing.
+"""Chrome traces: open the file in https://ui.perfetto.dev or chrome://tracing.
 
 ::
 
@@ -31,15 +31,15 @@ _AT_ONCE = 5_000
 class Trace:
     """The last events of a program, from any thread.
 
-    Taking one down is an append to a ring of fixed length: nothing waits, nothing is written before :meth:`write`.
+    Recording an event appends to a ring of fixed length: nothing blocks, nothing is written before :meth:`write`.
 
     Parameters
     ----------
     limit : int
-        Events that are kept; the oldest are forgotten first, and counted. A conversation makes about 400 a second, so
-        the default is its last eight minutes: some 60 MB of memory, and 25 MB on disk.
+        Events to keep; the oldest are discarded first, and counted. A conversation makes about 400 a second, so
+        the default covers the last eight minutes: some 60 MB of memory, and 25 MB on disk.
     clock : callable
-        Seconds, monotonic: what the times handed over are measured with.
+        Seconds, monotonic: the clock of all given times.
 
     Attributes
     ----------
@@ -65,11 +65,11 @@ class Trace:
         self._take("i", name, self._clock(), 0.0, values)
 
     def counter(self, name: str, values: Mapping[str, float]) -> None:
-        """The lines of the diagram ``name`` stand at ``values`` now."""
+        """Record the current ``values`` of the counter ``name``."""
         self._take("C", name, self._clock(), 0.0, values)
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, with a span around every call."""
+        """Wrap ``function`` so that every call is recorded as a span."""
 
         def traced(*args: Any, **options: Any) -> Any:
             began = self._clock()
@@ -83,7 +83,7 @@ class Trace:
     def _take(self, kind: str, name: str, at: float, lasted: float, values: Mapping[str, Any] | None) -> None:
         thread = threading.get_ident()
         if thread not in self._threads:
-            # A sound system's thread has no name in Python: what it does here first must do.
+            # A sound system's thread has no name in Python: use its first event.
             called = threading.current_thread().name
             self._threads[thread] = f"{name} callback" if called.startswith("Dummy") else called
         self._events.append((kind, name, thread, at, lasted, values))
@@ -96,16 +96,16 @@ class Trace:
 
     @property
     def forgotten(self) -> int:
-        """Events that were too old to be kept."""
+        """Events that were discarded."""
         return max(self.taken - self.kept, 0)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write what is kept: whole, or not at all.
+        """Write the kept events, atomically.
 
         Raises
         ------
         OSError
-            If it cannot be written; what was at ``path`` before stays.
+            If it cannot be written; an existing file is kept.
         """
         target = Path(path)
         partial = target.with_name(f"{target.name}.partial")

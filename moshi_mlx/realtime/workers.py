@@ -1,7 +1,7 @@
-"""Threads that are kept and used again.
+"""Reusable worker threads.
 
-MLX starts a thread of its own for each thread that computes with it, and no call ends that one: what computes in a new
-thread each time leaves one behind each time. So a thread whose work is done waits here for the next work of its name.
+MLX starts an internal thread for each thread that computes with it, and never ends it: computing in a new
+thread each time would leak one each time. So a thread whose work is done waits here for the next work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Work:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not come to its end."""
+        """Whether it is still running."""
         return not self._done.is_set()
 
     def join(self, timeout: float | None = None) -> None:
@@ -55,7 +55,7 @@ class _Worker:
             mx.clear_streams()
 
     def _one(self) -> bool:
-        """Wait for work and do it; False if there is to be none any more."""
+        """Wait for work and do it; False if the thread should end."""
         while not self.bell.wait(-1):
             pass
         work, self.next = self.next, None
@@ -65,16 +65,16 @@ class _Worker:
         try:
             work._function()
             self.thread.name = f"idle {self.name}"
-            with _lock:  # before the end is told: who waits for that finds this thread when it needs one
+            with _lock:  # before signalling the end, so that a waiter finds this thread idle
                 _idle.setdefault(self.name, []).append(self)
         finally:
-            work._function = None  # nothing of it stays
+            work._function = None  # release its references
             work._done.set()
         return True
 
 
 def run(name: str, function: Callable[[], object]) -> Work:
-    """Run ``function`` in a thread that is called ``name`` meanwhile: a kept one, or a new one.
+    """Run ``function`` in a thread named ``name``: an idle one, or a new one.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def run(name: str, function: Callable[[], object]) -> Work:
 
 
 def end_idle() -> None:
-    """End the threads that have nothing to do; waits for each of them, a second at most."""
+    """End the idle threads; waits for each at most a second."""
     with _lock:
         workers = [worker for kept in _idle.values() for worker in kept]
         _idle.clear()
@@ -105,4 +105,4 @@ def end_idle() -> None:
 
 atexit.register(end_idle)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_idle.clear)  # threads do not go along
+    os.register_at_fork(after_in_child=_idle.clear)  # threads do not survive a fork

@@ -1,1 +1,1 @@
-"""What a model can do, a file each."""
+"""Uses of a model, one file each."""

@@ -1,4 +1,4 @@
-"""A loaded checkpoint, and conversations on it: sound in, sound and text out.
+"""Dialogue: a loaded checkpoint and conversations on it, sound in, sound and text out.
 
 ::
 
@@ -74,9 +74,9 @@ class Moshi:
         None for text models.
     tokenizer : TextTokenizer or None
     name : str
-        What to call it.
+        The model's name.
     trained : bool
-        False if the weights are random: the sound is noise then.
+        False if the weights are random, so that the sound is noise.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Moshi:
 
     @property
     def description(self) -> str:
-        """One line for people."""
+        """A one-line description."""
         lm, trained = self.lm.config, "" if self.trained else ", untrained: its weights are random"
         return (
             f"{self.name} ({self.config.model_type}, {lm.dim} x {lm.num_layers} layers, "
@@ -136,7 +136,7 @@ class Moshi:
         seed : int
             The same seed, settings and sound give the same answer.
         generation : GenerationConfig, optional
-            How tokens are chosen; by default what the checkpoint or the reference says.
+            Sampling settings; defaults come from the checkpoint or the reference.
         conditions, null_conditions : mapping, optional
             Values for the model's conditioners.
         kv_bits : {None, 8}
@@ -146,7 +146,7 @@ class Moshi:
 
     @property
     def engine(self) -> Engine:
-        """The model as frames go through it: for many conversations together, and for threads.
+        """The engine of the model: for many conversations together, and for threads.
 
         Raises
         ------
@@ -177,10 +177,10 @@ class Moshi:
         seed, generation, conditions
             As for :meth:`session`.
         tail : float
-            Seconds of silence after the recording, in which the answer can end: a model begins to speak when the
+            Seconds of silence after the recording, so that the answer can end: a model begins to speak when the
             question is over.
         on_frame : callable, optional
-            Called with every :class:`SessionFrame` as it comes.
+            Called with every new :class:`SessionFrame`.
 
         Raises
         ------
