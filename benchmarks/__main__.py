@@ -6,7 +6,7 @@
     python -m benchmarks --list
 
 Each benchmark is a module of this package with a function ``main(argv)``. It prints a table for people first and one
-line of JSON last. One that fails is named at the end and stops no other; Ctrl-C ends the run.
+line of JSON last. One that fails is reported at the end and does not stop the others; Ctrl-C ends the run.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Speed and cost, measured here. Each prints a table, then one line of JSON.",
-        epilog="What follows -- goes to the one benchmark that is named.",
+        epilog="Options after -- are passed to the benchmark, of which there must be only one.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
-    parser.add_argument("--list", action="store_true", help="say which there are")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks")
     argv = list(sys.argv[1:] if argv is None else argv)
     rest: list[str] = []
     if "--" in argv:

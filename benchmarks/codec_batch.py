@@ -1,7 +1,7 @@
 """The built-in codec for many conversations at once: ``python -m benchmarks.codec_batch``.
 
-A frame in and a frame out for 1 to 16 rows of one state, on one thread, in turns; processor time, so that it is what a
-core of this kind could do undisturbed. A table, then one JSON line.
+Encodes and decodes a frame for 1 to 16 rows of one state, on one thread, in turns; in processor time, which other
+programs do not affect. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

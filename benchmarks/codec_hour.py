@@ -1,7 +1,7 @@
-"""An hour through the built-in codec: neither time nor memory grows: ``python -m benchmarks.codec_hour``.
+"""An hour through the built-in codec, to show that neither time nor memory grows: ``python -m benchmarks.codec_hour``.
 
-45,000 frames are an hour. After them a second stream is brought to frame 3,000, and both go on in turns: a machine
-that is faster at one moment than at another is so for both. A table, then one JSON line.
+45,000 frames are an hour. After them a second stream is run to frame 3,000, and both continue in turns, so that
+variations of the machine's speed affect both. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

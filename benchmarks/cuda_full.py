@@ -4,8 +4,8 @@ Needs MLX's CUDA backend here, and in the Python that KYUTAI_PYTHON names; KYUTA
 and moshi 0.2.13. One model is in memory at a time. p50 and p95 of a step at the start of a session and with a full
 cache, against the floor: the bytes that a step must read over the memory's bandwidth, which a copy measures.
 
-Without such a GPU nothing is measured: the same programs step a model scaled down, so that sizes, arguments and
-answers are known to fit (``--check`` does that anywhere).
+Without such a GPU nothing is measured: the same programs run a scaled-down model, to check sizes, arguments and
+results (``--check`` does that anywhere).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Needs the package livekit, and pystoi for the intelligibility. For each room three runs of the program's canceller: only
 Moshi speaks, only the user speaks, and both speak at once after eight seconds, without pauses. Each is done twice, with
-the speakers' parts exchanged and other walls and jitter, so that nothing is made for one draw. A table, then one JSON
-line. Speech from the questions that come with the program.
+the speakers' parts exchanged and other walls and jitter, so that nothing is tuned to one case. Prints a table, then one
+JSON line. The speech is that of the included questions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RATE, ALONE, DELAY = 24_000, 8, 222
 
 
 class Moved(Room):
-    """A laptop that is pushed away after five seconds: another way, other walls."""
+    """A laptop that is moved after five seconds: another echo path."""
 
     def echo(self, played: np.ndarray, rate: int, seed: int = 0) -> np.ndarray:
         before = super().echo(played, rate, seed)
@@ -58,7 +58,7 @@ def intelligibility(clean: np.ndarray, heard: np.ndarray) -> float | None:
 
 
 class Timed(WebRtcEcho):
-    """Counts the time of the processor."""
+    """Measures processor time."""
 
     def __init__(self) -> None:
         super().__init__(RATE)

@@ -1,11 +1,11 @@
 """Many conversations on one machine: frames a second at batch 1 to 32, and where it stops being real time.
 
-The built-in model advances a batch of conversations together on one thread, and so does its codec. Processor time, so
-that it is what a core of this kind could do undisturbed. Real time is 12.5 frames a second.
+The built-in model advances a batch of conversations together on one thread, and so does its codec. Measured in
+processor time, which other programs do not affect. Real time is 12.5 frames a second.
 
-Then 16 conversations beside one, in numpy and in MLX (with weights of float32): begun together, begun one after the
-other, and with four of them waiting. MLX's wheel for Linux multiplies without vector instructions, so that 16 rows cost
-it what 16 times one row cost; OpenBLAS in front of it (LD_PRELOAD) shows what is not its product.
+Then 16 conversations compared with one, in numpy and in MLX (with float32 weights): started together, started one after
+the other, and with four of them waiting. MLX's wheel for Linux multiplies without vector instructions, so that 16 rows
+cost it 16 times one row; OpenBLAS in front of it (LD_PRELOAD) shows the cost apart from its matrix product.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Long sessions: a step at frame 45,000 (an hour) against frame 3,000, and memory on the way.
 
-One conversation is run to each mark and waits there; then both go on in turns, so that what else the machine does
-meets both alike. Moshi's context of 3,000 in a narrow model (64 x 2 layers, 64 x 1 layer x 8 steps), so that the hour
+One conversation is run to each mark and waits there; then both continue in turns, so that other load affects both
+equally. Moshi's context of 3,000 in a narrow model (64 x 2 layers, 64 x 1 layer x 8 steps), so that the hour
 takes minutes; ``--wide`` takes the built-in model's widths.
 """
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=45_000)
     parser.add_argument("--rounds", type=int, default=40, help="blocks of 25 steps of each at the end")
     parser.add_argument(
-        "--skip", type=int, default=0, help="of them so many by setting the counters ahead once the cache is full"
+        "--skip", type=int, default=0, help="skip so many frames by advancing the counters once the cache is full"
     )
     parser.add_argument("--wide", action="store_true", help="the built-in model's widths")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 Moshi's 32 temporal and 6 x 8 depth layers, 64 channels wide, in turns with Kyutai's package: Python, graph building,
 operations and synchronisation are nearly all of it. ``modules`` is our path for GPUs, run on the CPU. How long it holds
-the interpreter is measured apart: with its graph built anew for each step, and kept, as it is on a GPU.
+the interpreter is measured separately: with the graph rebuilt for each step, and kept, as it is on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(row("ours, modules", results, "modules"))
     held = {}
     for batch in (1, 16):
-        for name, compiled in (("built anew", False), ("kept", True)):
+        for name, compiled in (("rebuilt", False), ("kept", True)):
             with Worker("lm_ours.py", {**TINY, "modules": True, "compiled": compiled, "batch": batch}) as worker:
                 held[f"{batch}, {name}"] = summary(worker.ask(python=args.rounds * args.steps)["python"])
     print(

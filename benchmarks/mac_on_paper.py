@@ -1,4 +1,4 @@
-"""What a Mac could do, calculated, not measured: ``python -m benchmarks.mac_on_paper``.
+"""Estimates for Macs, calculated, not measured: ``python -m benchmarks.mac_on_paper``.
 
 One step reads every weight that it multiplies with once, and the keys and values of a full context. Those bytes by
 a chip's published memory bandwidth are a floor under the time of a step. Bytes come from the published configurations
@@ -6,8 +6,8 @@ and our quantizer's recipes; no weights are made or read. Kernels are counted in
 same depth and a small width: norm, rotation and attention as one each, as MLX has them on a GPU, and views left out.
 
 The verdict keeps a reserve: a kernel gets 75 % of the published bandwidth, each kernel takes 3 microseconds to launch,
-and a tenth of the 80 ms stays free. These three are assumptions. Who has a Mac replaces all of it by
-``moshi-mlx-local bench --json``. A table, then one JSON line.
+and a tenth of the 80 ms stays free. These three are assumptions. On a Mac, measure with
+``moshi-mlx-local bench --json`` instead. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

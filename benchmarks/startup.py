@@ -2,7 +2,7 @@
 
 Fresh processes, the smallest of several, since others use the machine: ``import moshi_mlx`` (wall and processor time,
 and the five slowest modules as ``python -X importtime`` sees them), and from the command to the first frame of the
-built-in model. Then a checkpoint of 400 MB is opened and read, and resident memory is told at each stage.
+built-in model. Then a checkpoint of 400 MB is opened and read, with the resident memory at each stage.
 """
 
 from __future__ import annotations

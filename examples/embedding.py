@@ -1,9 +1,9 @@
-"""The conversation inside a program that has its own audio: here a wav file stands for the microphone, and another one
-for the loudspeaker.
+"""A conversation in a program that handles its own audio: here a wav file replaces the microphone, and another one
+the loudspeaker.
 
     python examples/embedding.py question.wav answer.wav
 
-The two lines that matter are in `audio_callback`: sound goes in, sound comes out, neither waits. All else is what
+The two essential lines are in `audio_callback`: sound goes in, sound comes out, and neither blocks. The rest is what
 an audio engine, a window and a main loop do anyway.
 """
 
@@ -25,7 +25,7 @@ BLOCK = 0.01  # seconds that an audio engine asks for at a time
 
 
 class AudioEngine:
-    """Calls back every 10 ms, in a thread of its own, as CoreAudio would."""
+    """Calls back every 10 ms, in a separate thread, as CoreAudio would."""
 
     def __init__(self, microphone: np.ndarray, rate: int, conversation: Conversation):
         self.microphone, self.rate, self.conversation = microphone, rate, conversation
@@ -34,7 +34,7 @@ class AudioEngine:
         threading.Thread(target=self.run, daemon=True).start()
 
     def audio_callback(self, recorded: np.ndarray, to_play: np.ndarray) -> None:
-        """What belongs into your callback: samples at the model's rate, one channel, float32 from -1 to 1."""
+        """The code for your callback: samples at the model's rate, one channel, float32 from -1 to 1."""
         self.conversation.feed(recorded)
         self.conversation.read_into(to_play)
 
@@ -48,7 +48,7 @@ class AudioEngine:
 
 
 def main() -> int:
-    """Play a recording to a model, and keep what it says."""
+    """Play a recording to a model, and save its answer."""
     parser = argparse.ArgumentParser(description="a conversation with wav files in place of microphone and loudspeaker")
     parser.add_argument("question")
     parser.add_argument("answer")

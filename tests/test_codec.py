@@ -243,7 +243,7 @@ def test_a_row_that_waits_keeps_every_bit(codec: MimiCodec) -> None:
 
 
 def test_rows_join_leave_and_begin_again(codec: MimiCodec) -> None:
-    """If this fails, who takes a free place goes on with the conversation of the one before."""
+    """If this fails, a new stream in a free row continues the previous one."""
     codes = np.random.default_rng(0).integers(0, codec.card, (4, 4, 30)).astype(np.int32)
     state = codec.init_decoder_state(3)
     early = np.concatenate([codec.decode_step(codes[:3, :, at : at + 1], state) for at in range(12)], axis=1)
@@ -377,7 +377,7 @@ def test_a_snapshot_is_a_copy_and_a_foreign_one_is_refused(codec: MimiCodec, pcm
 
 
 def test_the_kinds_are_what_they_say() -> None:
-    """If this fails, who asks for MLX gets numpy, or the other way round."""
+    """If this fails, a request for MLX gets numpy, or the other way round."""
     config = MimiConfig.from_dict(json.loads((GOLDEN / "config.json").read_text()))
     path = GOLDEN / "mimi.safetensors"
     assert type(make_codec(path, config, kind="numpy")) is NumpyMimi

@@ -455,7 +455,7 @@ def test_snapshots_that_do_not_fit() -> None:
 
 
 def test_reset() -> None:
-    """A generator that begins anew remembers the conversation before."""
+    """If this fails, a reset generator remembers the previous conversation."""
     lm = small_model(delays=[1, 0, 2, 0, 3])
     frames = draw_frames(lm, 2, 25)
     generator = Generator(lm, PENALIZED, seeds=(5, 6))

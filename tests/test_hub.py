@@ -626,7 +626,7 @@ def test_the_token_goes_to_the_hub_only(
 
 
 def test_a_hub_that_is_silent_is_asked_once(server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, each step of loading a model that is here waits anew for a hub that does not answer."""
+    """If this fails, each step of loading a downloaded model waits again for a hub that does not answer."""
     server.repos[NAME] = FakeRepo(dict(FILES))
     files = resolve(NAME, cache=cache)
     monkeypatch.setattr(transfer, "TIMEOUT", 0.3)

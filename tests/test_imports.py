@@ -1,4 +1,4 @@
-"""Who may import whom. The order is drawn in docs/architecture.md; here it is read from the source and held.
+"""Which package may import which. docs/architecture.md describes the order; here the source is checked against it.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
 errors, disk, schema, config, tokens, state, audio < layers < models < cpu, checkpoint < codec < engine < tasks
@@ -24,7 +24,7 @@ PACKAGES = {
     "moshi_mlx_training": ROOT / "training" / "moshi_mlx_training",
 }
 
-# The library's rooms from the ground up, and what each imports of those below it: no more, and no less.
+# The library's packages from the bottom up, and exactly what each imports of those below it.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "disk": set(),
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
     "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "tasks"},
 }
-# The commands beside the package's names: `python -m moshi_mlx`, and a hint for those who look for another one.
+# Commands: `python -m moshi_mlx`, and a hint for users of Kyutai's package.
 COMMANDS = {"__main__", "local"}
 HEAVY = {"huggingface_hub", "mlx_lm", "rustymimi", "sentencepiece", "sounddevice", "soundfile", "torch", "transformers"}
 
@@ -84,7 +84,7 @@ def imports(name: str, path: Path, *, at_load: bool = False) -> Iterator[tuple[i
 
 
 def room(target: str) -> str | None:
-    """The library's room that a dotted name lies in, None outside the library or at its top."""
+    """The library's package that a dotted name is in, None outside the library or at its top."""
     parts = target.split(".")
     if parts[0] != "moshi_mlx" or len(parts) < 2:
         return None
@@ -133,7 +133,7 @@ def test_nothing_that_ships_knows_the_training() -> None:
 
 
 def test_the_librarys_order() -> None:
-    """If this fails, a lower room leans on a higher one, or the table allows what nobody uses."""
+    """If this fails, a lower package imports a higher one, or the table allows an import that is not used."""
     seen: dict[str, set[str]] = {name: set() for name in ALLOWED}
     wrong = []
     for name, path in modules("moshi_mlx"):
@@ -148,11 +148,11 @@ def test_the_librarys_order() -> None:
                     wrong.append(f"{path.relative_to(ROOT)}:{line}: {here} imports {there}")
     assert not wrong, "\n".join(wrong)
     unused = {name: used - seen[name] for name, used in ALLOWED.items() if used - seen[name]}
-    assert not unused, f"allowed, and nobody does it: {unused}"
+    assert not unused, f"allowed but not used: {unused}"
 
 
 def test_every_room_has_its_place() -> None:
-    """If this fails, a new module stands outside the order: give it a line in ALLOWED and in docs/architecture.md."""
+    """If this fails, a new module is missing from the order: add it to ALLOWED and to docs/architecture.md."""
     assert {room(name) for name, _ in modules("moshi_mlx")} - {None} - COMMANDS == set(ALLOWED)
     below: set[str] = set()
     for name, used in ALLOWED.items():

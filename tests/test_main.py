@@ -24,7 +24,7 @@ def test_the_package_is_the_command(tmp_path: Path) -> None:
 
 
 def test_kyutais_name_of_the_program(tmp_path: Path) -> None:
-    """If this fails, whoever comes from Kyutai's moshi_mlx is told that there is no module of that name."""
+    """If this fails, users of Kyutai's moshi_mlx only see that there is no module of that name."""
     done = run("-m", "moshi_mlx.local", "-q", "4", "--hf-repo", "kyutai/moshiko-mlx-q4", cwd=tmp_path)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.count("\n") == 1 and "`moshi-mlx-local` (or `python -m moshi_mlx`)" in done.stderr

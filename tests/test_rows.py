@@ -178,7 +178,7 @@ def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
 
 @pytest.mark.usefixtures("small_rings")
 def test_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, the graph that a GPU keeps is not the step that is built anew, or serves another shape.
+    """If this fails, the graph that a GPU keeps differs from the step that is built again, or serves another shape.
 
     For a CPU, MLX asks a C++ compiler for each operation that it fuses, and keeps what it makes: the first run is slow.
     """

@@ -94,7 +94,7 @@ def test_two_threads_in_a_hurry(model: moshi_mlx.Moshi) -> None:
 
 
 def test_a_closed_session() -> None:
-    """If this fails, a session that was closed goes on, or cannot be begun anew."""
+    """If this fails, a session that was closed continues, or cannot be restarted."""
     with moshi_mlx.load("small").session() as session:
         session.step(SILENCE)
     with pytest.raises(StateError, match="closed"):

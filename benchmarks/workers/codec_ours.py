@@ -1,4 +1,4 @@
-"""Frames through our codec, in numpy or in MLX, or through rustymimi behind the same face, on one file of weights.
+"""Frames through our codec, in numpy or in MLX, or through rustymimi with the same interface, on one file of weights.
 
 Question ``{"frames": n}``; answer: milliseconds of each frame, as wall time and as processor time of all threads, of
 ``encode``, of ``decode``, and of ``pair``: both at once on two threads, as a conversation has them.

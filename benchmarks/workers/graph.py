@@ -1,8 +1,10 @@
-"""What a step would be on a GPU, counted on a CPU; imported by workers of both environments, so by its plain name.
+"""Count the operations that a step would have on a GPU, without one.
 
-On a GPU, MLX's norm, rotation and attention are one kernel each; on a CPU it takes them apart before anybody can
-count. Here one operation of the right shape stands in for each of them (its values are nonsense), and operations that
-only look at memory in another way are told apart from those that compute.
+Imported by workers of both environments, hence by its plain name.
+
+On a GPU, MLX's norm, rotation and attention are one kernel each; on a CPU it splits them before they can be
+counted. Here one operation of the right shape replaces each of them (its values are meaningless), and operations that
+only view memory differently are distinguished from those that compute.
 """
 
 from __future__ import annotations

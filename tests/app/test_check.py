@@ -1,4 +1,4 @@
-"""The verbs check and bench, with the built-in model and devices made of Python."""
+"""The commands check and bench, with the built-in model and devices made of Python."""
 
 from __future__ import annotations
 

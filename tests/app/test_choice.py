@@ -1,4 +1,4 @@
-"""Which model is taken when nobody names one, on machines made of numbers."""
+"""The default model, on simulated machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line around the verbs."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def pieces(parser: argparse.ArgumentParser) -> list[list[str]]:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_options_stand_anywhere(verb: str) -> None:
-    """If this fails, an option before the verb or between its words is an error, or changes what it means."""
+    """If this fails, an option before the command or between its words is an error, or changes its meaning."""
     parser = cli.build_parser()
     options, words = pieces(cli.verbs(parser)[verb]), WORDS.get(verb, [])
     wanted = vars(cli.parse(parser, [verb, *words, *(part for option in options for part in option)]))
@@ -103,7 +103,7 @@ def test_options_stand_anywhere(verb: str) -> None:
 
 
 def test_an_option_takes_a_value_everywhere_or_nowhere() -> None:
-    """If this fails, `moshi-mlx-local --option word file ...` takes a value for a verb, or a verb for a value."""
+    """If this fails, `moshi-mlx-local --option word file ...` takes a value for a command, or a command for a value."""
     parser, seen = cli.build_parser(), {}
     for verb in cli.verbs(parser).values():
         for action in verb._actions:

@@ -258,7 +258,7 @@ def test_nothing_but_zeros(card: FakeCard, monkeypatch: pytest.MonkeyPatch, syst
 
 
 def test_the_systems_choice_changes(card: FakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, who plugs in a headset goes on talking to the laptop, or a device chosen by name is left."""
+    """If this fails, a headset that is plugged in is ignored, or a device chosen by name is abandoned."""
     news: list[dict[str, str | None]] = []
 
     class Told(watching.Defaults):

@@ -1,4 +1,4 @@
-"""Echo cancellation in rooms made of numbers (benchmarks/echo.py measures more of them)."""
+"""Echo cancellation in simulated rooms (benchmarks/echo.py measures more of them)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_both_speak(room: Room) -> None:
 
 
 def test_the_room_changes() -> None:
-    """If this fails, whoever moves the laptop gives Moshi its own voice to answer, for seconds."""
+    """If this fails, Moshi hears its own voice for seconds after the laptop was moved."""
     pytest.importorskip("livekit", reason="the package livekit (WebRTC's echo cancellation) is not installed")
     far = speech(8) * np.float32(0.7)
     rooms = Room(), Room(delay=0.053)

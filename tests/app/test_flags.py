@@ -1,4 +1,4 @@
-"""Options that messages, help and documents name: whoever reads of one must be able to type it."""
+"""Every option named in a message, a help text or a document must exist."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def imported(path: Path) -> set[Path]:
 
 
 def unknown(text: str, known: set[str]) -> list[str]:
-    """What a text names and nobody can type: in a whole command its own verb counts, elsewhere what is ``known``."""
+    """Options in a text that do not exist: in a whole command line its own command counts, elsewhere ``known``."""
     bad = []
     for command in COMMAND.findall(text):
         words = [*command.split()]
@@ -74,7 +74,7 @@ def unknown(text: str, known: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_a_verb_names_options_that_it_has(verb: str) -> None:
-    """If this fails, a message tells the user of this verb to try an option that the verb refuses."""
+    """If this fails, a message suggests an option that this command does not have."""
     own = APP / "commands" / f"{verb}.py"
     for module in (own, *imported(own)):
         for text in texts(module):

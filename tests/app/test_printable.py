@@ -1,4 +1,4 @@
-"""Names of models, files and devices that a terminal would obey, or rich would read as markup, through every verb."""
+"""Names of models, files and devices with control characters or rich markup, through every command."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_devices(run: Run, evil_card: Any) -> None:
-    """If this fails, a device's name commands the terminal of who lists it."""
+    """If this fails, a device's name can control the terminal."""
     status, said = run("devices")
     assert status == 0 and said.count(f"{CLOSED} {SEEN}") == 4 and len(said.strip().splitlines()) == 4
     status, said = run("devices", "--json")

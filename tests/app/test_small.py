@@ -1,4 +1,4 @@
-"""The program with the model that comes along, and no fake anywhere."""
+"""The program with the built-in model, without fakes."""
 
 from __future__ import annotations
 

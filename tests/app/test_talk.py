@@ -1,4 +1,4 @@
-"""The verb talk, with a model that says back what it hears and devices made of Python."""
+"""The command talk, with a model that repeats what it hears and devices made of Python."""
 
 from __future__ import annotations
 

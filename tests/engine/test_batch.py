@@ -42,7 +42,7 @@ def same(found: list[Any], expected: list[Any], exact: bool) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_come_and_go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, who else talks changes what one hears, or a batch keeps what those who left have used."""
+    """If this fails, other conversations change an answer, or a batch keeps the memory of those that left."""
     use(way, monkeypatch)
     model, rng = tiny_model(way), np.random.default_rng(0)
     ticks, most = (TICKS, 64) if way == "numpy" else (TICKS // 3, 16)

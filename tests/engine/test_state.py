@@ -1,4 +1,4 @@
-"""A conversation that is kept and goes on elsewhere, as if it had never stopped."""
+"""A conversation that is saved and continued elsewhere, as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_every_leaf_is_a_row() -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    """If this fails, a damaged file, one of another model or of an older version goes on with nonsense."""
+    """If this fails, a damaged file, or one of another model or an older version, is continued with nonsense."""
     model = tiny_model()
     session, (first, *frames) = model.session(), sound(model, 12)
     session.step(first)

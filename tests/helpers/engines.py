@@ -1,4 +1,4 @@
-"""Engines whose stages are made of a codec and a model that do next to nothing."""
+"""Engines whose stages use a trivial codec and model."""
 
 from __future__ import annotations
 

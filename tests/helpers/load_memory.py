@@ -46,7 +46,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Let :func:`peak_bytes` begin anew where the system can; elsewhere it stays the peak of the whole life."""
+    """Reset :func:`peak_bytes` if the system can; otherwise it stays the peak since the start of the process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -30,7 +30,7 @@ FRAME, RATE, BOOKS = 1_920, 24_000, 8
 
 
 class Parrot:
-    """Stands for a loaded model.
+    """Replaces a loaded model.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Everything in this folder compares with the live reference: it is marked so, whoever wrote it."""
+"""Everything in this folder compares with the live reference: every test gets the mark."""
 
 from __future__ import annotations
 

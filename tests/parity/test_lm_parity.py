@@ -37,7 +37,7 @@ def _maker() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """All configurations drawn anew; names of those with a greedy run."""
+    """All configurations generated again; names of those with a greedy run."""
     maker, folder = _maker(), tmp_path_factory.mktemp("lm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maker, "OUT", folder)

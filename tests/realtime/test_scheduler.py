@@ -74,7 +74,7 @@ def check_alone(model: Any, seed: int, frames: list[np.ndarray], said: list[Any]
 
 
 def test_a_crowd_that_comes_and_goes() -> None:
-    """If this fails, who else talks with the server changes an answer, or threads and memory stay behind."""
+    """If this fails, other conversations change an answer, or threads and memory leak."""
     model, rng = tiny_model(), np.random.default_rng(1)
     speech = sound(model, 50)
     process = psutil.Process()
@@ -293,7 +293,7 @@ def test_the_trace_shows_ticks() -> None:
 
 
 def test_silence_first_beside_others() -> None:
-    """If this fails, one who joins hears the silence of speech-to-text at the cost of all the others."""
+    """If this fails, the leading silence of a joining speech-to-text conversation delays all others."""
     model = tiny_model(stt={"audio_silence_prefix_seconds": 4 * 160 / 24000})
     speech = sound(model, 12)
     done: Callable[[], bool]

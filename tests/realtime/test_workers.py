@@ -44,7 +44,7 @@ def nobody() -> None:
 
 
 def test_many_conversations_leave_no_threads() -> None:
-    """If this fails, a server loses an operating-system thread, and memory, to everyone who ever talked."""
+    """If this fails, a server leaks an operating-system thread, and memory, with every conversation."""
     done = subprocess.run([sys.executable, "-c", MANY, "40"], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and not done.stderr, done.stderr
     few, many = json.loads(done.stdout)
@@ -91,7 +91,7 @@ def test_work_at_the_same_time_has_threads_of_its_own() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_work_that_raises() -> None:
-    """If this fails, who waits for the end of work that failed waits for ever."""
+    """If this fails, waiting for work that failed never ends."""
 
     def broken() -> None:
         raise RuntimeError("on purpose")
