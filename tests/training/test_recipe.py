@@ -163,3 +163,29 @@ def test_festival_speaks_where_it_is_installed() -> None:
             assert abs(10 * np.log10(np.mean(spoken.pcm**2)) + 23) < 1
             lengths.add(len(spoken.pcm))
     assert len(lengths) == 2 * len(FESTIVAL)  # every one speaks in its own time
+
+
+def test_a_codec_s_corpus_follows_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the codec is trained on other voices and words than the recipe says, or hears them too clean."""
+    said: list[tuple[str, str]] = []
+
+    def listed(text: str, voice: str = "", *rest: object) -> Utterance:
+        said.append((text, voice))
+        return mute(text)
+
+    monkeypatch.setattr(recipe, "say", listed)
+    monkeypatch.setattr(codec_data, "say", mute)
+    for kind in codec_data.KINDS:
+        codec_data.make_shard(tmp_path, kind, 0, minutes=0.5, recipe=Recipe(wordings="many", voices="all"))
+    assert len(said) > 20 and not {voice for _, voice in said} & {*HELD_OUT, *unheard(), ANSWERING_VOICE}
+    assert any(voice not in speakers("none")[:59] for _, voice in said)  # one of those that came later
+    narrow, wide = codec_data.Corpus(tmp_path), codec_data.Corpus(tmp_path, wide=True)
+    plain = narrow.batch(40, 12, np.random.default_rng(0))
+    heard, target, labels = wide.batch(40, 12, np.random.default_rng(0))
+    again = wide.batch(40, 12, np.random.default_rng(0))
+    assert all(np.array_equal(a, b) for a, b in zip((heard, target, labels), again))
+    assert np.array_equal(plain[0][:15], heard[:15])  # the answering voice stays clean
+    levels = 10 * np.log10(np.mean(target[20:] ** 2, axis=1) + 1e-9)
+    before = 10 * np.log10(np.mean(plain[1][20:] ** 2, axis=1) + 1e-9)
+    assert np.ptp(levels) > np.ptp(before) + 3
+    assert 5 <= sum(not np.array_equal(h, t) for h, t in zip(heard[20:], target[20:])) < 20

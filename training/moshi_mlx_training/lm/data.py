@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +54,7 @@ TRAINING_POWER = 0.7  # how much likelier large topics are asked in training: su
 OTHER_WORD = 0
 
 Pcm = NDArray[np.float32]
+Encode = Callable[[Sequence[NDArray[np.int16]]], list[NDArray[np.uint16]]]  # codes [frames, books] of every clip
 
 
 @cache
@@ -179,12 +182,18 @@ def speak_set(folder: Path, name: str, size: int, recipe: Recipe = FIRST) -> boo
     path = folder / f"{name}.pcm.npz"
     if path.exists():
         return False
-    seed = zlib.crc32(name.encode())
+    write_set(path, size, lambda rng, noise: question_clip(name.split("-")[0], rng, noise, recipe))
+    return True
+
+
+def write_set(path: Path, size: int, make: Callable[[random.Random, np.random.Generator], dict[str, Any]]) -> None:
+    """Write a set of so many clips that ``make`` makes; they depend on the file's name alone."""
+    seed = zlib.crc32(path.name.removesuffix(".pcm.npz").encode())
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     clips: list[dict[str, Any]] = []
     while len(clips) < size:
         try:
-            clips.append(question_clip(name.split("-")[0], rng, noise, recipe))
+            clips.append(make(rng, noise))
         except SpeechUnavailable:
             if not clips:
                 raise  # nothing works here, as against one strange word
@@ -197,7 +206,6 @@ def speak_set(folder: Path, name: str, size: int, recipe: Recipe = FIRST) -> boo
     arrays |= {"words": spelled["data"], "word_count": spelled["count"]}
     arrays["phones"] = np.concatenate([clip["phones"] for clip in clips])  # two a frame
     _write(path, {**arrays, **pieces})
-    return True
 
 
 def speak_answers(folder: Path) -> None:
@@ -264,7 +272,31 @@ def encode_clips(codec: Any, clips: Sequence[NDArray[np.int16]], seconds: float 
     return out
 
 
-def encode_set(folder: Path, name: str, codec: Any, digest: str) -> bool:
+def library_codec(folder: Path) -> tuple[Encode, str]:
+    """The library's own codec of a model's folder, which needs no PyTorch: (encode clips, digest).
+
+    Its codes differ from PyTorch's where numbers are rounded (0.3 to 0.4 %), so its digest is another one.
+    """
+    from moshi_mlx.checkpoint.readers import read_safetensors
+    from moshi_mlx.codec.base import make_codec
+    from moshi_mlx.config import ModelConfig
+    from moshi_mlx.models.mimi import MimiConfig
+
+    config = MimiConfig.from_dict(json.loads((folder / "mimi_config.json").read_text(encoding="utf-8")))
+    arrays, _ = read_safetensors(folder / "mimi.safetensors")
+    digest = hashlib.sha256(b"library")
+    for name in sorted(name for name in arrays if re.match(r"encoder|downsample|quantizer", name)):
+        digest.update(np.ascontiguousarray(np.array(arrays[name].astype(mx.float32))).tobytes())
+    books = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).lm.own_q
+    codec = make_codec(folder / "mimi.safetensors", config, books, "mlx")
+
+    def encode(clips: Sequence[NDArray[np.int16]]) -> list[NDArray[np.uint16]]:
+        return [codec.encode(clip / np.float32(32768)).T.astype(np.uint16) for clip in clips]
+
+    return encode, digest.hexdigest()[:16]
+
+
+def encode_set(folder: Path, name: str, encode: Encode, digest: str) -> bool:
     """Write ``name``.npz, codes for ``name``.pcm.npz, unless it is there from the same codec."""
     path = folder / f"{name}.npz"
     if path.exists():
@@ -273,7 +305,7 @@ def encode_set(folder: Path, name: str, codec: Any, digest: str) -> bool:
                 return False
     with np.load(folder / f"{name}.pcm.npz") as source:
         arrays = {key: source[key] for key in source.files}
-    codes = encode_clips(codec, split_flat(arrays.pop("data"), arrays.pop("count")))
+    codes = encode(split_flat(arrays.pop("data"), arrays.pop("count")))
     if "end" in arrays:  # a question: forget the frames that feel the clip's beginning
         phones = split_flat(arrays["phones"].reshape(-1, 2), np.array([len(piece) for piece in codes]))
         arrays["phones"] = np.concatenate([piece[DROPPED:] for piece in phones])
@@ -297,7 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speak.add_argument("--questions", type=int, default=32000, help="spoken questions to train on (32000)")
     speak.add_argument("--evaluated", type=int, default=200, help="questions of each kind to evaluate on (200)")
     recipes.add_options(speak)
-    encode.add_argument("--codec", type=Path, required=True, help="codec.pt, or a published mimi.safetensors")
+    encode.add_argument(
+        "--codec",
+        type=Path,
+        required=True,
+        help="codec.pt, a published mimi.safetensors, or a model's folder: then without PyTorch",
+    )
     encode.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -317,19 +354,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made = speak_set(options.folder, name, size, recipe)
             print(f"{name}: {size} questions{'' if made else ' (kept)'}, {time.monotonic() - began:.0f} s", flush=True)
         return
-    import torch
+    if options.codec.is_dir():
+        encode_all, digest = library_codec(options.codec)
+    else:
+        import torch
 
-    from moshi_mlx_training.process import keep_memory
+        from moshi_mlx_training.process import keep_memory
 
-    keep_memory()  # encoding is twice as fast with it
-    torch.set_num_threads(options.threads)
-    codec, digest = load_codec(options.codec)
+        keep_memory()  # encoding is twice as fast with it
+        torch.set_num_threads(options.threads)
+        codec, digest = load_codec(options.codec)
+        encode_all = partial(encode_clips, codec)
     names = sorted(path.name.removesuffix(".pcm.npz") for path in options.folder.glob("*.pcm.npz"))
     names.sort(key=lambda name: name.startswith("train"))  # what every other step needs comes first
     for number, name in enumerate(names):
         if number % options.share[1] != options.share[0]:
             continue
-        made = encode_set(options.folder, name, codec, digest)
+        made = encode_set(options.folder, name, encode_all, digest)
         print(f"{name}: codec {digest}{'' if made else ' (kept)'}, {time.monotonic() - began:.0f} s", flush=True)
 
 

@@ -92,6 +92,12 @@ class Question:
         """Index of the right answer in ``dialogues.answers()``."""
         return answer_index(self.exchange)
 
+    @property
+    def wanted(self) -> str:
+        """The right answer, or both."""
+        indices = [self.answer] if self.second == NO_SECOND else [self.answer, answer_index(self.second)]
+        return " ".join(dialogues.answers()[index] for index in indices)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -139,11 +139,10 @@ def answers(
     frames = max(BEFORE + len(question.codes) for question in questions) + AFTER
     user = np.stack([question_stream(pieces, question, frames) for question in questions])
     text, codes = in_batches(lm, user, settings, size)
-    texts = dialogues.answers()
     topics: dict[str, list[bool]] = {}
     right, started, wrong = [], [], []
     for question, tokens in zip(questions, text, strict=True):
-        reply, wanted = said(tokens, tokenizer), texts[question.answer]
+        reply, wanted = said(tokens, tokenizer), question.wanted
         right.append(dialogues.words(reply) == dialogues.words(wanted))
         words = np.flatnonzero(sounds(tokens, tokenizer))
         if len(words):
@@ -171,14 +170,14 @@ def heard_by_ear(
     """Which answer a recogniser hears in the decoded sound: the right one, the written one."""
     from moshi_mlx_training.speech.recogniser import Recogniser
 
-    judge, texts = Recogniser(dialogues.answers()), dialogues.answers()
+    judge = Recogniser(dialogues.answers())
     right, written = [], []
     for question, own, tokens in zip(questions, codes[: len(questions)], text[: len(questions)], strict=True):
         words = np.flatnonzero(sounds(tokens, tokenizer))
         begin = max(0, BEFORE + question.end - 6)
         end = min(len(own), int(words[-1]) + 18) if len(words) else begin + 6
         heard = judge.hear(codec.decode(own[begin:end].T))
-        right.append(heard == " ".join(dialogues.words(texts[question.answer])))
+        right.append(heard == " ".join(dialogues.words(question.wanted)))
         written.append(heard == " ".join(dialogues.words(said(tokens, tokenizer))))
     return {"ear_right": float(np.mean(right)), "ear_as_written": float(np.mean(written))}
 
@@ -206,6 +205,8 @@ def interruptions(
         )  # fmt: skip
         streams.append(np.concatenate([head, two.codes[: two.end]]))
         onsets.append(onset)
+    if not streams:
+        return {"stopped": 0.0, "trials": 0}
     frames = max(len(stream) for stream in streams)
     user = np.stack([np.concatenate([s, room_codes(pieces, 0, frames - len(s), STEADY)]) for s in streams])
     text, _ = in_batches(lm, user, settings, size)
