@@ -74,7 +74,7 @@ reference: $(REFERENCE_READY)  ## tests/parity against live PyTorch moshi and ru
 
 # The default tests run all of tests/training that needs no PyTorch; here is the rest.
 $(TRAIN_READY): pyproject.toml scripts/make_venv.py
-	@$(PYTHON) scripts/make_venv.py $(TRAIN) --editable '.[dev,train]' '$(TORCH)' 'setuptools<81'
+	@$(PYTHON) scripts/make_venv.py $(TRAIN) --editable '.[dev,train]' '$(TORCH)'
 	@touch $@
 
 test-train: $(TRAIN_READY)  ## the training's tests with PyTorch, in an environment of its own

@@ -65,7 +65,10 @@ def test_people_differ() -> None:
 
 @pytest.fixture
 def world() -> object:
-    return pytest.importorskip("pyworld", reason="needs pyworld, of the 'train' extra")
+    try:
+        return morph.world()
+    except morph.SpeechUnavailable as reason:
+        pytest.skip(f"{reason}, of the 'train' extra")
 
 
 def pitch_of(utterance: Utterance, world) -> np.ndarray:  # type: ignore[no-untyped-def]

@@ -7,7 +7,12 @@ words keep their places in the sound.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import sys
+import types
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +87,28 @@ def stress_of(utterance: Utterance, word: int, frames: int) -> NDArray[np.float6
     return out
 
 
+def world() -> Any:
+    """The vocoder's package.
+
+    Raises
+    ------
+    SpeechUnavailable : it is not installed
+    """
+    # pyworld 0.3.5 asks pkg_resources for its own version, which newer setuptools do not have: it is lent another.
+    lent = types.SimpleNamespace(get_distribution=importlib.metadata.distribution)
+    missing = importlib.util.find_spec("pkg_resources") is None
+    if missing:
+        sys.modules["pkg_resources"] = lent  # type: ignore[assignment]
+    try:
+        import pyworld
+    except ImportError:
+        raise SpeechUnavailable("morphing voices needs pyworld: pip install pyworld (and a C++ compiler)") from None
+    finally:
+        if missing:
+            del sys.modules["pkg_resources"]
+    return pyworld
+
+
 def morphed(utterance: Utterance, morph: Morph, rng: np.random.Generator) -> Utterance:
     """The utterance in the voice that ``morph`` makes of it, with its times moved along.
 
@@ -89,10 +116,7 @@ def morphed(utterance: Utterance, morph: Morph, rng: np.random.Generator) -> Utt
     ------
     SpeechUnavailable : pyworld is not installed
     """
-    try:
-        import pyworld
-    except ImportError:
-        raise SpeechUnavailable("morphing voices needs pyworld: pip install pyworld (and a C++ compiler)") from None
+    pyworld = world()
     pcm = utterance.pcm.astype(np.float64)
     rough, times = pyworld.dio(pcm, SAMPLE_RATE, frame_period=FRAME_MS)
     pitch = pyworld.stonemask(pcm, rough, times, SAMPLE_RATE)
