@@ -108,6 +108,67 @@ def test_morphs_do_what_they_are_called(world) -> None:  # type: ignore[no-untyp
     assert moves[0] > 5 * moves[1]
 
 
+class Vocoder:
+    """Stands for pyworld: a voice at 120 Hz with one resonance at 2 kHz in its first half, and silence after it."""
+
+    BINS = 513
+
+    def dio(self, pcm: np.ndarray, rate: int, frame_period: float) -> tuple[np.ndarray, np.ndarray]:
+        frames = round(len(pcm) / rate * 1000 / frame_period) + 1
+        self.time = np.arange(frames) * frame_period / 1000
+        return np.where(self.time < 1.5, 120.0 * 2 ** (0.2 * np.sin(8 * self.time)), 0.0), self.time
+
+    def stonemask(self, pcm: np.ndarray, pitch: np.ndarray, times: np.ndarray, rate: int) -> np.ndarray:
+        return pitch
+
+    def cheaptrick(self, pcm: np.ndarray, pitch: np.ndarray, times: np.ndarray, rate: int) -> np.ndarray:
+        hertz = np.linspace(0, rate / 2, self.BINS)
+        return np.tile(np.exp(-(((hertz - 2000) / 200) ** 2)) + 1e-6, (len(pitch), 1))
+
+    def d4c(self, pcm: np.ndarray, pitch: np.ndarray, times: np.ndarray, rate: int) -> np.ndarray:
+        return np.full((len(pitch), self.BINS), 0.1)
+
+    def synthesize(
+        self, pitch: np.ndarray, envelope: np.ndarray, noisy: np.ndarray, rate: int, period: float
+    ) -> np.ndarray:
+        assert len(pitch) == len(envelope) == len(noisy) and all(a.flags.c_contiguous for a in (pitch, envelope, noisy))
+        self.pitch, self.envelope, self.noisy = pitch, envelope, noisy
+        return 0.1 * np.random.default_rng(0).standard_normal(int(len(pitch) * period * rate / 1000))
+
+
+def test_each_number_of_a_morph_changes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, what the vocoder is told is not what the morph says."""
+    vocoder = Vocoder()
+    monkeypatch.setattr(morph, "world", lambda: vocoder)
+
+    def made(**changes) -> tuple[np.ndarray, np.ndarray, np.ndarray, Utterance]:  # type: ignore[no-untyped-def]
+        out = morphed(vowels(), Morph(**changes), np.random.default_rng(1))
+        return vocoder.pitch, vocoder.envelope, vocoder.noisy, out
+
+    pitch, envelope, _, plain = made()
+    peak = int(envelope[0].argmax())
+    assert plain.phones == vowels().phones and plain.words == vowels().words
+    voiced = pitch > 0
+    assert np.allclose(made(pitch=1.5)[0][voiced], 1.5 * pitch[voiced])
+    assert np.allclose(np.ptp(np.log2(made(intonation=0.5)[0][voiced])), 0.5 * np.ptp(np.log2(pitch[voiced])))
+    assert np.ptp(made(intonation=0)[0][voiced]) < 1e-6
+    assert 0.02 < np.std(np.log2(made(jitter=0.03)[0][voiced] / pitch[voiced])) < 0.04
+    assert not made(jitter=0.03)[0][~voiced].any()
+    assert made(formants=1.2)[1][0].argmax() == pytest.approx(1.2 * peak, abs=1)
+    assert made(bend=1.2)[1][0].argmax() > peak + 2
+    tilted = made(tilt=-6)[1][0] / envelope[0]
+    assert np.allclose(10 * np.log10(tilted[[10, 85, 170]]), [0, -12, -18], atol=0.3)  # below 500 Hz, at 2 and 4 kHz
+    breathy = made(breath=0.5)[2]
+    assert np.allclose(breathy[:, :20], 0.1) and np.allclose(breathy[:, -1], 0.55)
+    slow, fast = made(tempo=(0.5,)), made(tempo=(2.0,))
+    assert len(slow[0]) == pytest.approx(4 * len(fast[0]), rel=0.01)
+    assert [end for _, end in slow[3].phones] == pytest.approx([2.0, 4.0, 6.0], abs=0.01)
+    assert [start for _, start in fast[3].words] == pytest.approx([0.0, 1.0], abs=0.01)
+    stressed = made(stressed=0)
+    assert len(stressed[0]) > len(pitch) and 1.1 < stressed[0].max() / pitch.max() < 1.25
+    assert stressed[1].max() == pytest.approx(2 * envelope.max(), rel=0.02)
+
+
 def test_morphing_needs_its_vocoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, a machine without pyworld gets a traceback instead of the way to install it."""
     monkeypatch.setitem(__import__("sys").modules, "pyworld", None)
