@@ -24,7 +24,7 @@ from moshi_mlx.state import save_state, state_arrays
 from tests.helpers.tiny import WAYS, sound, tiny_model, use
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FRAMES = int(os.environ.get("MOSHI_TEST_FRAMES", "0"))
+FRAMES = int(os.environ.get("MOSHI_TEST_RESUMED_FRAMES", "0"))
 """0: 2,000 in numpy, and 400 in MLX, where they take a minute."""
 SAMPLED = GenerationConfig(Sampling(0.9), Sampling(1.0, 20), repetition_penalty=1.2, repetition_context=20)
 
