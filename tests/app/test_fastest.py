@@ -37,6 +37,16 @@ def test_once_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == ["small", "org/other"]
 
 
+def test_folders_of_one_name(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a model is refused because another folder of its name had a codec that it cannot use."""
+    found = iter([{"rust": 1.0}, {"numpy": 1.0}])
+    monkeypatch.setattr(loading, "measure_codec", lambda source: next(found))
+    for parent, kind in (("one", "rust"), ("two", "numpy")):
+        (tmp_path / parent / "model").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / parent)
+        assert list(fastest.fastest_codec("model")) == list(fastest.fastest_codec("./model")) == [kind]
+
+
 @pytest.mark.parametrize(
     "damage", ["", "{", "[]", '{"machine": 3}', '{"machine": {}, "found": {"codec of small": {}}}']
 )

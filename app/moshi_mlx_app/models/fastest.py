@@ -6,6 +6,7 @@ depends on the machine. Each is timed for a fraction of a second when a model is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,10 @@ def fastest_codec(model: str, say: Callable[[str], object] = lambda _: None) -> 
         say("measuring which codec is fastest here")
         return measure_codec(model)
 
-    return _once(f"codec of {model}", measure)
+    folder = os.path.abspath(os.path.expanduser(model))
+    # Another folder of that name, or other files in it, may have a codec that this one cannot be computed by.
+    what = f"{folder} {os.stat(folder).st_mtime_ns}" if os.path.isdir(folder) else model
+    return _once(f"codec of {what}", measure)
 
 
 def fastest_backend(model: Moshi, say: Callable[[str], object] = lambda _: None) -> dict[str, float]:
