@@ -22,6 +22,7 @@ from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
 from .models.lm import Lm
 from .models.mimi import Mimi, MimiConfig
+from .tasks import TASKS
 from .tasks.dialogue import Moshi
 
 __all__ = ["load", "load_codec", "measure_backend", "measure_codec"]
@@ -65,6 +66,7 @@ def load(
     Returns
     -------
     Moshi
+        Of the class for its task: see :data:`moshi_mlx.tasks.TASKS`.
 
     Raises
     ------
@@ -98,7 +100,8 @@ def load(
             "it belongs to another model"
         )
     name = str(source) if builtin or files.revision is not None else files.folder.name
-    return Moshi(config, lm, voice, tokenizer, name=name, trained=trained and (voice is None or files.mimi is not None))
+    task = TASKS[config.model_type]
+    return task(config, lm, voice, tokenizer, name=name, trained=trained and (voice is None or files.mimi is not None))
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,7 +77,17 @@ class Moshi:
         The model's name.
     trained : bool
         False if the weights are random, so that the sound is noise.
+
+    Attributes
+    ----------
+    purpose : str
+        What the model is for.
+    command : str
+        The program's command for it.
     """
+
+    purpose: ClassVar[str] = "dialogue"
+    command: ClassVar[str] = "talk"
 
     def __init__(
         self,

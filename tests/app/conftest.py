@@ -12,6 +12,7 @@ import pytest
 
 import moshi_mlx
 from moshi_mlx.engine.text import Word
+from moshi_mlx.tasks import TASKS
 from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 
 
@@ -58,6 +59,10 @@ class FakeModel:
         self.loaded: list[tuple[str, dict[str, Any]]] = []
         self.sessions: list[FakeSession] = []
         self.closed = 0
+
+    @property
+    def purpose(self) -> str:
+        return TASKS[self.config.model_type].purpose
 
     def load(self, source: str = "small", **options: Any) -> FakeModel:
         self.loaded.append((source, options))

@@ -52,6 +52,7 @@ class Parrot:
     name, description, trained = "parrot", "parrot (says what it hears)", True
     sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
     tokenizer = None
+    purpose, command = "dialogue", "talk"
     begun: list[dict[str, Any]] | None = None
     reader: Any = None
 

@@ -11,6 +11,7 @@ from moshi_mlx.config import ModelConfig
 from moshi_mlx.cpu.lm import Stepper
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.text import TextTokenizer
+from moshi_mlx.tasks import TASKS
 from moshi_mlx.tasks.dialogue import Moshi
 from tests.helpers.golden_lm import small_model
 from tests.helpers.mimi import TINY, tiny_mimi
@@ -37,7 +38,7 @@ def tiny_model(way: str = "numpy", seed: int = 0, name: str = "tiny", stt: dict[
     )
     config = ModelConfig(lm=lm.config, model_type="moshi" if stt is None else "stt", stt_config=stt or {})
     codec = (MlxMimi if way == "mlx" else NumpyMimi)(tiny_mimi(seed))
-    return Moshi(config, lm, codec, TextTokenizer(tokenizer_bytes(_WORDS)), name=name)
+    return TASKS[config.model_type](config, lm, codec, TextTokenizer(tokenizer_bytes(_WORDS)), name=name)
 
 
 def use(way: str, monkeypatch: Any = None) -> None:

@@ -293,7 +293,7 @@ class _Answer:
 
 def check_seed(seed: int, model: Moshi, generation: GenerationConfig) -> None:
     """Warn if a seed was given and sampling is greedy."""
-    drawn = generation.text.temperature or (generation.audio.temperature and model.config.model_type != "stt")
+    drawn = generation.text.temperature or (generation.audio.temperature and model.purpose != "speech-to-text")
     if seed and not drawn:
         warn(
             f"{seed} has no effect: with these settings {model.name} always takes the most likely token. "

@@ -84,7 +84,7 @@ def purpose(model: Moshi) -> str:
     from moshi_mlx.errors import ConfigError
 
     lm = model.lm.config
-    if model.config.model_type == "tts" or not (lm.own_q or lm.user_q):
+    if model.purpose == "text-to-speech" or not (lm.own_q or lm.user_q):
         what = "is a text model" if not lm.own_q else "turns text into speech"
         raise ConfigError(f"{model.name} {what}: it does not hear; moshi-mlx-local check lists models for dialogue")
     return "dialogue" if lm.own_q else "speech-to-text"

@@ -85,7 +85,7 @@ class Transcript:
             seed=seed,
             sample_rate=model.sample_rate,
             generation={**asdict(generation), "kv_bits": kv_bits, **(settings or {})},
-            speaker="user" if model.config.model_type == "stt" else "moshi",
+            speaker="user" if model.purpose == "speech-to-text" else "moshi",
             **fields,
         )
 
