@@ -86,7 +86,7 @@ class Conversation:
         conditions are the saved ones; after :meth:`reset` they are those given here.
     backlog : float
         Seconds of the user's sound that may wait for the codec; beyond that the oldest is dropped.
-    margin : float
+    target_delay : float
         Initial target delay of the jitter buffer, in seconds; underruns increase it.
     tap : callable, optional
         Called in a worker thread with every frame: what the model heard, array [frame_size], valid during the call
@@ -118,7 +118,7 @@ class Conversation:
         kv_bits: int | None = None,
         resume: State | str | os.PathLike[str] | None = None,
         backlog: float = 0.32,
-        margin: float = 0.02,
+        target_delay: float = 0.02,
         tap: Callable[[NDArray[np.float32], SessionFrame], object] | None = None,
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -145,7 +145,7 @@ class Conversation:
         self._pcm_in = Ring(room)
         self._pcm_out = Ring(room)
         self._tap = tap
-        self._jitter_buffer = JitterBuffer(self._pcm_out, self._rate, margin)
+        self._jitter_buffer = JitterBuffer(self._pcm_out, self._rate, target_delay)
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._news = Signal()
         self._started = self._stopping = False
@@ -299,9 +299,9 @@ class Conversation:
         return (self._pcm_in.available + self._pcm_out.available) / self._rate
 
     @property
-    def margin(self) -> float:
+    def target_delay(self) -> float:
         """Target delay of the jitter buffer, in seconds."""
-        return self._jitter_buffer.margin
+        return self._jitter_buffer.target_delay
 
     def pause(self) -> None:
         """Stop hearing and speaking; sound fed while paused is discarded."""

@@ -1,11 +1,12 @@
 """The jitter buffer: plays decoded frames at the loudspeaker's pace.
 
 The model's sound comes in frames of 80 ms, at the microphone's pace and a little unevenly; the loudspeaker takes
-blocks at its own. In between, a small target delay (the margin) is kept: just enough that no block finds the ring
+blocks at its own. In between, a small target delay is kept: just enough that no block finds the ring
 empty. An underrun increases it; after a while without underruns it decreases again, more slowly each time that was too
-early. To follow clock drift, or a change of the margin, sound is played slightly faster or slower, by at most half a
-percent, with interpolation: no sample is dropped, so there are no clicks. Only a large excess, which accumulates while
-the loudspeaker stalls and would take minutes to play off in this way, is skipped at once, with a short cross-fade.
+early. To follow clock drift, or a change of the target delay, sound is played slightly faster or slower, by at most
+half a percent, with interpolation: no sample is dropped, so there are no clicks. Only a large excess, which accumulates
+while the loudspeaker stalls and would take minutes to play off in this way, is skipped at once, with a short
+cross-fade.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .ring import Ring
 __all__ = ["JitterBuffer"]
 
 _STRETCH = 200  # at most one sample in this many is added or dropped
-_STEP = 0.010  # seconds by which an underrun increases the margin
+_STEP = 0.010  # seconds by which an underrun increases the target delay
 _WINDOW = 4.0  # seconds over which the lowest fill level is taken
-_PILE = 0.06  # excess over the margin, in seconds, that is skipped if it lasts ...
+_PILE = 0.06  # excess over the target delay, in seconds, that is skipped if it lasts ...
 _PILE_WINDOW = 1.0  # ... for this many seconds
 _FADE = 0.005
-_PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before the margin decreases
+_PATIENCE, _MOST_PATIENCE = 30.0, 600.0  # seconds without an underrun before the target delay decreases
 _NARROWING = 0.25  # share of the increase that is taken back
 
 
@@ -35,16 +36,16 @@ class JitterBuffer:
     ring : Ring
         Samples; written by the decoder.
     sample_rate : int
-    margin : float
+    target_delay : float
         Initial target delay: seconds of sound that should be left after a read.
     most : float
         Largest target delay in seconds. An excess beyond twice this is skipped.
     """
 
-    def __init__(self, ring: Ring, sample_rate: int, margin: float = 0.02, most: float = 0.4):
+    def __init__(self, ring: Ring, sample_rate: int, target_delay: float = 0.02, most: float = 0.4):
         self._ring = ring
         self._rate = sample_rate
-        self._margin = self._first = round(margin * sample_rate)
+        self._target_delay = self._first = round(target_delay * sample_rate)
         self._most = round(most * sample_rate)
         self._work = np.zeros(0, np.float32)
         self._lowest = ring.capacity
@@ -59,9 +60,9 @@ class JitterBuffer:
         self.skipped = 0
 
     @property
-    def margin(self) -> float:
+    def target_delay(self) -> float:
         """Target delay: seconds of sound that should be left after a read."""
-        return self._margin / self._rate
+        return self._target_delay / self._rate
 
     @property
     def filling(self) -> float:
@@ -81,11 +82,11 @@ class JitterBuffer:
             self._playing = False
         available = self._ring.available
         # A frame may come just after a read or just before it, so one block's length is ignored.
-        margin = max(self._margin, count + count // 4)
+        target_delay = max(self._target_delay, count + count // 4)
         if not self._playing:
-            # Frames come in bursts: start one margin after the first, so that the next is in time by as much.
+            # Frames come in bursts: start one target delay after the first, so that the next is in time by as much.
             self._held = self._held + count if available else 0
-            if self._held <= margin or available < count:
+            if self._held <= target_delay or available < count:
                 out[:] = 0
                 return
             self._playing, self._held = True, 0
@@ -99,20 +100,20 @@ class JitterBuffer:
             self._widen()
             return
         excess = available - count - 2 * self._most
-        if excess > margin:
+        if excess > target_delay:
             self.skipped += self._ring.skip(excess)
             available -= excess
         self._pile = min(self._pile, available - count)
         self._pile_since += count
         if self._pile_since >= _PILE_WINDOW * self._rate:
-            pile = self._pile - margin
+            pile = self._pile - target_delay
             self._pile, self._pile_since = available, 0
             if pile > _PILE * self._rate:
                 self._leave_out(pile, out)
                 self._lowest, self._since, self._correction = self._ring.available, 0, 0
                 self._pile = self._ring.available
                 return
-        shift = self._shift(count, available - count, margin)
+        shift = self._shift(count, available - count, target_delay)
         if shift == 0:
             self._ring.read_into(out)
         else:
@@ -124,20 +125,20 @@ class JitterBuffer:
             self._narrow()
 
     def _widen(self) -> None:
-        self._margin = min(self._margin + round(_STEP * self._rate), self._most)
+        self._target_delay = min(self._target_delay + round(_STEP * self._rate), self._most)
         if self._narrowed:  # it was decreased too early: wait longer the next time
             self._patience = min(2 * self._patience, round(_MOST_PATIENCE * self._rate))
         self._calm, self._narrowed = 0, False
 
     def _narrow(self) -> None:
-        wider = self._margin - self._first
-        self._margin -= min(wider, max(round(_STEP * self._rate), round(_NARROWING * wider)))
+        wider = self._target_delay - self._first
+        self._target_delay -= min(wider, max(round(_STEP * self._rate), round(_NARROWING * wider)))
         self._calm, self._narrowed = 0, wider > 0
 
-    def _shift(self, count: int, left: int, margin: int) -> int:
-        """Extra samples to read (or to leave) to approach the margin."""
+    def _shift(self, count: int, left: int, target_delay: int) -> int:
+        """Extra samples to read (or to leave) to approach the target delay."""
         if self._since >= _WINDOW * self._rate:
-            self._correction = self._lowest - margin
+            self._correction = self._lowest - target_delay
             if abs(self._correction) < 0.002 * self._rate:
                 self._correction = 0
             self._lowest, self._since = left, 0

@@ -259,7 +259,7 @@ def test_a_live_conversation_is_kept(tmp_path: Path) -> None:
         assert wait(lambda: answered(upto))
 
     first = Conversation(
-        model, seed=5, generation=SAMPLED, backlog=2.0, tap=lambda _, frame: said.append(frame), margin=0.0
+        model, seed=5, generation=SAMPLED, backlog=2.0, tap=lambda _, frame: said.append(frame), target_delay=0.0
     )
     with first:
         talk(first, 25)

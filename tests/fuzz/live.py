@@ -98,7 +98,7 @@ def _operate(conversation: Conversation, operation: str, number: int) -> None:
     elif operation == "unmute":
         conversation.mute(False)
     elif operation == "ask":
-        assert conversation.delay >= 0 and conversation.margin >= 0 and conversation.backlog >= 0
+        assert conversation.delay >= 0 and conversation.target_delay >= 0 and conversation.backlog >= 0
         assert conversation.error is None and conversation.running in (True, False)
     elif operation == "sleep":
         time.sleep(number / 1e8)

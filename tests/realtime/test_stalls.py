@@ -160,5 +160,5 @@ def test_a_hundred_stalls(parts: SimpleNamespace, seed: int) -> None:  # noqa: F
             f"{who} stood still for {seconds:.2f} s, and {WITHIN} frames later {worst:.2f} s are missing"
         )
     assert compared > 5 * STALLS
-    assert len(piles) > STALLS // 5 and max(piles) < 0.8, "what waits, half of it the player's margin"
+    assert len(piles) > STALLS // 5 and max(piles) < 0.8, "what waits, half of it the player's target delay"
     assert not _threads()

@@ -50,7 +50,7 @@ class AdaptiveFilter:
         self._input = np.zeros(2 * size, np.float32)
         self._spectra = np.zeros((partitions, bins), np.complex64)  # of the reference, newest first
         self.weights = np.zeros((partitions, bins), np.complex64)
-        self._rest = np.full(bins, 1e-3, np.float32)  # power spectrum of the residual
+        self._residual_psd = np.full(bins, 1e-3, np.float32)  # power spectrum of the residual
         self.echo: Pcm = np.zeros(size, np.float32)
         self.expected = 0.0
         self.doubt_all()
@@ -59,7 +59,7 @@ class AdaptiveFilter:
         """Reset the uncertainty after an echo-path change."""
         # Initial uncertainty of the weights, smaller for late echoes.
         fall = (10 ** (-0.05 * np.arange(len(self.weights)))).astype(np.float32)
-        self._doubt = np.repeat(fall[:, None], self._size + 1, axis=1)
+        self._error_covariance = np.repeat(fall[:, None], self._size + 1, axis=1)
 
     def __call__(self, reference: Pcm, heard: Pcm) -> Pcm:
         """``heard`` [size] without the echo of the ``reference`` [size] and of earlier ones."""
@@ -72,16 +72,17 @@ class AdaptiveFilter:
         left = (heard - self.echo).astype(np.float32)
         error = np.fft.rfft(np.concatenate([np.zeros(size, np.float32), left])).astype(np.complex64)
         power = np.square(np.abs(self._spectra))
-        self._rest += np.float32(_RESPONSE_TIME) * (np.square(np.abs(error)) - self._rest)
+        self._residual_psd += np.float32(_RESPONSE_TIME) * (np.square(np.abs(error)) - self._residual_psd)
         # Half of each window is new, hence the factors of one half.
-        unsure = 0.5 * (self._doubt * power).sum(axis=0)
+        unsure = 0.5 * (self._error_covariance * power).sum(axis=0)
         self.expected = float(unsure.sum()) / size**2
-        gain = 0.5 * self._doubt / (unsure + self._rest + np.float32(1e-6))
+        gain = 0.5 * self._error_covariance / (unsure + self._residual_psd + np.float32(1e-6))
         step = np.fft.irfft(gain * np.conj(self._spectra) * error)
         step[:, size:] = 0
         self.weights += np.fft.rfft(step).astype(np.complex64)
-        self._doubt = (
-            self._keep * (1 - 0.5 * gain * power) * self._doubt + (1 - self._keep) * np.square(np.abs(self.weights))
+        self._error_covariance = (
+            self._keep * (1 - 0.5 * gain * power) * self._error_covariance
+            + (1 - self._keep) * np.square(np.abs(self.weights))
         ).astype(np.float32)
         return left
 

@@ -1,15 +1,15 @@
 // Moshi's sound between the network and the loudspeaker.
 //
 // Frames of 80 ms come when they come; samples are wanted in blocks, on time. What lies here just before the next frame
-// comes is the margin. Too little: a gap, faded, counted, and the margin grows. Too much: delay that nobody needs, which
+// comes is the target delay. Too little: a gap, faded, counted, and the target delay grows. Too much: delay that nobody needs, which
 // is given back where Moshi is silent. Far too much, after a stall: the oldest is dropped and counted.
 
 const FADE = 0.005; // seconds
 const FLOOR = 0.0316; // a peak of -30 dB: quieter than speech
-const LOOK = 20; // seconds: how long a margin must have been idle before it is given back
+const LOOK = 20; // seconds: how long a target delay must have been idle before it is given back
 
 export class Jitter {
-  // rate: hertz. frame: samples that come at once. least, most, ceiling: seconds of margin, and of sound held at all.
+  // rate: hertz. frame: samples that come at once. least, most, ceiling: seconds of target delay, and of sound held at all.
   constructor(rate, frame, { least = 0.03, most = 0.2, ceiling = 0.6 } = {}) {
     Object.assign(this, { rate, frame });
     this.least = Math.round(least * rate);
@@ -27,14 +27,14 @@ export class Jitter {
     this.underruns = 0;
     this.dropped = 0;
     this.trimmed = 0;
-    this.margin = this.least;
+    this.targetDelay = this.least;
     this.playing = false;
     this.begun = false;
     this.hold = 0;
     this.tail = 0; // the last sample that was played, for the fade
     this.rise = 0; // how far the fade-in is
     this.excess = 0;
-    this.low = Infinity; // least margin seen in this look
+    this.low = Infinity; // least delay seen in this look
     this.lookEnd = LOOK * this.rate;
     this.jump = null;
   }
@@ -53,14 +53,14 @@ export class Jitter {
     for (let i = 0; i < samples.length; i += 1) this.ring[(this.written + i) & (this.ring.length - 1)] = samples[i];
     const wasHeld = this.held;
     this.written += samples.length;
-    if (!this.playing && wasHeld < this.frame && this.held >= this.frame) this.hold = this.margin;
+    if (!this.playing && wasHeld < this.frame && this.held >= this.frame) this.hold = this.targetDelay;
     // Nobody pulls (the system took the sound away): what the ring cannot hold is gone.
     if (this.held > this.ring.length - this.frame) this.drop();
   }
 
-  // Leave a frame and the margin.
+  // Leave a frame and the target delay.
   drop() {
-    const count = this.held - this.frame - this.margin;
+    const count = this.held - this.frame - this.targetDelay;
     this.dropped += count;
     this.skip(count);
   }
@@ -113,7 +113,7 @@ export class Jitter {
     this.hold = 0;
     this.jump = null;
     this.underruns += 1;
-    this.margin = Math.min(this.most, this.margin + Math.round(0.02 * this.rate));
+    this.targetDelay = Math.min(this.most, this.targetDelay + Math.round(0.02 * this.rate));
     this.restartLook();
     return false;
   }
@@ -133,8 +133,8 @@ export class Jitter {
 
   giveBack(count) {
     if (this.pulled >= this.lookEnd) {
-      this.margin = Math.max(this.least, this.margin - Math.round(0.01 * this.rate));
-      const spare = Number.isFinite(this.low) ? this.low - this.margin : 0;
+      this.targetDelay = Math.max(this.least, this.targetDelay - Math.round(0.01 * this.rate));
+      const spare = Number.isFinite(this.low) ? this.low - this.targetDelay : 0;
       this.excess = spare > 0.02 * this.rate ? spare : 0;
       this.restartLook();
     }

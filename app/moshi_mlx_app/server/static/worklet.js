@@ -110,7 +110,7 @@ class Duplex extends AudioWorkletProcessor {
         begun: jitter.begun,
         underruns: jitter.underruns,
         dropped: jitter.dropped,
-        margin: jitter.margin,
+        targetDelay: jitter.targetDelay,
         userLevel: level(user),
         moshiLevel: level(moshi),
       },

@@ -44,20 +44,20 @@ def test_an_hour_of_drifting_clocks(drift: float) -> None:
     assert np.abs(np.diff(sound)).max() < 0.027
 
 
-def test_underruns_widen_the_margin() -> None:
+def test_underruns_raise_the_target_delay() -> None:
     """If this fails, frames that come unevenly make the voice stutter for ever."""
     player, waiting, _ = _play(25, 0.0, jitter=0.06)
     early = player.underruns
     assert 1 <= early <= 10
-    assert 0.02 < player.margin <= 0.4
+    assert 0.02 < player.target_delay <= 0.4
     assert waiting.max() < 0.3
 
 
-def test_a_margin_that_is_not_needed_narrows_again() -> None:
+def test_a_target_delay_that_is_not_needed_falls_again() -> None:
     """If this fails, a minute of stalls makes everything later for the rest of the talk."""
     player, waiting, played = _play(250, 0.0, jitter=0.8, until=30, block=2 * BLOCK)
     assert player.underruns >= 4
-    assert player.margin == 0.02
+    assert player.target_delay == 0.02
     assert waiting[-200:].max() < 0.1
     calm = played[60 * RATE :]
     assert np.abs(np.diff(calm)).max() < 0.027  # 0.0262 is the tone's own steepest step: no gap, no click
@@ -80,7 +80,7 @@ def test_silence_before_and_between() -> None:
     while len(blocks) < 10 and (not blocks or blocks[-1][-1] == 0):
         player.read_into(out)
         blocks.append(out.copy())
-    assert 1 <= len(blocks) <= 3, "the margin is held first, and it is small"
+    assert 1 <= len(blocks) <= 3, "the target_delay is held first, and it is small"
     for _ in range(2):
         assert (out == 1).all()
         player.read_into(out)
