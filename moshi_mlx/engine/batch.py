@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..state import State
-from .pipeline import Engine, SessionFrame, Settings
+from .pipeline import Decode, Encode, Engine, SessionFrame, Settings
 from .text import Word
 
-__all__ = ["Batch", "OnStage"]
+if TYPE_CHECKING:
+    from .codec_processes import CodecProcesses, Spread
+
+__all__ = ["Batch", "OnStage", "Stage", "run_rows"]
 
 Pcm = NDArray[np.float32]
 
@@ -31,7 +34,9 @@ OnStage = Callable[[str, float, float], object]
 """Called as "encode", "model" or "decode" ends, with when it began and ended (:func:`time.monotonic`)."""
 
 
-class _Stage(Protocol):
+class Stage(Protocol):
+    """What steps rows. ``batched``: whether a step that fails has changed no row."""
+
     batched: bool
 
     def step(self, rows: Sequence[int], values: Any, /) -> list[Any]: ...
@@ -45,6 +50,8 @@ class Batch:
     engine : Engine
     kv_bits : {None, 8}
         Precision of the cache.
+    processes : CodecProcesses, optional
+        Child processes that share the codec's work (:mod:`moshi_mlx.engine.codec_processes`).
 
     Attributes
     ----------
@@ -52,8 +59,12 @@ class Batch:
         See :data:`OnStage`.
     """
 
-    def __init__(self, engine: Engine, *, kv_bits: int | None = None):
-        self._encode, self._predict, self._decode = engine.encode(), engine.predict(kv_bits), engine.decode()
+    def __init__(self, engine: Engine, *, kv_bits: int | None = None, processes: CodecProcesses | None = None):
+        self._encode: Encode | Spread = engine.encode()
+        self._predict = engine.predict(kv_bits)
+        self._decode: Decode | Spread = engine.decode()
+        if processes is not None:
+            self._encode, self._decode = processes.spread(self._encode), processes.spread(self._decode)
         self._rows: dict[int, None] = {}
         self._count = 0
         self.on_stage: OnStage | None = None
@@ -152,27 +163,32 @@ class Batch:
             for part, value in stage.snapshot(row).items()
         }
 
-    def _run(self, name: str, stage: _Stage, given: Mapping[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
+    def _run(self, name: str, stage: Stage, given: Mapping[int, Any], failed: dict[int, Exception]) -> dict[int, Any]:
         """Run a stage for each row."""
         if not given:
             return {}
         began = time.monotonic()
-        done = _together(stage, list(given), list(given.values()), failed)
+        done = run_rows(stage, list(given), list(given.values()), failed)
         if self.on_stage is not None:
             self.on_stage(name, began, time.monotonic())
         return done
 
 
-def _together(stage: _Stage, rows: list[int], values: list[Any], failed: dict[int, Exception]) -> dict[int, Any]:
-    """A stage's results by row; after a failure each row is run by itself, to find the faulty one."""
+def run_rows(stage: Stage, rows: list[int], values: list[Any], failed: dict[int, Exception]) -> dict[int, Any]:
+    """A stage's results by row; after a failure each row is run by itself, to find the faulty one.
+
+    ``failed`` gets the exceptions, those that a stage returns in place of results as well.
+    """
     if len(rows) == 1 or stage.batched:
         try:
-            return dict(zip(rows, stage.step(rows, values), strict=True))
+            found = dict(zip(rows, stage.step(rows, values), strict=True))
+            failed.update({row: result for row, result in found.items() if isinstance(result, Exception)})
+            return {row: result for row, result in found.items() if row not in failed}
         except Exception as error:
             if len(rows) == 1:
                 failed[rows[0]] = error
                 return {}
     done: dict[int, Any] = {}
     for row, value in zip(rows, values, strict=True):
-        done.update(_together(stage, [row], [value], failed))
+        done.update(run_rows(stage, [row], [value], failed))
     return done

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.batch import Batch
+from ..engine.codec_processes import CodecProcesses
 from ..engine.pipeline import Engine, SessionFrame
 from ..errors import StateError
 from .ring import Signal
@@ -56,6 +57,9 @@ class Scheduler:
         Precision of the cache, for all.
     trace : Trace, optional
         Gets what the thread does, tick by tick.
+    codec_processes : int
+        Child processes that share the codec's work; :func:`~moshi_mlx.engine.codec_processes.codec_processes_for` says
+        how many are of use.
 
     Attributes
     ----------
@@ -63,9 +67,17 @@ class Scheduler:
         Time that the last ticks took.
     """
 
-    def __init__(self, model: Moshi | Engine, *, kv_bits: int | None = None, trace: Trace | None = None):
+    def __init__(
+        self,
+        model: Moshi | Engine,
+        *,
+        kv_bits: int | None = None,
+        trace: Trace | None = None,
+        codec_processes: int = 0,
+    ):
         self.engine = model.engine
         self.kv_bits = kv_bits
+        self.codec_processes = codec_processes
         self.ticks = Stopwatch()
         self._trace = trace
         self._bell = Signal()
@@ -150,7 +162,13 @@ class Scheduler:
                 seat.end(failure)
 
     def _run(self) -> None:
-        batch = Batch(self.engine, kv_bits=self.kv_bits)
+        if not self.codec_processes:
+            self._tick(Batch(self.engine, kv_bits=self.kv_bits))
+            return
+        with CodecProcesses(self.engine, self.codec_processes) as processes:
+            self._tick(Batch(self.engine, kv_bits=self.kv_bits, processes=processes))
+
+    def _tick(self, batch: Batch) -> None:
         batch.on_stage = self._timed
         began = 0.0
         while not self._stopping:

@@ -29,7 +29,7 @@ class FakeEngine:
         Makes what has ``step(step)``, text and words, for each conversation.
     """
 
-    name, tokenizer = "fake", None
+    name, tokenizer, codec = "fake", None, None
     sample_rate, frame_size, frame_rate = 24_000, 1_920, 12.5
 
     def __init__(

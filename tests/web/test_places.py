@@ -24,7 +24,7 @@ class Together:
     base, each = 0.001, 0.0
     now: ClassVar[list[float]] = [0.0]
 
-    def __init__(self, engine: Any, kv_bits: int | None = None):
+    def __init__(self, engine: Any, kv_bits: int | None = None, processes: Any = None):
         self.size, self.filled = engine.frame_size, set[int]()
 
     def join(self, settings: Any) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.engine.codec_processes import codec_processes_for
 from moshi_mlx.realtime import Conversation, Scheduler
 from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 from moshi_mlx_app.recording.recorder import Recorder
@@ -57,7 +58,8 @@ class Engine:
         if self.alone:
             return self.model
         if self._scheduler is None or not self._scheduler.running:
-            self._scheduler = Scheduler(self.model, kv_bits=self.kv_bits).start()
+            processes = codec_processes_for(self.model.engine)
+            self._scheduler = Scheduler(self.model, kv_bits=self.kv_bits, codec_processes=processes).start()
         return self._scheduler
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_mlx.engine import Batch, Engine, SessionFrame, Settings
+from moshi_mlx.engine.codec_processes import CodecProcesses, codec_processes_for
 from moshi_mlx.state import state_bytes
 from moshi_mlx.tasks.dialogue import Moshi
 
@@ -61,10 +63,17 @@ def measure_places(model: Moshi, room: float = float("inf"), *, kv_bits: int | N
     """
     from moshi_mlx_app.models.measure import question
 
-    engine, frame = model.engine, 1 / model.frame_rate
+    engine = model.engine
     speech = list(islice(question(model), _SPOKEN))
     most = min(_held(room, row_bytes(engine, kv_bits)), _MOST)
-    batch, rows, sounds = Batch(engine, kv_bits=kv_bits), list[int](), list[Sound]()
+    with CodecProcesses(engine, count) if (count := codec_processes_for(engine)) else nullcontext() as processes:
+        if processes is not None:
+            processes.wait()
+        return _measure(Batch(engine, kv_bits=kv_bits, processes=processes), model, speech, most)
+
+
+def _measure(batch: Batch, model: Moshi, speech: Sequence[NDArray[np.float32]], most: int) -> Places:
+    rows, sounds, frame = list[int](), list[Sound](), 1 / model.frame_rate
     ticks: dict[int, float] = {}
     count = 1
     while True:
