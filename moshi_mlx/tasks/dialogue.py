@@ -221,16 +221,12 @@ class Moshi:
     def trailing_silence(self, tail: float) -> int:
         """Samples of silence to play after a recording: ``tail`` seconds, or as many as the model needs.
 
-        Speech-to-text writes a word some time after its sound, so the last one needs that time, and a second to end.
-
         Raises
         ------
         AudioError
             If ``tail`` is not a number of seconds from 0 to 3,600.
         """
         check_tail(tail)
-        if self.config.model_type == "stt":
-            tail = max(tail, float(self.config.stt_config.get("audio_delay_seconds", 0.0)) + 1.0)
         return round(tail * self.sample_rate)
 
     @property

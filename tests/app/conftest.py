@@ -13,7 +13,7 @@ import pytest
 import moshi_mlx
 from moshi_mlx.engine.text import Word
 from moshi_mlx.tasks import TASKS
-from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
+from moshi_mlx.tasks.dialogue import SessionFrame
 
 
 class FakeSession:
@@ -68,7 +68,10 @@ class FakeModel:
         self.loaded.append((source, options))
         return self
 
-    trailing_silence = Moshi.trailing_silence  # the real one: it looks at the configuration only
+    def trailing_silence(self, tail: float) -> int:
+        """The real one: it looks at the configuration only."""
+        task = TASKS[self.config.model_type]
+        return task(self.config, None, self, None).trailing_silence(tail)  # type: ignore[arg-type]
 
     def session(self, *, seed: int = 0, generation: Any = None, kv_bits: int | None = None) -> FakeSession:
         self.sessions.append(FakeSession(self, seed, generation))
