@@ -128,6 +128,8 @@ def load_lm(
         if prepare is not None:
             prepare(model)
         _read(model, where)
+    except MoshiError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
     return model

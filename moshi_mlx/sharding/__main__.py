@@ -19,7 +19,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if place is None or not place.rank:
-        print("this is started by moshi-mlx-local talk --hosts, or by mlx.launch for ranks 1 and higher", file=sys.stderr)
+        print(
+            "this is started by moshi-mlx-local talk --hosts, or by mlx.launch for ranks 1 and higher", file=sys.stderr
+        )
         return 2
     return follow(place)
 

@@ -168,6 +168,6 @@ def _pack(value: Any, buffers: list[Any]) -> Any:
     dtype = str(value.dtype).removeprefix("mlx.core.")
     if dtype not in _DTYPES:
         raise RankError(f"arrays of type {dtype} are not sent between machines")
-    plain = np.array(mx.view(value, mx.uint16) if dtype == "bfloat16" else value)
+    plain = np.array(mx.view(mx.array(value), mx.uint16) if dtype == "bfloat16" else value)
     buffers.append(np.ascontiguousarray(plain).reshape(-1).view(np.uint8).data)
     return {"array": len(buffers) - 1, "dtype": dtype, "shape": list(value.shape)}

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError, RankError
 from .identity import LEADER, SIZE, TOKEN, Place, place_here
-from .leader import Leader
+from .leader import LATE, SILENCE, Leader
 
 __all__ = ["launch"]
 
@@ -40,7 +40,8 @@ def launch(
     python: str | None = None,
     command: Sequence[str] | None = None,
     on_progress: Callable[[str], None] | None = None,
-    **limits: float,
+    silence: float = SILENCE,
+    late: float = LATE,
 ) -> Leader | None:
     """Begin a group whose rank 0 is this process.
 
@@ -54,8 +55,8 @@ def launch(
         The interpreter on the other hosts; by default the path of this one.
     command : sequence of str, optional
         What the other ranks run; by default ``python -m moshi_mlx.sharding``.
-    limits
-        ``silence`` and ``late``, as for :class:`Leader`.
+    silence, late : float
+        As for :class:`Leader`.
 
     Returns
     -------
@@ -73,7 +74,7 @@ def launch(
     if here is not None and here.size > 1:
         if here.rank:
             raise ConfigError(f"this is rank {here.rank}: it serves rank 0 (python -m moshi_mlx.sharding)")
-        return Leader(here, on_progress=on_progress, **limits)
+        return Leader(here, on_progress=on_progress, silence=silence, late=late)
     names = list(hosts) or [_LOOPBACK]
     size = len(names) * ranks
     if size == 1:
@@ -96,7 +97,7 @@ def launch(
     except BaseException:
         listener.close()
         raise
-    return Leader(place, process, listener=listener, on_progress=on_progress, **limits)
+    return Leader(place, process, listener=listener, on_progress=on_progress, silence=silence, late=late)
 
 
 def _start(
@@ -106,9 +107,7 @@ def _start(
     program = str(beside) if beside.exists() else shutil.which("mlx.launch")
     if program is None:
         raise RankError("mlx.launch, which is part of MLX, is not beside this Python: it starts the other machines")
-    listed: Any = [
-        {"ssh": _LOOPBACK if address == place.host else name, "ips": [address]} for name, address in others
-    ]
+    listed: Any = [{"ssh": _LOOPBACK if address == place.host else name, "ips": [address]} for name, address in others]
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(listed, file)
     environment = {

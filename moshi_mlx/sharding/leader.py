@@ -42,7 +42,7 @@ from .follower import BEAT, join_group
 from .identity import Place, describe_files, versions
 from .split import Description, check_split, split_lm
 
-__all__ = ["Leader"]
+__all__ = ["LATE", "SILENCE", "Leader"]
 
 SILENCE = 1.5
 """Seconds without a sign of life after which a rank counts as stopped."""
@@ -247,7 +247,9 @@ class Leader:
         if about["token"] != self.place.token or peer.rank in known or not 0 < peer.rank < self.place.size:
             peer.channel.close()  # something else that found the port
             return
-        differ = [f"{name} {about.get(name)} there, {mine[name]} here" for name in mine if about.get(name) != mine[name]]
+        differ = [
+            f"{name} {about.get(name)} there, {mine[name]} here" for name in mine if about.get(name) != mine[name]
+        ]
         self._peers.append(peer)
         if differ:
             raise RankError(f"{peer} has other versions: {'; '.join(differ)}. All machines need the same")
@@ -272,9 +274,7 @@ class Leader:
         """Give an order that differs from rank to rank; ``bodies`` are for ranks 1 and higher."""
         self._order(kind, None, within=within, bodies=bodies)
 
-    def _order(
-        self, kind: str, body: Any, *, within: float | None = None, bodies: Sequence[Any] | None = None
-    ) -> None:
+    def _order(self, kind: str, body: Any, *, within: float | None = None, bodies: Sequence[Any] | None = None) -> None:
         self.check()
         with self._lock:
             self.orders += 1
@@ -328,7 +328,9 @@ class Leader:
             # A rank that has begun may be waiting for one that has not.
             late = [peer for peer in behind if peer.begun < overdue] or behind
             names = ", ".join(map(str, late))
-            raise self._fail(f"{names} is late: no answer within the time that is given. Is it busy with something else?")
+            raise self._fail(
+                f"{names} is late: no answer within the time that is given. Is it busy with something else?"
+            )
 
     def _fail(self, text: str) -> RankError:
         """Remember the first error, and end all other ranks, so that nobody waits for them."""
@@ -686,5 +688,3 @@ def _leave() -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(1)
-
-

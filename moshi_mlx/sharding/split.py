@@ -29,6 +29,8 @@ Description = dict[str, tuple[str, list[int], bytes]]
 """Type, shape and first values of each weight, by name: what a conversation's fingerprint is made of."""
 
 _FIRST = 8
+_SMALLEST = 32
+"""Columns of the smallest group that MLX quantizes together."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,12 @@ def check_split(lm: Lm, size: int) -> None:
     for what, count in counts.items():
         if count % size:
             raise ConfigError(f"the model has {count} {what}, which {size} machines cannot divide evenly")
-    for number, layer in enumerate(lm.transformer.layers):
-        for name, linear in _rows_parallel(layer).items():
-            group: Any = getattr(linear, "group_size", None)
-            inputs = linear.scales.shape[-1] * group if group else linear.weight.shape[-1]
-            if group and inputs // size % group:
-                raise ConfigError(
-                    f"transformer.layers.{number}.{name} is quantized in groups of {group}: {inputs} columns cannot be "
-                    f"divided among {size} machines. Take fewer machines, or other weights"
-                )
 
 
 def split_lm(lm: Lm, group: Any) -> Description:
-    """Keep only this rank's part of a model, in place. Its weights may be unread: whole ones are held a layer at a time.
+    """Keep only this rank's part of a model, in place.
+
+    Its weights may be unread: whole ones are in memory for one layer at a time.
 
     Parameters
     ----------
@@ -136,7 +131,28 @@ def _split_layer(layer: Any, group: Any) -> None:
         cross.num_heads //= size
     for name, linear in _rows_parallel(layer).items():
         parent, _, last = name.rpartition(".")
-        layer[parent][last] = shard_linear(linear, "sharded-to-all", group=group)
+        layer[parent][last] = shard_linear(_divisible(linear, size), "sharded-to-all", group=group)
+
+
+def _divisible(linear: Any, size: int) -> Any:
+    """The same layer, with groups of columns that can be divided: smaller groups of equal scale, or else unpacked."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear
+    inputs, group = linear.scales.shape[-1] * linear.group_size, linear.group_size
+    if inputs // size % group == 0:
+        return linear
+    if linear.mode == "affine" and group > _SMALLEST and inputs // size % _SMALLEST == 0:
+        linear.scales, linear.biases = (
+            mx.repeat(part, group // _SMALLEST, axis=-1) for part in (linear["scales"], linear["biases"])
+        )
+        linear.group_size = _SMALLEST
+        return linear
+    weight = mx.dequantize(
+        linear.weight, linear.scales, linear.get("biases"), group_size=group, bits=linear.bits, mode=linear.mode
+    )
+    dense = nn.Linear(1, 1, bias=False)
+    dense.weight = weight
+    return dense
 
 
 def _rows_parallel(layer: Any) -> dict[str, nn.Module]:
