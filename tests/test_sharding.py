@@ -160,3 +160,21 @@ def test_where_a_process_is_among_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("MLX_RANK", "x")
     with pytest.raises(ConfigError, match="do not say which rank"):
         place_here()
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """If this fails, fine-tuning on several machines learns something else than on one."""
+    command = [sys.executable, "-m", "tests.helpers.trains"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    alone = subprocess.run([*command, "8"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "-p", "43110", "--"]
+    both = subprocess.run(
+        [*launch, *command, "8"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (alone, both))
+    assert (one["size"], two["size"]) == (1, 2)
+    assert len(one["losses"]) == 8 and one["losses"][-1] < one["losses"][0]
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-6)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert two["empty"] == pytest.approx(one["empty"], abs=1e-6), "a rank whose part has nothing spoils the others"
