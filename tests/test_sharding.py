@@ -49,7 +49,7 @@ def lead(folder: Path, ranks: int = 2, **job: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints of one model, dense and quantized; the groups of ``wide`` cannot be divided as they are."""
+    """Checkpoints of one model, dense and quantized; the groups of ``q4`` cannot be divided as they are."""
     folder = tmp_path_factory.mktemp("sharded")
     return {
         "dense": write_checkpoint(folder / "dense", CONFIG, mimi=True),
@@ -84,15 +84,19 @@ def test_several_processes_say_what_one_says(
 
 
 @pytest.mark.parametrize(
-    "fate, message, within",
-    [("kill", "has gone", 2.0), ("stop", "does not respond", 3.0), ("late", "is late", 5.0)],
+    "fate, message, within, limits",
+    [
+        ("kill", "has gone", 2.0, {"silence": 10, "late": 10}),
+        ("stop", "does not respond", 3.0, {}),
+        ("late", "is late", 8.0, {"silence": 10}),
+    ],
 )
 def test_a_rank_that_fares_ill_ends_the_talk_with_its_name(
-    folders: dict[str, Path], fate: str, message: str, within: float
+    folders: dict[str, Path], fate: str, message: str, within: float, limits: dict[str, float]
 ) -> None:
     """If this fails, a talk hangs when another machine dies, sleeps or is busy, or does not say which one."""
     command = [sys.executable, "-c", LATE]
-    found = lead(folders["dense"], do=fate, command=command)
+    found = lead(folders["dense"], do=fate, command=command, **limits)
     assert found["error"].startswith("RankError: rank 1 (") and message in found["error"], found
     assert found["took"] < within
     assert not any(map(psutil.pid_exists, found["pids"])), "a process is left over"

@@ -45,7 +45,8 @@ from .split import Description, check_split, split_lm
 __all__ = ["LATE", "SILENCE", "Leader"]
 
 SILENCE = 1.5
-"""Seconds without a sign of life after which a rank counts as stopped."""
+"""Seconds without a sign of life after which a rank counts as stopped; while it loads, :data:`LOADING`."""
+LOADING = 20.0
 LATE = 2.0
 """Seconds after an order within which a rank must have obeyed, at least; eight times the longest so far if longer."""
 _FIRST = 120.0
@@ -125,8 +126,8 @@ class Leader:
         self._took = 0.0
         self._peers: list[_Peer] = []
         self._failed: RankError | None = None
-        self._closed = False
-        self._lock = threading.Lock()
+        self._loaded = self._closed = False
+        self._lock, self._lock_failed = threading.Lock(), threading.RLock()
         self._names = 0
         self._dropped: deque[int] = deque()
         self._bounded = Bounded(self)
@@ -208,7 +209,7 @@ class Leader:
     def finish(self, lm: Lm) -> None:
         """Wait until all ranks have loaded; from now on ``lm`` computes on all of them."""
         try:
-            for peer, its in zip(self._peers, self._collect(within=_FIRST), strict=True):
+            for peer, its in zip(self._peers, self._collect(), strict=True):
                 if its["dtype"] != str(lm.dtype):
                     raise RankError(
                         f"{peer} computes in {its['dtype']}, this machine in {lm.dtype}: a Mac and a CPU do not go "
@@ -217,6 +218,7 @@ class Leader:
         except BaseException:
             self.close()
             raise
+        self._loaded = True
         lm.backend, lm.sharding = "mlx", self
 
     def _accept(self) -> None:
@@ -259,7 +261,7 @@ class Leader:
     def ask(self, kind: str, body: Any = None, *, within: float | None = None) -> list[Any]:
         """Give an order that all ranks answer; returns their answers, by rank."""
         self._order(kind, body, within=within)
-        return self._collect(within=within)
+        return self._collect()
 
     def order(self, kind: str, body: Any, *, within: float | None = None) -> None:
         """Give an order, to all ranks alike; the generators that are no longer used are dropped before it."""
@@ -286,7 +288,7 @@ class Leader:
                 except RankError as error:
                     raise self._fail(f"{peer} has gone: {error}") from error
 
-    def _collect(self, within: float | None = None) -> list[Any]:
+    def _collect(self) -> list[Any]:
         return [self._answer(peer) for peer in self._peers]
 
     def _answer(self, peer: _Peer) -> Any:
@@ -314,9 +316,10 @@ class Leader:
                 raise self._fail(f"{peer} failed: {peer.error}")
             if peer.channel.closed:
                 raise self._fail(f"{peer} has gone: its process has ended, or the connection is down")
+        most = self._silence if self._loaded else max(self._silence, LOADING)
         for peer in self._peers:
             silent = now - peer.channel.heard
-            if silent > self._silence:
+            if silent > most:
                 raise self._fail(f"{peer} does not respond: nothing for {silent:.1f} s. Is it stopped, or asleep?")
         done = min((peer.done for peer in self._peers), default=self.orders)
         with self._lock:
@@ -339,8 +342,6 @@ class Leader:
                 self._failed = RankError(text)
                 self._end_others(at_once=True)
         return self._failed
-
-    _lock_failed = threading.RLock()
 
     def _beat(self) -> None:
         while not self._closed and self._failed is None:
