@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import psutil
 import pytest
 
@@ -17,13 +20,13 @@ from moshi_mlx.errors import ConfigError
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.sharding import step_traffic
 from moshi_mlx.sharding.identity import Place, place_here
-from moshi_mlx.sharding.split import check_split
+from moshi_mlx.sharding.split import _divisible, check_split
 from tests.helpers.checkpoints import conditioned_config, small_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = int(os.environ.get("MOSHI_TEST_SHARDED_STEPS", "126"))  # of 4 tokens
 LONG = "MOSHI_TEST_SHARDED_STEPS" in os.environ
-CONFIG = small_config(num_heads=4)
+CONFIG = small_config(num_heads=4, hidden_scale=3.75)  # 320 feed-forward columns: five groups of 64
 PATIENT = {"silence": 10, "late": 20}  # for tests of results, on machines with other work
 LATE = (
     "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(60)); "
@@ -54,7 +57,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "dense": write_checkpoint(folder / "dense", CONFIG, mimi=True),
         "q4": write_checkpoint(folder / "q4", CONFIG, quantize={"bits": 4, "group_size": 64}, mimi=True),
-        "q8": write_checkpoint(folder / "q8", CONFIG, quantize={"bits": 8, "group_size": 32}, mimi=True),
+        "q8, grouped keys": write_checkpoint(
+            folder / "q8", {**CONFIG, "kv_repeat": 2}, quantize={"bits": 8, "group_size": 32}, mimi=True
+        ),
+        "conditions": write_checkpoint(
+            folder / "conditions", conditioned_config(num_heads=4, n_q=8, delays=[0] * 9), mimi=True
+        ),
     }
 
 
@@ -63,7 +71,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         ("dense", 2, STEPS, True),
         ("q4", 2, STEPS, False),
-        ("q8", 2, STEPS, False),
+        ("q8, grouped keys", 2, STEPS, False),
+        ("conditions", 2, 12, False),
         ("dense", 4, STEPS if LONG else 24, False),
     ],
 )
@@ -74,9 +83,10 @@ def test_several_processes_say_what_one_says(
     found = lead(folders[weights], ranks, do="same", steps=steps, together=together, **PATIENT)
     assert "error" not in found, found
     assert found["heads"] == 4 // ranks
-    assert found["same"] and found["tokens"] == 4 * steps
+    sums, streams = (6, 5) if weights == "conditions" else (4, 4)
+    assert found["same"] and found["tokens"] == streams * steps
     assert found["off"] < 1e-5
-    assert [found["sums"], found["bytes"], found["orders"]] == found["formula"] == [4, 4 * 128 * 4, 1]
+    assert [found["sums"], found["bytes"], found["orders"]] == found["formula"] == [sums, sums * 128 * 4, 1]
     assert found["fingerprints"], "a conversation kept on several machines could not be resumed on one"
     if together:
         assert found["together"], "a join, a leave, a reset or a restore is not done everywhere"
@@ -136,6 +146,19 @@ def test_what_a_step_of_moshi_sends() -> None:
     assert (traffic.sums, traffic.sum_bytes, traffic.orders) == (64, 64 * 8192, 1)
     crossed = ModelConfig.from_dict(conditioned_config()).lm
     assert step_traffic(crossed, rows=2, itemsize=4).sums == 3 * crossed.num_layers
+
+
+@pytest.mark.parametrize("size, kind", [(2, nn.QuantizedLinear), (4, nn.Linear)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_cannot_be_divided_keep_their_values(bits: int, size: int, kind: type[nn.Module]) -> None:
+    """If this fails, a quantized model says something else on several machines, or cannot be divided at all."""
+    mx.random.seed(0)
+    linear = nn.Linear(320, 16, bias=False).to_quantized(64, bits)
+    x = mx.random.normal((3, 320))
+    before = np.array(linear(x))
+    divisible = _divisible(linear, size)
+    assert type(divisible) is kind and 320 // size % getattr(divisible, "group_size", 1) == 0
+    assert np.abs(np.array(divisible(x)) - before).max() < 1e-5
 
 
 def test_a_model_that_does_not_divide_is_refused() -> None:

@@ -20,6 +20,7 @@ import moshi_mlx
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.engine.pipeline import Engine
 from moshi_mlx.errors import MoshiError
+from moshi_mlx.layers.conditioning import TensorCondition
 from moshi_mlx.models.sampling import GREEDY
 from moshi_mlx.sharding import Leader, launch, step_traffic
 from moshi_mlx.state import describe_state, state_arrays
@@ -32,9 +33,17 @@ def heard(model: Any, rows: int, frames: int, seed: int = 0) -> np.ndarray:
     return rng.integers(0, model.lm.config.card, (frames, rows, model.lm.config.user_q)).astype(np.int32)
 
 
+def conditions_of(model: Any) -> list[dict[str, Any]] | None:
+    """A voice and a mood, for a model that takes them (:func:`tests.helpers.checkpoints.conditioned_config`)."""
+    if not model.lm.config.conditioners:
+        return None
+    voice = np.random.default_rng(3).standard_normal((5, 24)).astype(np.float32)
+    return [{"voice": TensorCondition(voice, np.arange(5) < 4), "mood": "glad"}]
+
+
 def greedy(model: Any, steps: int) -> dict[str, Any]:
     """Tokens of one conversation, and all logits behind them."""
-    generator = Generator(model.lm, FIXED)
+    generator = Generator(model.lm, FIXED, conditions=conditions_of(model))
     stepper, logits = generator._stepper, []
 
     def keep(function: Any) -> Any:
@@ -107,7 +116,7 @@ def same(leader: Leader, model: Any, plain: Any, job: dict[str, Any]) -> dict[st
         return all_sum(x, **how)
 
     def run() -> dict[str, Any]:
-        generator = Generator(model.lm, FIXED)
+        generator = Generator(model.lm, FIXED, conditions=conditions_of(model))
         generator.step(heard(model, 1, 1)[0])
         orders = leader.orders
         mx.distributed.all_sum = counted
