@@ -245,7 +245,7 @@ def _temporal(stepper: Stepper, lm: Lm, kind: str, given: dict[str, Any], state:
 
 
 def _condition(values: Any) -> Any:
-    """Conditions as :func:`moshi_mlx.sharding.leader.plain_condition` wrote them."""
+    """Conditions as :func:`moshi_mlx.sharding.leading.plain_condition` wrote them."""
     if values is None:
         return None
     return {

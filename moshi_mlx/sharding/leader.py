@@ -22,24 +22,21 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import mlx.core as mx
-import numpy as np
-
 from ..checkpoint.resolve import CheckpointFiles
 from ..cpu.lm import Stepper
-from ..engine.choose import GenerationConfig, Team, choose_text, settings_of
+from ..engine.choose import GenerationConfig
 from ..engine.rows import Rows
-from ..errors import MoshiError, RankError
-from ..layers.conditioning import TensorCondition
+from ..errors import RankError
 from ..models.lm import Lm
-from ..state import State
+from .bounded import Bounded, Proxy
 from .channel import Channel, Message
 from .follower import BEAT, join_group
 from .identity import Place, describe_files, versions
+from .leading import FIRST, LeadingRows, LeadingStepper
 from .split import Description, check_split, split_lm
 
 __all__ = ["LATE", "SILENCE", "Leader"]
@@ -49,13 +46,10 @@ SILENCE = 1.5
 LOADING = 20.0
 LATE = 2.0
 """Seconds after an order within which a rank must have obeyed, at least; eight times the longest so far if longer."""
-_FIRST = 120.0
-"""The same for orders that load, compile or move much."""
 _FILES = 4 * 3600.0
 _JOIN_WITHIN = 60.0
 _POLL = 0.05
 _LINGER = 2.0
-_HEADS = ("keys", "values", "cross_keys", "cross_values")
 
 T = TypeVar("T")
 
@@ -189,7 +183,7 @@ class Leader:
                 ports = [_free_port(self.place.host), *(peer.port for peer in self._peers)]
                 hosts = [self.place.host, *(peer.address for peer in self._peers)]
                 ring = [[f"{host}:{port}"] for host, port in zip(hosts, ports, strict=True)]
-            self._order("group", ring, within=_FIRST)
+            self._order("group", ring, within=FIRST)
             self._group = self.call(join_group, self.place, ring)
             self._collect()
         except BaseException:
@@ -200,7 +194,7 @@ class Leader:
         """Keep rank 0's part of a model whose weights are not read yet, while the others load theirs."""
         try:
             check_split(lm, self.place.size)
-            self._order("load", self._what, within=_FIRST)
+            self._order("load", self._what, within=FIRST)
             self.described = split_lm(lm, self._group)
         except BaseException:
             self.close()
@@ -363,7 +357,7 @@ class Leader:
 
     def bounded(self, make: Callable[[], Any]) -> Any:
         """An object whose methods run in the thread that computes; who calls them waits no longer than is useful."""
-        return _Proxy(self._bounded, self._bounded.call(make))
+        return Proxy(self._bounded, self._bounded.call(make))
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run a function in the thread that computes, and wait for it.
@@ -435,232 +429,6 @@ class Leader:
         lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
         lines = [line for line in lines if "[WARN]" not in line]
         return lines[-1][:300] if lines else ""
-
-
-class Bounded:
-    """One thread in which everything runs that may have to wait for other ranks."""
-
-    def __init__(self, leader: Leader):
-        self._leader = leader
-        self._calls: queue.Queue[_Call] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._current: _Call | None = None
-
-    def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a function there and wait for it; see :meth:`Leader.call`."""
-        if threading.current_thread() is self._thread:
-            return function(*args)
-        self._leader.check()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="moshi sharded", daemon=True)
-            self._thread.start()
-        call = _Call(function, args)
-        self._current = call
-        self._calls.put(call)
-        while not call.done.wait(_POLL):
-            self._leader.check()
-        if call.error is not None:
-            if isinstance(call.error, RuntimeError) and not isinstance(call.error, MoshiError):
-                self._who_has_gone(call.error)
-            raise call.error
-        result: T = call.result
-        return result
-
-    def stuck(self, within: float) -> bool:
-        """Whether a call is still running after some seconds."""
-        return self._current is not None and not self._current.done.wait(within)
-
-    def _who_has_gone(self, error: RuntimeError) -> None:
-        """MLX's connection has ended: say which rank it was."""
-        if "peer" not in str(error) and "[ring]" not in str(error):
-            return
-        until = time.monotonic() + 1.0
-        while time.monotonic() < until:
-            self._leader.check()
-            time.sleep(_POLL)
-        raise RankError(f"the connection between the machines has failed: {error}") from error
-
-    def _serve(self) -> None:
-        while True:
-            call = self._calls.get()
-            try:
-                call.result = call.function(*call.args)
-            except BaseException as error:  # handed to who waits for it
-                call.error = error
-            call.done.set()
-
-
-class _Call:
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]):
-        self.function, self.args = function, args
-        self.done = threading.Event()
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-
-class _Proxy:
-    """An object whose methods run in another thread."""
-
-    def __init__(self, bounded: Bounded, inner: Any):
-        self._bounded, self._inner = bounded, inner
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
-        if not callable(value):
-            return value
-        return lambda *args, **kwargs: self._bounded.call(lambda: value(*args, **kwargs))
-
-
-class LeadingStepper(Stepper):
-    """A stepper that has the other ranks step too.
-
-    Attributes
-    ----------
-    rows : int
-        The name of the generator's rows.
-    names : tuple of int
-        The conversations that step.
-    """
-
-    def __init__(self, lm: Lm, leader: Leader):
-        super().__init__(lm, compiled=mx.default_device() != mx.cpu)
-        self._leader = leader
-        self.rows = 0
-        self.names: tuple[int, ...] = ()
-        self._began = 0.0
-        self._seen: set[Any] = set()
-
-    def run(self, function: Callable[..., Any], kind: Any, *args: Any) -> Any:
-        if function is not choose_text:
-            return super().run(function, kind, *args)
-        self._began = time.monotonic()
-        column, slots = np.array(args[0]["column"]), args[1]["transformer"]["0"]["keys"].shape[2]
-        shape = (kind, column.shape, slots)
-        first = shape not in self._seen  # it compiles
-        self._seen.add(shape)
-        what = {"rows": self.rows, "names": list(self.names), "column": column}
-        self._leader.order("step", what, within=_FIRST if first and self._compiled is not None else None)
-        made = super().run(function, kind, *args)
-        mx.async_eval(made["hidden"])  # all sums, even where nothing reads the last ones
-        return made
-
-    def fetch(self, state: State, *arrays: Any) -> list[Any]:
-        found = super().fetch(state, *arrays)
-        if self._began:
-            self._leader.took(time.monotonic() - self._began)
-            self._began = 0.0
-        return found
-
-
-class LeadingRows(Rows):
-    """Rows that have the other ranks do the same with theirs.
-
-    What may be refused is done here first. Snapshots have the heads of all ranks: they are the same with any number of
-    machines.
-    """
-
-    def __init__(self, leader: Leader, lm: Lm, stepper: LeadingStepper, config: GenerationConfig, kv_bits: int | None):
-        super().__init__(lm, stepper, config, kv_bits)
-        self._leader, self._leading = leader, stepper
-        self._name = stepper.rows = leader.new_name(self)
-        default = settings_of(config).tolist()
-        leader.order("new", {"rows": self._name, "kv_bits": kv_bits, "config": default})
-
-    def team(self, names: tuple[int, ...]) -> Team:
-        self._leading.names = names
-        return super().team(names)
-
-    def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]]) -> list[int]:
-        names = super().join(joining)
-        told = [
-            [settings_of(config).tolist(), plain_condition(condition), plain_condition(null)]
-            for _, config, condition, null in joining
-        ]
-        self._order("join", joining=told)
-        return names
-
-    def leave(self, name: int) -> None:
-        super().leave(name)
-        self._order("leave", name=name)
-
-    def fill(self, name: int) -> None:
-        super().fill(name)
-        self._order("fill", name=name)
-
-    def clear(self) -> None:
-        super().clear()
-        self._order("clear")
-
-    def snapshot(self, names: Sequence[int]) -> State:
-        snapshot = super().snapshot(names)
-        what = {"rows": self._name, "names": list(names)}
-        others = self._leader.ask("snapshot", what, within=_FIRST)
-        for part in ("lm", "null"):
-            if part in snapshot:
-                _gather_heads(snapshot[part]["transformer"], [other[part]["transformer"] for other in others])
-        return snapshot
-
-    def restore(self, snapshot: State, names: Sequence[int]) -> None:
-        parts = self._parts(snapshot)
-        super().restore(parts[0], names)
-        self._order_parts("restore", parts, names=list(names))
-
-    def adopt(self, snapshot: State) -> list[int]:
-        parts = self._parts(snapshot)
-        names = super().adopt(parts[0])
-        self._order_parts("adopt", parts)
-        return names
-
-    def _order(self, kind: str, **what: Any) -> None:
-        self._leader.order(kind, {"rows": self._name, **what}, within=_FIRST)
-
-    def _order_parts(self, kind: str, parts: list[State], **what: Any) -> None:
-        bodies = [{"rows": self._name, "snapshot": part, **what} for part in parts[1:]]
-        self._leader.order_each(kind, bodies, within=_FIRST)
-
-    def _parts(self, snapshot: State) -> list[State]:
-        """Each rank's part of a snapshot; what does not fit is refused by who reads it."""
-        size = self._leader.place.size
-        heads: int = self._lm.transformer.layers[0].self_attn.kv_heads * size
-        return [_take_heads(snapshot, rank, size, heads) for rank in range(size)]
-
-
-def plain_condition(values: Mapping[str, Any] | None) -> Any:
-    """Conditions as they are sent."""
-    if values is None:
-        return None
-    return {
-        name: {"tensor": value.tensor, "mask": value.mask} if isinstance(value, TensorCondition) else value
-        for name, value in values.items()
-    }
-
-
-def _is_heads(name: str) -> bool:
-    return name.startswith(_HEADS)
-
-
-def _gather_heads(mine: State, others: Sequence[State]) -> None:
-    """Put the heads of all ranks together, in place."""
-    for number, layer in mine.items():
-        for name in list(layer) if isinstance(layer, dict) else ():
-            if _is_heads(name):
-                parts = [layer[name], *(mx.array(other[number][name]) for other in others)]
-                layer[name] = mx.concatenate(parts, axis=1)
-                mx.eval(layer[name])
-
-
-def _take_heads(tree: State, rank: int, size: int, heads: int) -> State:
-    """A snapshot with the heads of one rank."""
-    made: State = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            made[name] = _take_heads(value, rank, size, heads)
-        elif _is_heads(name) and value.ndim == 4 and value.shape[1] % size == 0 and value.shape[1] >= heads:
-            share = value.shape[1] // size
-            made[name] = value[:, rank * share : (rank + 1) * share]
-        else:
-            made[name] = value
-    return made
 
 
 def _free_port(host: str) -> int:
