@@ -9,7 +9,8 @@
     ├── AudioError         samples that the program cannot use: shape, dtype, rate, NaN
     ├── StateError         a session's state does not fit the model, or a session was used wrongly
     ├── TokenError         a text token or an audio code outside its range
-    └── CodecError         the codec failed while it ran
+    ├── CodecError         the codec failed while it ran
+    └── RankError          one of several machines that share a model has gone, does not respond or is late
 
 Each message names the problem and what to do. ``assert`` is kept for internal invariants.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DownloadError",
     "MoshiError",
+    "RankError",
     "StateError",
     "TokenError",
 ]
@@ -64,3 +66,7 @@ class TokenError(MoshiError, ValueError):
 
 class CodecError(MoshiError):
     """The audio codec failed while it ran."""
+
+
+class RankError(MoshiError):
+    """One of several machines that share a model has gone, does not respond, is late, or does not fit the others."""

@@ -22,6 +22,7 @@ from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
 from .models.lm import Lm
 from .models.mimi import Mimi, MimiConfig
+from .sharding.leader import Leader
 from .tasks import TASKS
 from .tasks.dialogue import Moshi
 
@@ -40,6 +41,7 @@ def load(
     dtype: mx.Dtype | None = None,
     backend: Literal["auto", "mlx", "numpy"] = "auto",
     on_progress: Callable[[str], None] | None = None,
+    sharding: Leader | None = None,
 ) -> Moshi:
     """Load a checkpoint: language model, codec and tokenizer.
 
@@ -62,6 +64,8 @@ def load(
         numpy for those where MLX computes on the CPU, otherwise MLX; :func:`measure_backend` says which is faster.
     on_progress : callable, optional
         Called with a short sentence at each stage, and as files come in.
+    sharding : Leader, optional
+        Other machines or processes among which the language model is divided: :func:`moshi_mlx.sharding.launch`.
 
     Returns
     -------
@@ -74,7 +78,11 @@ def load(
         If the source cannot be found or fetched.
     CheckpointError, ConfigError
         If a file is broken or does not fit.
+    RankError
+        If another machine does not come, has other files or versions, or goes.
     """
+    if sharding is not None and backend == "numpy":
+        raise ConfigError("numpy computes on one machine only: choose the backend mlx for several")
     say = on_progress or (lambda _: None)
     say(f"looking for {source}")
     files = resolve(source, weights=weights, progress=_telling(on_progress))
@@ -82,11 +90,26 @@ def load(
     builtin = files.folder.parent == BUILTIN
     say("reading the language model")
     trained = bool(files.weights)
+    prepare = None
+    if sharding is not None:
+        given = None if dtype is None else str(dtype).rpartition(".")[2]
+        named = None if lora is None else os.fspath(lora)
+        sharding.gather(
+            files, source=os.fspath(source), weights=weights, lora=named, lora_scaling=lora_scaling, dtype=given,
+            seed=_UNTRAINED_SEED,
+        )  # fmt: skip
+        prepare = sharding.prepare
     if trained:
-        lm = load_lm(config, files.weights, lora=lora or files.lora, lora_scaling=lora_scaling, dtype=dtype)
+        lm = load_lm(
+            config, files.weights, lora=lora or files.lora, lora_scaling=lora_scaling, dtype=dtype, prepare=prepare
+        )
     else:
         lm = _random_lm(config.lm)
+        if prepare is not None:
+            prepare(lm)
     lm.backend = backend
+    if sharding is not None:
+        sharding.finish(lm)
     if backend == "numpy" and not NumpyStepper.suits(lm):
         raise ConfigError(f"{source} is too large for the backend numpy, or not in float32: choose the backend mlx")
     say("reading the codec")

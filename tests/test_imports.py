@@ -1,8 +1,8 @@
 """Which package may import which. docs/architecture.md describes the order; here the source is checked against it.
 
 app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
-errors, disk, schema, config, tokens, state, audio < layers < models < cpu, checkpoint < codec < engine < tasks
-  < realtime, loading
+errors, disk, schema, config, tokens, state, audio < layers < models < cpu, checkpoint < codec < engine
+  < sharding, tasks < realtime, loading
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "disk", "errors", "models", "printable"},
     "codec": {"checkpoint", "cpu", "errors", "models", "state"},
     "engine": {"audio", "codec", "config", "cpu", "errors", "layers", "models", "state"},
+    "sharding": {"checkpoint", "config", "cpu", "engine", "errors", "layers", "models", "state"},
     "tasks": {"audio", "codec", "config", "engine", "errors", "models"},
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
-    "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "tasks"},
+    "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "sharding", "tasks"},
 }
 # Commands: `python -m moshi_mlx`, and a hint for users of Kyutai's package.
 COMMANDS = {"__main__", "local"}

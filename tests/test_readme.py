@@ -38,6 +38,7 @@ NOT_RUN = {
     r" --target-bpw ": "a minute: tests/quantize/test_report.py runs it on a smaller model",
     r" --distill ": "minutes: tests/quantize/test_distill.py runs it on a smaller model",
     r"-m moshi_mlx_training\.": "hours",
+    r"^mlx\.launch --hostfile ": "needs other machines: tests/test_sharding.py starts processes on this one",
 }
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}

@@ -157,6 +157,8 @@ def _run(arguments: list[str]) -> int:
         args = parse(parser, arguments)
         if args.verb in ("talk", "file", "check", "bench"):
             importlib.import_module("moshi_mlx.tasks.dialogue")
+    if os.environ.get("MLX_RANK", "0") != "0" and hasattr(args, "hosts"):
+        return int(importlib.import_module("moshi_mlx.sharding.__main__").main())  # mlx.launch has started this rank
     status: int = args.run(args)
     return status
 

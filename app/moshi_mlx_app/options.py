@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `--help` needs no MLX
     from moshi_mlx.engine.generator import GenerationConfig
 
-__all__ = ["add_cache_option", "add_generation_options", "add_model_options", "bounded", "generation_from"]
+__all__ = [
+    "add_cache_option",
+    "add_generation_options",
+    "add_machine_options",
+    "add_model_options",
+    "bounded",
+    "generation_from",
+]
 
 
 def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -114,6 +121,28 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(8,),
         help="precision of the key-value cache: about half its memory, for large models on a GPU (default: 16 bits)",
+    )
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """``--hosts``, ``--ranks``, ``--python``: several machines for one model."""
+    group = parser.add_argument_group("several machines (docs/several-macs.md)")
+    group.add_argument(
+        "--hosts",
+        metavar="A,B",
+        help="divide the language model among these machines, which MLX's mlx.launch reaches by ssh; the first one is "
+        "this machine, by the name that the others know it by",
+    )
+    group.add_argument(
+        "-n",
+        "--ranks",
+        type=bounded(int, 1, 64),
+        default=1,
+        metavar="N",
+        help="processes on each machine: 2 without --hosts tries it on this one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--python", metavar="PATH", help="Python on the other machines (default: the path that this one has here)"
     )
 
 

@@ -87,6 +87,7 @@ def load_lm(
     lora: str | os.PathLike[str] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
+    prepare: Callable[[Lm], object] | None = None,
 ) -> Lm:
     """A language model with the weights of a checkpoint.
 
@@ -103,6 +104,8 @@ def load_lm(
     dtype : mx.Dtype, optional
         Type of dense weights, scales and norms. By default the file's; but float32 for a quantized model on the CPU,
         whose bfloat16 matrix products are slow and inexact in MLX. Conditioners are float32 in any case.
+    prepare : callable, optional
+        Called with the model before its tensors are read: what it drops is never in memory.
 
     Raises
     ------
@@ -122,7 +125,11 @@ def load_lm(
     if update is not None:
         update.clear()
     try:
+        if prepare is not None:
+            prepare(model)
         _read(model, where)
+    except MoshiError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
     return model

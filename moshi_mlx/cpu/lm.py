@@ -143,6 +143,9 @@ class Stepper:
 
 def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
     """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
+    if lm.sharding is not None:
+        stepper: Stepper = lm.sharding.stepper(lm)
+        return stepper
     if lm.backend == "numpy" and kv_bits is not None:
         raise ConfigError("the backend numpy keeps no 8-bit cache: choose the backend mlx, or leave the cache as it is")
     if choose_backend(lm.backend) == "mlx" or kv_bits is not None or not NumpyStepper.suits(lm):

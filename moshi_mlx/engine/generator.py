@@ -107,7 +107,8 @@ class Generator:
         self.config = config or GenerationConfig()
         model = lm.config
         self._stepper = make_stepper(lm, kv_bits)
-        self._rows = Rows(lm, self._stepper, self.config, kv_bits)
+        rows = Rows if lm.sharding is None else lm.sharding.rows
+        self._rows: Rows = rows(lm, self._stepper, self.config, kv_bits)
         self._columns = self._rows.columns
         self._delays = np.array(model.delays)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)

@@ -175,6 +175,9 @@ class Engine:
 
     def predict(self, kv_bits: int | None = None) -> Predict:
         """A new second stage; ``kv_bits`` is the precision of its cache."""
+        if self.lm.sharding is not None:  # a thread of its own, so that no wait for another machine is endless
+            stage: Predict = self.lm.sharding.bounded(lambda: Predict(self, kv_bits))
+            return stage
         return Predict(self, kv_bits)
 
     def decode(self) -> Decode:
@@ -219,13 +222,17 @@ class Engine:
         about = [self.config.model_type, asdict(self.config.lm), asdict(self.codec.config), self.config.stt_config]
         found = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
         modules = [self.lm, *([self.codec.mimi] if isinstance(self.codec, MimiCodec) else [])]
+        whole = {} if self.lm.sharding is None else self.lm.sharding.described  # of weights that are only in part here
         for module in modules:
             weights: Any = tree_flatten(module.parameters())
             few = [(name, value, mx.view(mx.contiguous(value.reshape(-1)[:8]), mx.uint8)) for name, value in weights]
             mx.eval([bits for _, _, bits in few])
             for name, value, bits in few:
-                found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-                found.update(np.array(bits).tobytes())
+                dtype, shape, first = str(value.dtype), list(value.shape), np.array(bits).tobytes()
+                if module is self.lm:
+                    dtype, shape, first = whole.get(name, (dtype, shape, first))
+                found.update(f"{name} {dtype} {shape}\n".encode())
+                found.update(first)
         return found.hexdigest()
 
 

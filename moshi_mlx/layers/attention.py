@@ -318,8 +318,8 @@ class CrossAttention(nn.Module):
 
     def project_source(self, source: mx.array) -> State:
         """Keys and values [batch, heads, slots, head_dim] of ``source`` [batch, slots, dim]."""
-        dim = source.shape[-1]
-        projected = self._linear(source, dim, 3 * dim)
+        width = self.num_heads * self.head_dim
+        projected = self._linear(source, width, 3 * width)
         keys, values = mx.split(projected, 2, axis=-1)
         return {"cross_keys": self._heads(keys), "cross_values": self._heads(values)}
 
@@ -328,7 +328,7 @@ class CrossAttention(nn.Module):
 
         ``mask`` [batch, 1, 1, slots], bool, tells the slots of each row from padding. None: all are real.
         """
-        queries = self._heads(self._linear(x, 0, x.shape[-1]))
+        queries = self._heads(self._linear(x, 0, self.num_heads * self.head_dim))
         out = mx.fast.scaled_dot_product_attention(
             queries, source["cross_keys"], source["cross_values"], scale=self.scale, mask=mask
         )

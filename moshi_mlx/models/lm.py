@@ -248,6 +248,7 @@ class Lm(nn.Module):
         super().__init__()
         self._config = config
         self.backend = "auto"  # what computes a step: see moshi_mlx.cpu.backend
+        self.sharding: Any = None  # the other machines that compute it too: see moshi_mlx.sharding
         dim = config.dim
         text_rows = config.text_card + config.text_start_row
         self.text_emb = _embedding(text_rows, dim, demux=config.demux_second_stream)

@@ -7,7 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moshi_mlx_app.options import add_generation_options, add_model_options, bounded, generation_from
+from moshi_mlx_app.options import (
+    add_generation_options,
+    add_machine_options,
+    add_model_options,
+    bounded,
+    generation_from,
+)
 from moshi_mlx_app.recording.outputs import Output, partial_name, replace_text, reserved
 from moshi_mlx_app.screen.terminal import Loading, say, warn
 from moshi_mlx_app.version import program
@@ -41,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     add_model_options(parser)
     add_generation_options(parser)
+    add_machine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from moshi_mlx.errors import MoshiError
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
+    add_machine_options,
     add_model_options,
     bounded,
     generation_from,
@@ -98,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_generation_options(parser)
     add_cache_option(parser)
+    add_machine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from moshi_mlx_app.commands.file import UNTRAINED, check_seed
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
+    add_machine_options,
     add_model_options,
     bounded,
     generation_from,
@@ -121,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace an existing trace file")
     add_generation_options(parser)
     add_cache_option(parser)
+    add_machine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

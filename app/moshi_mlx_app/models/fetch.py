@@ -18,6 +18,7 @@ from moshi_mlx_app.screen.terminal import Loading, is_terminal, warn
 
 if TYPE_CHECKING:
     from moshi_mlx.checkpoint.resolve import DownloadPlan
+    from moshi_mlx.sharding import Leader
     from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["fetch", "load_model"]
@@ -31,6 +32,7 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
     Parameters
     ----------
     args : Namespace
+        With ``hosts`` or ``ranks`` the model is divided among machines (:mod:`moshi_mlx.sharding`).
         With ``model`` None the model is chosen, and ``args.model`` set to it. Where ``codec`` or ``backend`` are
         ``auto``, the fastest on this machine computes (:mod:`moshi_mlx_app.models.fastest`), or what the environment
         says (:data:`moshi_mlx.cpu.backend.VARIABLE`).
@@ -58,10 +60,23 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         codec: Any = args.codec
         if codec == "auto" and not decided:
             codec = next(iter(fastest_codec(args.model, loading)), "auto")
-        model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading)
-        if args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
+        sharding = _other_machines(args, loading)
+        model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading, sharding=sharding)
+        if sharding is None and args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
             model.lm.backend = next(iter(fastest_backend(model, loading)), "auto")
     return model
+
+
+def _other_machines(args: argparse.Namespace, loading: Loading) -> Leader | None:
+    """The other machines that ``args`` (``hosts``, ``ranks``, ``python``) ask for, if the command has these options."""
+    if not hasattr(args, "hosts"):
+        return None
+    from moshi_mlx.sharding import launch
+
+    hosts = [] if args.hosts is None else [name.strip() for name in args.hosts.split(",")]
+    if args.hosts is not None and not all(hosts):
+        args.parser.error(f"--hosts {args.hosts}: a host has no name")
+    return launch(hosts, args.ranks, python=args.python, on_progress=loading)
 
 
 def fetch(source: str, *, shown: bool = True) -> None:
