@@ -1,4 +1,4 @@
-"""The server behind ``moshi-mlx-local web``: the page, and Kyutai's WebSocket protocol, on one loaded model.
+"""The server behind ``moshi-mlx-local web``: the page, and WebSocket protocols, on one loaded model.
 
 ::
 
@@ -7,7 +7,7 @@
     GET /api/link.svg  the QR code of the link for other devices
     GET /api/chat      a WebSocket; one conversation each
 
-``door`` takes connections, ``guard`` says who may come in, ``line`` who waits, ``talk`` is one connection, ``wire``
-knows bytes, ``settings`` the query, ``engine`` what computes, ``server`` puts them together. The conversation itself is
-the library's.
+``listener`` takes connections, ``access`` says who may come in, ``queue`` who waits, ``connection`` is one client,
+``protocols`` know bytes and events, ``settings`` the query, ``engine`` what computes, ``server`` joins them. The
+conversation itself is the library's.
 """

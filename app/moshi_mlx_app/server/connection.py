@@ -1,14 +1,16 @@
-"""One connection: from the line to a conversation and to its end.
+"""One connection, of any protocol: from the queue to a conversation and to its end.
 
 Four tasks on the event loop: ``_receive`` reads messages, ``_send`` writes them, ``_watch`` looks at the time, and
 ``run`` waits for the first reason to end. The thread that computes for all hands over what the model says by
 :meth:`Talk._tap` and goes on: sound is compressed on the loop, since Opus holds the interpreter wherever it runs.
+
+Queue, limits, signs of life and ends are the same for every client. A protocol is a subclass of :class:`Talk` in
+``protocols/``: it knows bytes and events only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from numpy.typing import NDArray
 
 from moshi_mlx.errors import MoshiError
@@ -29,15 +31,18 @@ from .access import Bucket
 from .engine import Engine, Running
 from .hosts import household
 from .listener import Handler
-from .protocols.kyutai import Control, Kind, Opus, Pcm, ProtocolError, Sound, message, opus_missing, read_json
 from .queue import Full, Line
-from .settings import BadQuery, Settings
+from .settings import Settings
 
-__all__ = ["End", "Limits", "Talk"]
+__all__ = ["End", "Limits", "ProtocolError", "Talk"]
 
 _TICK = 0.2  # seconds
 _STOOD_STILL = 1.0  # seconds without a tick: then this program was held up
 _LAST_WORDS = 0.5  # seconds for the reason and the closing, each
+
+
+class ProtocolError(Exception):
+    """The other side sent something that its protocol has no place for: the connection ends, and is told why."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,29 @@ class End:
 class Talk:
     """One client.
 
+    A protocol implements ``_settled``, ``_queued``, ``_begin``, ``_take``, ``_say`` and ``_last_words``, and may extend
+    ``_open``, ``_news`` and ``_quiet_line``.
+
     Parameters
     ----------
     socket : aiohttp.web.WebSocketResponse
         Prepared, for ``request``.
+    request : aiohttp.web.Request
     engine : Engine
     line : Line
-    settings : Settings or BadQuery
     limits : Limits
     on_notice : callable
         Told what the owner of the server should know.
+
+    Attributes
+    ----------
+    backlog : float
+        Seconds of the user's sound that may wait to be heard.
+    recorded : list of Path
+        Files of the recording, once it has ended.
     """
+
+    backlog = 0.32
 
     def __init__(
         self,
@@ -105,21 +122,20 @@ class Talk:
         request: web.Request,
         engine: Engine,
         line: Line,
-        settings: Settings | BadQuery,
         limits: Limits,
         on_notice: Callable[[str], object],
     ):
         self._socket, self._transport, self._limits = socket, request.transport, limits
         self._handler, self._who = request.protocol, household(request.remote or "")
-        self._engine, self._model, self._line, self._settings = engine, engine.model, line, settings
+        self._engine, self._model, self._line = engine, engine.model, line
         self._on_notice = on_notice
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[End] = self._loop.create_future()
         self._conversation: Conversation | None = None
         self._running: Running | None = None
         self.recorded: list[Path] = []
-        self._sound: Sound = Pcm()
-        self._out: deque[bytes | int] = deque()  # messages, and numbers of the WebSocket's own pings
+        # Messages, and whether each is a frame's sound; numbers are the WebSocket's own pings.
+        self._out: deque[tuple[bytes | str | int, bool]] = deque()
         self._out_news = asyncio.Event()
         self._unsent = 0
         self._frame_seconds = self._model.frame_size / self._model.sample_rate
@@ -133,6 +149,41 @@ class Talk:
         self._pinged = 0
         self._began = self._sent = self._ticked = time.monotonic()
 
+    # ------------------------------------------------------------------------------------------- the protocol's
+
+    def _open(self) -> None:
+        """Before the first message is read: clients send at once."""
+
+    def _queued(self, place: int) -> None:
+        """It waits in line, at this place from 1 on."""
+        raise NotImplementedError
+
+    async def _settled(self) -> Settings:
+        """It has a place: what the conversation is to begin with, once that is known."""
+        raise NotImplementedError
+
+    def _begin(self, conversation: Conversation, settings: Settings) -> None:
+        """The conversation has begun, and will hear what it is fed."""
+        raise NotImplementedError
+
+    def _take(self, received: WSMessage) -> None:
+        """Do what a message, text or binary, says; raises ProtocolError."""
+        raise NotImplementedError
+
+    def _say(self, frame: SessionFrame) -> None:
+        """Post a frame's messages, the one with its sound with ``sound=True``."""
+        raise NotImplementedError
+
+    def _news(self, conversation: Conversation) -> None:
+        """Five times a second."""
+
+    def _quiet_line(self) -> None:
+        """Nothing was sent for two seconds."""
+
+    def _last_words(self, end: End) -> list[bytes | str]:
+        """Messages before the connection is closed."""
+        raise NotImplementedError
+
     # -------------------------------------------------------------------------------------------- from outside
 
     def end(self, end: End) -> None:
@@ -142,14 +193,7 @@ class Talk:
 
     async def run(self) -> End:
         """Everything, until the end."""
-        # Before the first message is read: Kyutai's Python client sends sound at once.
-        if isinstance(self._settings, BadQuery):
-            self.end(End(WSCloseCode.POLICY_VIOLATION, str(self._settings)))
-        elif self._settings.audio == "opus":
-            if opus_missing():
-                self.end(End(WSCloseCode.POLICY_VIOLATION, opus_missing()))
-            else:
-                self._sound = Opus(self._model.sample_rate)
+        self._open()
         parts = (self._receive, self._send, self._watch, self._converse)
         tasks = [asyncio.ensure_future(self._guarded(part)) for part in parts]
         try:
@@ -181,8 +225,7 @@ class Talk:
 
     async def _converse(self) -> None:
         """Wait in line, begin, and keep the place until the end."""
-        settings = self._settings
-        if self._over.done() or isinstance(settings, BadQuery):
+        if self._over.done():
             return
         try:
             ticket = self._line.join(self._who, self._is_gone, self._dismiss)
@@ -192,12 +235,9 @@ class Talk:
         self._keep_open(True)
         try:
             while ticket.place:
-                if settings.events:
-                    self._post(message(Kind.EVENT, {"type": "queue", "place": ticket.place}))
-                else:
-                    self._post(message(Kind.TEXT, f"[busy: {ticket.place} in line] "))
+                self._queued(ticket.place)
                 await ticket.changed()
-            await self._with_engine(settings)
+            await self._with_engine(await self._settled())
         except MoshiError as error:
             self.end(End(WSCloseCode.INTERNAL_ERROR, str(error)))
         except OSError as error:  # the path is the owner's affair
@@ -214,11 +254,14 @@ class Talk:
 
     async def _with_engine(self, settings: Settings) -> None:
         """Begin to talk; returns only when this task is cancelled and everything has been given back."""
-        running = self._running = Running(self._engine, settings, self._tap)
+        running = self._running = Running(self._engine, settings, self._tap, self.backlog)
         starting = asyncio.ensure_future(running.start())
         try:
             await asyncio.shield(starting)
+            self._began = time.monotonic()
+            self._soundless = 0
             self._begin(running.conversation, settings)
+            self._conversation = running.conversation
             await asyncio.Future()
         finally:
             self._conversation = None
@@ -229,28 +272,6 @@ class Talk:
             self._notices()
             self.recorded = [] if running.recorder is None else running.recorder.files
             self._running = None  # else each would hold the other until Python looks for such cycles
-
-    def _begin(self, conversation: Conversation, settings: Settings) -> None:
-        transcript = self._engine.transcript(settings)
-        self._post(message(Kind.HANDSHAKE))
-        self._post(
-            message(
-                Kind.METADATA,
-                {
-                    "model": self._model.name,
-                    "sample_rate": self._model.sample_rate,
-                    "frame_samples": self._model.frame_size,
-                    "audio": self._sound.name,
-                    "sampling": settings.sampling(),
-                    "recorded": self._engine.record is not None,
-                    "transcript": {**transcript.head(), "speaker": transcript.speaker},
-                    "version": program(),
-                },
-            )
-        )
-        self._began = time.monotonic()
-        self._soundless = 0
-        self._conversation = conversation
 
     async def _receive(self) -> None:
         while True:
@@ -271,80 +292,32 @@ class Talk:
                 raise ProtocolError(f"more than {self._limits.bytes:g} bytes a second")
             if received.type == WSMsgType.PING:
                 await self._socket.pong(received.data)
-            elif received.type == WSMsgType.BINARY:
-                self._take(received.data)
             else:
-                raise ProtocolError("messages here are binary: the first byte is their kind")
+                self._take(received)
 
-    def _take(self, data: bytes) -> None:
-        """Do what a message says."""
-        if not data:
-            raise ProtocolError("an empty message")
-        kind, content = data[0], data[1:]
-        if kind != Kind.PING:
-            self._wordless = 0
-        if kind == self._sound.kind:
-            samples = self._sound.decode(content)
-            self._soundless = 0 if len(samples) else self._soundless
-            if not self._seconds.take(len(samples) / self._model.sample_rate):
-                raise ProtocolError("sound came faster than time passes")
-            if self._conversation is not None and len(samples):
-                self._conversation.feed(samples)
-        elif kind in (Kind.AUDIO, Kind.PCM):
-            raise ProtocolError(
-                f"sound of kind {kind:#04x}, but this connection was opened with audio={self._sound.name}"
-            )
-        elif kind == Kind.CONTROL:
-            self._control(content)
-        elif kind == Kind.EVENT:
-            self._event(read_json(content))
-        elif kind == Kind.METADATA:
-            read_json(content)
-        elif kind in (Kind.TEXT, Kind.ERROR):
-            try:
-                content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ProtocolError(f"text that is not UTF-8: {error.reason}") from None
-        elif kind not in (Kind.HANDSHAKE, Kind.PING):
-            raise ProtocolError(f"unknown kind of message: {kind:#04x}")
-
-    def _control(self, content: bytes) -> None:
-        if len(content) != 1 or content[0] not in set(Control):
-            raise ProtocolError(f"unknown control message: {content[:8].hex() or 'empty'}")
-        if self._conversation is None:
-            return
-        action = Control(content[0])
-        if action == Control.START:
-            self._conversation.resume()
-        elif action == Control.PAUSE:
-            self._conversation.pause()
-        elif action == Control.RESTART:
-            self._conversation.reset()
-
-    def _event(self, event: dict[str, Any]) -> None:
-        what = event.get("type")
-        if what not in ("mute", "unmute", "pause", "resume", "reset", "present"):
-            raise ProtocolError(f"unknown event: {str(what)[:40]!r}")
-        if self._conversation is None or what == "present":
-            return
-        if what in ("mute", "unmute"):
-            self._conversation.mute(what == "mute")
-        else:
-            getattr(self._conversation, what)()
+    def _hear(self, samples: NDArray[np.float32]) -> None:
+        """Sound [n] of the user's, at the model's rate."""
+        self._soundless = 0 if len(samples) else self._soundless
+        if not self._seconds.take(len(samples) / self._model.sample_rate):
+            raise ProtocolError("sound came faster than time passes")
+        if self._conversation is not None and len(samples):
+            self._conversation.feed(samples)
 
     async def _send(self) -> None:
         while True:
             while not self._out:
                 self._out_news.clear()
                 await self._out_news.wait()
-            data = self._out.popleft()
+            data, sound = self._out.popleft()
             if isinstance(data, int):
                 await self._socket.ping(str(data).encode())
                 continue
-            await self._socket.send_bytes(data)
+            await self._write(data)
             self._sent = time.monotonic()
-            if data[0] in (Kind.AUDIO, Kind.PCM):
-                self._unsent -= 1
+            self._unsent -= sound
+
+    async def _write(self, data: bytes | str) -> None:
+        await (self._socket.send_str(data) if isinstance(data, str) else self._socket.send_bytes(data))
 
     async def _watch(self) -> None:
         """Signs of life, figures, and what happened in the conversation."""
@@ -364,16 +337,13 @@ class Talk:
                 self._post(self._pinged)
             self._line.settle()
             conversation = self._conversation
-            if now - self._sent >= 2.0:  # Kyutai's page leaves after ten seconds without a message
-                self._post(message(Kind.PING))
+            if now - self._sent >= 2.0:
+                self._quiet_line()
             if conversation is None:
                 continue
-            for event in conversation.events():
-                if event.kind == "reset":
-                    self._tell({"type": "reset"})
             if conversation.error is not None:
                 self.end(End(WSCloseCode.INTERNAL_ERROR, str(conversation.error)))
-            self._stats(conversation)
+            self._news(conversation)
             self._notices()
 
     def _make_good(self, now: float) -> None:
@@ -398,21 +368,6 @@ class Talk:
         while self._pings and self._pings[0][0] <= number:
             self._pings.popleft()
 
-    def _stats(self, conversation: Conversation) -> None:
-        stats = conversation.stats
-        self._tell(
-            {
-                "type": "stats",
-                "late_frames": stats.late,
-                "dropped_samples": stats.dropped_in,
-                "latency_ms": round(stats.latency.last * 1e3, 1),
-                "elapsed_s": round(time.monotonic() - self._began, 2),
-                "user_level_db": _decibels(stats.level_in),
-                "moshi_level_db": _decibels(stats.level_out),
-                "backlog_ms": round(conversation.backlog * 1e3, 1),
-            }
-        )
-
     # -------------------------------------------------------------------------------------------- what goes out
 
     def _tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
@@ -428,34 +383,24 @@ class Talk:
             self.end(End(WSCloseCode.POLICY_VIOLATION, "the client reads too slowly"))
             return
         try:
-            self._post(message(self._sound.kind, self._sound.encode(frame.pcm)))
+            self._say(frame)
         except Exception as error:
             self.end(End(WSCloseCode.INTERNAL_ERROR, f"a fault in {program()}: {type(error).__name__}: {error}"))
-            return
-        if frame.text:
-            self._post(message(Kind.TEXT, frame.text))
-            self._tell({"type": "text", "text": frame.text, "time_s": round(frame.index * self._frame_seconds, 3)})
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        if isinstance(self._settings, Settings) and self._settings.events:
-            self._post(message(Kind.EVENT, event))
-
-    def _post(self, data: bytes | int) -> None:
+    def _post(self, data: bytes | str | int, *, sound: bool = False) -> None:
+        """Send a message when those before it are gone."""
         if len(self._out) >= 1000:
             self.end(End(WSCloseCode.POLICY_VIOLATION, "the client reads too slowly"))
             return
-        self._out.append(data)
+        self._out.append((data, sound))
         self._out_news.set()
 
     async def _say_goodbye(self, end: End) -> None:
         """Tell why, close, and do not wait long for an answer."""
-        last = [message(Kind.ERROR, end.reason)] if end.fault else []
-        if isinstance(self._settings, Settings) and self._settings.events:
-            last.append(message(Kind.EVENT, {"type": "end", "reason": end.reason}))
 
         async def close() -> None:
-            for data in last:
-                await self._socket.send_bytes(data)
+            for data in self._last_words(end):
+                await self._write(data)
             code = WSCloseCode.OK if end.code == WSCloseCode.ABNORMAL_CLOSURE else end.code
             await self._socket.close(code=code, message=_clipped(end.reason, 120), drain=False)
 
@@ -473,10 +418,6 @@ class Talk:
 
     def _dismiss(self) -> None:
         self.end(End(WSCloseCode.POLICY_VIOLATION, "nothing was heard of you, and another was waiting"))
-
-
-def _decibels(level: float) -> float:
-    return round(20 * math.log10(max(level, 1e-5)), 1)
 
 
 def _clipped(text: str, most: int) -> bytes:

@@ -90,9 +90,11 @@ class Running:
     settings : Settings
     tap : callable
         Gets every frame, in the thread that computes: it must not take time.
+    backlog : float
+        Seconds of the user's sound that may wait.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, tap: Tap):
+    def __init__(self, engine: Engine, settings: Settings, tap: Tap, backlog: float = 0.32):
         self._engine = engine
         self.recorder: Recorder | None = None
         if engine.record is not None:
@@ -106,7 +108,12 @@ class Running:
             tap(heard, frame)
 
         self.conversation = Conversation(
-            engine.computing(), seed=settings.seed, generation=settings.generation, kv_bits=engine.kv_bits, tap=both
+            engine.computing(),
+            seed=settings.seed,
+            generation=settings.generation,
+            kv_bits=engine.kv_bits,
+            backlog=backlog,
+            tap=both,
         )
 
     @property

@@ -25,13 +25,14 @@ from .engine import Engine
 from .faults import Faults, named
 from .links import qr_svg
 from .listener import Door, Handler
-from .protocols.kyutai import opus_missing
+from .protocols import kyutai
 from .queue import Line
-from .settings import BadQuery, Settings, read_settings
+from .settings import read_settings
 
 __all__ = ["STATIC", "Server", "listening", "serve"]
 
 STATIC = Path(__file__).resolve().parent / "static"
+PROTOCOLS = (kyutai,)  # modules with add_routes(app, server)
 _TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
@@ -84,27 +85,33 @@ class Server:
         app = web.Application(middlewares=[self.guard.middleware], client_max_size=1024)
         app.on_response_prepare.append(self.guard.add_headers)
         app.on_response_prepare.append(_answered)
-        app.router.add_get("/api/chat", self._chat)
+        for protocol in PROTOCOLS:
+            protocol.add_routes(app, self)
         app.router.add_get("/api/info", self._info)
         app.router.add_get("/api/link.svg", self._link)
         app.router.add_get("/{name:.*}", self._file)
         app.on_shutdown.append(self._stop)
         return app
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
+    async def talk(self, request: web.Request, make: Callable[..., Talk], settings: Any) -> web.StreamResponse:
+        """Answer a request with a WebSocket and a conversation on it, until its end.
+
+        Parameters
+        ----------
+        request : aiohttp.web.Request
+        make : callable
+            The protocol's :class:`Talk`: called with ``settings`` and what all of them get.
+        settings : object
+            What the protocol's own part of it needs.
+        """
         # No compression: a message unpacks to no more than it weighs. Pongs are read by the talk.
         socket = web.WebSocketResponse(
             timeout=0.5, autoping=False, compress=False, max_msg_size=self.limits.message, writer_limit=1 << 14
         )
         if not socket.can_prepare(request):
             return web.Response(status=426, headers={"Upgrade": "websocket"}, text="this is a WebSocket\n")
-        settings: Settings | BadQuery
-        try:
-            settings = read_settings(request.query, self.generation, self.seed)
-        except BadQuery as error:
-            settings = error
         await socket.prepare(request)
-        talk = Talk(socket, request, self.engine, self.line, settings, self.limits, self.faults.say)
+        talk = make(settings, socket, request, self.engine, self.line, self.limits, self.faults.say)
         self.talks.add(talk)
         try:
             self.on_talk(f"{request.remote} came")
@@ -124,7 +131,7 @@ class Server:
                 "version": program(),
                 "sample_rate": model.sample_rate,
                 "frame_samples": model.frame_size,
-                "opus": not opus_missing(),
+                "opus": not kyutai.opus_missing(),
                 "places": self.line.places,
                 "free": max(self.line.free, 0),
                 "waiting": self.line.waiting,

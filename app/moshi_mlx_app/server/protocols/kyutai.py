@@ -1,4 +1,4 @@
-"""Messages on the WebSocket: the first byte says what the rest is.
+"""``/api/chat``, the protocol of Kyutai's clients: binary messages, the first byte says what the rest is.
 
 Kinds 0 to 6 are Kyutai's (its Rust server, Python server and web client). 0x10 and 0x11 are this project's; they are
 sent only to who asks for them in the query, because Kyutai's page stops at kinds that it does not know.
@@ -8,19 +8,54 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import Any, Protocol
+import math
+import time
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from numpy.typing import NDArray
 
-__all__ = ["Control", "Kind", "Opus", "Pcm", "ProtocolError", "Sound", "message", "opus_missing", "read_json"]
+from moshi_mlx.realtime import Conversation
+from moshi_mlx.tasks.dialogue import SessionFrame
+from moshi_mlx_app.version import program
+
+from ..connection import End, ProtocolError, Talk
+from ..settings import BadQuery, Settings, read_settings
+
+if TYPE_CHECKING:
+    from ..server import Server
+
+__all__ = [
+    "Control",
+    "Kind",
+    "KyutaiTalk",
+    "Opus",
+    "Pcm",
+    "ProtocolError",
+    "Sound",
+    "add_routes",
+    "message",
+    "opus_missing",
+    "read_json",
+]
 
 Samples = NDArray[np.float32]
 _FULL_SCALE = 32768.0
 
 
-class ProtocolError(Exception):
-    """The other side sent something that this protocol has no place for."""
+def add_routes(app: web.Application, server: Server) -> None:
+    """Let ``app`` answer ``/api/chat`` with conversations on ``server``."""
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        settings: Settings | BadQuery
+        try:
+            settings = read_settings(request.query, server.generation, server.seed)
+        except BadQuery as error:
+            settings = error
+        return await server.talk(request, KyutaiTalk, settings)
+
+    app.router.add_get("/api/chat", chat)
 
 
 class Kind(enum.IntEnum):
@@ -141,3 +176,157 @@ class Opus:
 
     def encode(self, frame: Samples) -> bytes:
         return bytes(self._writer.append_pcm(np.ascontiguousarray(frame, np.float32)))
+
+
+class KyutaiTalk(Talk):
+    """A client of Kyutai's protocol.
+
+    Parameters
+    ----------
+    settings : Settings or BadQuery
+        What it asks for in its query.
+    *shared
+        As for :class:`Talk`.
+    """
+
+    def __init__(self, settings: Settings | BadQuery, *shared: Any):
+        super().__init__(*shared)
+        self._settings = settings
+        self._sound: Sound = Pcm()
+
+    def _open(self) -> None:
+        if isinstance(self._settings, BadQuery):
+            self.end(End(WSCloseCode.POLICY_VIOLATION, str(self._settings)))
+        elif self._settings.audio == "opus":
+            if opus_missing():
+                self.end(End(WSCloseCode.POLICY_VIOLATION, opus_missing()))
+            else:
+                self._sound = Opus(self._model.sample_rate)
+
+    @property
+    def _events(self) -> bool:
+        """Whether it wants kind 0x11."""
+        return isinstance(self._settings, Settings) and self._settings.events
+
+    def _queued(self, place: int) -> None:
+        if self._events:
+            self._post(message(Kind.EVENT, {"type": "queue", "place": place}))
+        else:
+            self._post(message(Kind.TEXT, f"[busy: {place} in line] "))
+
+    async def _settled(self) -> Settings:
+        assert isinstance(self._settings, Settings)
+        return self._settings
+
+    def _begin(self, conversation: Conversation, settings: Settings) -> None:
+        transcript = self._engine.transcript(settings)
+        self._post(message(Kind.HANDSHAKE))
+        self._post(
+            message(
+                Kind.METADATA,
+                {
+                    "model": self._model.name,
+                    "sample_rate": self._model.sample_rate,
+                    "frame_samples": self._model.frame_size,
+                    "audio": self._sound.name,
+                    "sampling": settings.sampling(),
+                    "recorded": self._engine.record is not None,
+                    "transcript": {**transcript.head(), "speaker": transcript.speaker},
+                    "version": program(),
+                },
+            )
+        )
+
+    def _take(self, received: WSMessage) -> None:
+        if received.type != WSMsgType.BINARY:
+            raise ProtocolError("messages here are binary: the first byte is their kind")
+        data: bytes = received.data
+        if not data:
+            raise ProtocolError("an empty message")
+        kind, content = data[0], data[1:]
+        if kind != Kind.PING:
+            self._wordless = 0
+        if kind == self._sound.kind:
+            self._hear(self._sound.decode(content))
+        elif kind in (Kind.AUDIO, Kind.PCM):
+            raise ProtocolError(
+                f"sound of kind {kind:#04x}, but this connection was opened with audio={self._sound.name}"
+            )
+        elif kind == Kind.CONTROL:
+            self._control(content)
+        elif kind == Kind.EVENT:
+            self._event(read_json(content))
+        elif kind == Kind.METADATA:
+            read_json(content)
+        elif kind in (Kind.TEXT, Kind.ERROR):
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ProtocolError(f"text that is not UTF-8: {error.reason}") from None
+        elif kind not in (Kind.HANDSHAKE, Kind.PING):
+            raise ProtocolError(f"unknown kind of message: {kind:#04x}")
+
+    def _control(self, content: bytes) -> None:
+        if len(content) != 1 or content[0] not in set(Control):
+            raise ProtocolError(f"unknown control message: {content[:8].hex() or 'empty'}")
+        if self._conversation is None:
+            return
+        action = Control(content[0])
+        if action == Control.START:
+            self._conversation.resume()
+        elif action == Control.PAUSE:
+            self._conversation.pause()
+        elif action == Control.RESTART:
+            self._conversation.reset()
+
+    def _event(self, event: dict[str, Any]) -> None:
+        what = event.get("type")
+        if what not in ("mute", "unmute", "pause", "resume", "reset", "present"):
+            raise ProtocolError(f"unknown event: {str(what)[:40]!r}")
+        if self._conversation is None or what == "present":
+            return
+        if what in ("mute", "unmute"):
+            self._conversation.mute(what == "mute")
+        else:
+            getattr(self._conversation, what)()
+
+    def _say(self, frame: SessionFrame) -> None:
+        self._post(message(self._sound.kind, self._sound.encode(frame.pcm)), sound=True)
+        if frame.text:
+            self._post(message(Kind.TEXT, frame.text))
+            self._tell({"type": "text", "text": frame.text, "time_s": round(frame.index * self._frame_seconds, 3)})
+
+    def _quiet_line(self) -> None:
+        self._post(message(Kind.PING))  # Kyutai's page leaves after ten seconds without a message
+
+    def _news(self, conversation: Conversation) -> None:
+        for event in conversation.events():
+            if event.kind == "reset":
+                self._tell({"type": "reset"})
+        stats = conversation.stats
+        self._tell(
+            {
+                "type": "stats",
+                "late_frames": stats.late,
+                "dropped_samples": stats.dropped_in,
+                "latency_ms": round(stats.latency.last * 1e3, 1),
+                "elapsed_s": round(time.monotonic() - self._began, 2),
+                "user_level_db": _decibels(stats.level_in),
+                "moshi_level_db": _decibels(stats.level_out),
+                "backlog_ms": round(conversation.backlog * 1e3, 1),
+            }
+        )
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self._events:
+            self._post(message(Kind.EVENT, event))
+
+    def _last_words(self, end: End) -> list[bytes | str]:
+        last: list[bytes | str] = [message(Kind.ERROR, end.reason)] if end.fault else []
+        if self._events:
+            last.append(message(Kind.EVENT, {"type": "end", "reason": end.reason}))
+        return last
+
+
+def _decibels(level: float) -> float:
+    return round(20 * math.log10(max(level, 1e-5)), 1)
