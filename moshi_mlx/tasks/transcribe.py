@@ -189,8 +189,24 @@ class SpeechToText(Moshi):
         if at_once < 1:
             raise ConfigError(f"at_once must be at least 1, found {at_once}")
         batch, waiting = Batch(self.engine, kv_bits=kv_bits), enumerate(recordings)
-        settings, found = Settings(seed, generation), dict[int, Transcription]()
+        settings = Settings(seed, generation)
         playing: dict[Listener, _Playing] = {}
+        try:
+            return self._play_all(batch, settings, waiting, playing, at_once, on_heard)
+        finally:
+            for listener in playing:
+                listener.close()
+
+    def _play_all(
+        self,
+        batch: Batch,
+        settings: Settings,
+        waiting: Iterator[tuple[int, Iterable[Pcm]]],
+        playing: dict[Listener, _Playing],
+        at_once: int,
+        on_heard: Callable[[int, Heard], None] | None,
+    ) -> list[Transcription]:
+        found: dict[int, Transcription] = {}
         while True:
             while len(playing) < at_once and (one := next(waiting, None)) is not None:
                 playing[Listener(self, batch, settings)] = _Playing(one[0], iter(one[1]))
@@ -224,6 +240,7 @@ class Listener:
         self._recent: deque[Pcm] = deque(maxlen=_AGAIN)
         self._rest: Pcm = np.zeros(0, np.float32)
         self._early: list[Word] = []  # given before their time: they come again
+        self._late: list[Word] = []  # given lately: they come again where sound is heard twice
         self._given = -math.inf  # start of the last word
         self._speaking = False
         self._ended = -self._delay  # the frame at which the last turn ended
@@ -337,8 +354,12 @@ class Listener:
 
     def _begin_anew(self, paused: bool) -> tuple[Word, ...]:
         """Take the words that are still to come from the old row, and go on with another."""
-        words = self._kept(self._drained(self._row, flush=True), again=True)
+        drained = self._drained(self._row, flush=True)
         again = [] if paused else list(self._recent)
+        if again:  # a word that was cut off is heard whole the second time; what was given comes again
+            drained = [word for word in drained if word.end < self.time - 2 / self._rate]
+            self._early += [word for word in self._late if word not in self._early]
+        words = self._kept(drained, again=True)
         self.batch.leave(self._row)
         self._begin()
         self._base = self._frames - len(again)
@@ -378,6 +399,7 @@ class Listener:
         self._early = [early for early in self._early if early.start > self.time - 2 * self._delay / self._rate - 2]
         if again:
             self._early += kept
+        self._late = [late for late in self._late + kept if late.start > self.time - (_AGAIN + _SAME) / self._rate]
         return tuple(kept)
 
 

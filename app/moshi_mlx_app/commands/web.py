@@ -27,6 +27,7 @@ from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
 
 if TYPE_CHECKING:
     from moshi_mlx.tasks.dialogue import Moshi
+    from moshi_mlx_app.server.server import Service
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -65,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cert", metavar="FILE", help="encrypt with this certificate (PEM, with its chain)")
     group.add_argument("--key", metavar="FILE", help="and this key")
     group.add_argument("--record", metavar="DIR", help="record every conversation into this folder; the page says so")
+    group.add_argument(
+        "--stt", metavar="M", help="a speech-to-text model beside it, for Kyutai's clients of /api/asr-streaming"
+    )
     group.add_argument("--quiet", action="store_true", help="do not say who comes and goes")
     add_generation_options(parser)
     add_cache_option(parser)
@@ -96,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if record is not None:
         check_folder(record, "--record")
     model = load_model(args, shown=not args.quiet)
+    stt = None if args.stt is None else _stt(args)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
         places = int(args.max_sessions or _places(model, args.kv_bits))
@@ -114,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         Line(places),
         generation_from(args, generation_defaults(model.config)),
         seed=args.seed,
+        stt=stt,
         on_talk=_silent if args.quiet else _tell,
         on_fault=lambda text: warn(text, "fault"),
     )
@@ -136,6 +142,21 @@ def run(args: argparse.Namespace) -> int:
 
     stopped = asyncio.run(serve(server, args.host, int(args.port), tls=tls, ready=ready))
     return 130 if stopped == signal.SIGINT else 0
+
+
+def _stt(args: argparse.Namespace) -> Service:
+    """The speech-to-text model, and as many places as it keeps up with."""
+    from moshi_mlx.errors import ConfigError
+    from moshi_mlx.tasks.transcribe import SpeechToText
+    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.server.engine import Engine
+    from moshi_mlx_app.server.queue import Line
+    from moshi_mlx_app.server.server import Service
+
+    model = load_model(argparse.Namespace(**{**vars(args), "model": args.stt}), shown=not args.quiet)
+    if not isinstance(model, SpeechToText):
+        raise ConfigError(f"--stt {args.stt} is a model for {model.purpose}: name a speech-to-text model")
+    return Service(Engine(model, args.kv_bits), Line(int(args.max_sessions or _places(model, args.kv_bits))))
 
 
 def _places(model: Moshi, kv_bits: int | None) -> int:

@@ -120,7 +120,9 @@ class Guard:
         return "" if address.is_loopback or not self._local else complaint
 
     def _knows_token(self, request: web.Request) -> bool:
-        offered = [request.query.get("token", "")]
+        # The last two are Kyutai's speech clients'.
+        offered = [request.query.get("token", ""), request.query.get("auth_id", "")]
+        offered.append(request.headers.get("kyutai-api-key", ""))
         kind, _, rest = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() == "bearer":
             offered.append(rest.strip())

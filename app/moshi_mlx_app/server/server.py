@@ -25,14 +25,14 @@ from .engine import Engine
 from .faults import Faults, named
 from .links import qr_svg
 from .listener import Door, Handler
-from .protocols import kyutai
+from .protocols import kyutai, kyutai_asr
 from .queue import Line
 from .settings import read_settings
 
-__all__ = ["STATIC", "Server", "listening", "serve"]
+__all__ = ["STATIC", "Server", "Service", "listening", "serve"]
 
 STATIC = Path(__file__).resolve().parent / "static"
-PROTOCOLS = (kyutai,)  # modules with add_routes(app, server)
+PROTOCOLS = (kyutai, kyutai_asr)  # modules with add_routes(app, server)
 _TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
@@ -41,6 +41,14 @@ _TYPES = {
     ".webmanifest": "application/manifest+json",
     ".woff2": "font/woff2",
 }
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model beside the one that converses, and who may use it at once."""
+
+    engine: Engine
+    line: Line
 
 
 @dataclass
@@ -61,6 +69,8 @@ class Server:
         The page's folder.
     link : str
         Where another device of the network finds the page, key and all; empty if it cannot.
+    stt : Service, optional
+        A speech-to-text model, for ``/api/asr-streaming``.
     on_talk, on_fault : callable, optional
         Told a sentence when a conversation begins or ends, and when something goes wrong in the server.
     """
@@ -73,6 +83,7 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     static: Path = STATIC
     link: str = ""
+    stt: Service | None = None
     on_talk: Callable[[str], None] = lambda text: None
     on_fault: Callable[[str], None] = lambda text: None
 
@@ -93,7 +104,15 @@ class Server:
         app.on_shutdown.append(self._stop)
         return app
 
-    async def talk(self, request: web.Request, make: Callable[..., Talk], settings: Any) -> web.StreamResponse:
+    async def talk(
+        self,
+        request: web.Request,
+        make: Callable[..., Talk],
+        settings: Any,
+        *,
+        engine: Engine | None = None,
+        line: Line | None = None,
+    ) -> web.StreamResponse:
         """Answer a request with a WebSocket and a conversation on it, until its end.
 
         Parameters
@@ -103,6 +122,8 @@ class Server:
             The protocol's :class:`Talk`: called with ``settings`` and what all of them get.
         settings : object
             What the protocol's own part of it needs.
+        engine, line
+            Other ones than the server's own.
         """
         # No compression: a message unpacks to no more than it weighs. Pongs are read by the talk.
         socket = web.WebSocketResponse(
@@ -111,7 +132,8 @@ class Server:
         if not socket.can_prepare(request):
             return web.Response(status=426, headers={"Upgrade": "websocket"}, text="this is a WebSocket\n")
         await socket.prepare(request)
-        talk = make(settings, socket, request, self.engine, self.line, self.limits, self.faults.say)
+        service = engine or self.engine, line or self.line
+        talk = make(settings, socket, request, *service, self.limits, self.faults.say)
         self.talks.add(talk)
         try:
             self.on_talk(f"{request.remote} came")
@@ -201,6 +223,8 @@ async def listening(server: Server, host: str, port: int, tls: ssl.SSLContext | 
         await runner.cleanup()
         await door.clear()
         await asyncio.to_thread(server.engine.stop)
+        if server.stt is not None:
+            await asyncio.to_thread(server.stt.engine.stop)
         loop.set_exception_handler(None)
         for logger in loggers:
             logger.removeHandler(faults)
