@@ -6,9 +6,9 @@ Run it from the root of the repository with the Python of an environment that ho
     python tests/golden/make_translate.py       # a minute on one core
 
 ``moshi.run_inference.InferenceState.run`` itself decides what the model reads at the end of a file, which frames it
-returns and when it stops. Its model is that of `tests/golden/lm/hibiki`, greedy; its codec is a stand-in whose codes are
-written in the samples (:class:`Codec`), so that a test can let any codec stand in their place. Nothing of this project
-is imported. What the files hold is told in `tests/golden/README.md`.
+returns and when it stops. Its model is that of `tests/golden/lm/hibiki`, greedy; its codec is a stand-in whose codes
+are written in the samples (:class:`Codec`). Nothing of this project is imported. What the files hold is told in
+`tests/golden/README.md`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def run(seed: int, frames: int, cfg_coef: float) -> tuple[dict[str, torch.Tensor
     }
     about = {
         "seed": seed, "frames": frames, "cfg_coef": cfg_coef, "stopped": stopped, "limit": None if stopped else LIMIT,
-        "end_frame": frames, "returned": len(tokens), "early_ends": int((tokens[: frames - 1, 0] == 2).sum()), "smallest_gap": min(gaps),
+        "end_frame": frames, "returned": len(tokens),
+        "early_ends": int((tokens[: frames - 1, 0] == 2).sum()), "smallest_gap": min(gaps),
     }  # fmt: skip
     return arrays, about
 
