@@ -172,7 +172,7 @@ def test_a_prompt_that_is_no_text(small: Helium, prompt: str, reason: str) -> No
 
 def test_text_in_no_alphabet_of_the_tokenizer(small: Helium) -> None:
     """If this fails, letters that a tokenizer without byte pieces does not know are silently another prompt."""
-    bare = Helium(small.config, small.lm, None, TextTokenizer(tokenizer_bytes(600, byte_fallback=False)), name="bare")
+    bare = Helium(small.config, small.lm, None, TextTokenizer(tokenizer_bytes(300, byte_fallback=False)), name="bare")
     with pytest.raises(TokenError, match="no piece for 'ᚠ'"):
         bare.complete("the rune ᚠ")
     assert small.complete("the rune ᚠ", max_tokens=2).prompt_tokens > 4  # with byte pieces it is only longer
