@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _accept(name: str, task: type[Moshi]) -> None:
+def _accept(name: str, task: type[Moshi] | Moshi) -> None:
     if task.purpose != "text":
         raise ConfigError(wrong_model(name, task))
 

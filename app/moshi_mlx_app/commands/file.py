@@ -298,7 +298,7 @@ class Answer:
                 about.words += frame.words
                 face.frame(self.seconds, frame.text)
 
-    def accept(self, name: str, task: type[Moshi]) -> None:
+    def accept(self, name: str, task: type[Moshi] | Moshi) -> None:
         """Refuse a model that cannot do this, by a ConfigError, before it is downloaded if that can be known."""
         refuse_deaf(name, task)
 

@@ -155,6 +155,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         about = describe_conversation(args.resume)
         args.model = args.model or about["model"]
         args.kv_bits = args.kv_bits or (int(about["kv_bits"]) if about["kv_bits"].isdigit() else None)
+    _SAID.clear()
     model = load_model(args, shown=not args.quiet, accept=_accept)
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
@@ -222,17 +223,14 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 
 
-def _accept(name: str, task: type[Moshi]) -> None:
+def _accept(name: str, task: type[Moshi] | Moshi) -> None:
     """Refuse a model that does not hear; of one that hears and is for something else, say what it is for."""
     from moshi_mlx_app.models.fetch import refuse_deaf, wrong_model
 
     refuse_deaf(name, task)
-    notice = wrong_model(name, task)
-    if task.purpose == "speech-to-text":
-        notice += ". It writes down what it hears and does not answer; moshi-mlx-local check lists models for dialogue"
-    if task.purpose != "dialogue" and notice not in _SAID:
-        _SAID.add(notice)  # before the download, and not again after it
-        warn(notice, "notice")
+    if task.purpose != "dialogue" and name not in _SAID:
+        _SAID.add(name)  # before the download, and not again after it
+        warn(wrong_model(name, task), "notice")
 
 
 _SAID: set[str] = set()

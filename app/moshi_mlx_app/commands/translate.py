@@ -110,7 +110,7 @@ class _Translation(Answer):
     exact: ClassVar[bool] = False
     left: ClassVar[str] = "the translation"
 
-    def accept(self, name: str, task: type[Moshi]) -> None:
+    def accept(self, name: str, task: type[Moshi] | Moshi) -> None:
         if task.purpose != "translation":
             raise ConfigError(wrong_model(name, task))
 

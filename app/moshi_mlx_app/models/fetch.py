@@ -28,7 +28,7 @@ _EVERY = 10.0  # seconds between lines if no bar can be drawn
 
 
 def load_model(
-    args: argparse.Namespace, *, shown: bool = True, accept: Callable[[str, type[Moshi]], object] | None = None
+    args: argparse.Namespace, *, shown: bool = True, accept: Callable[[str, type[Moshi] | Moshi], object] | None = None
 ) -> Moshi:
     """The model that ``args`` (``model``, ``codec``, ``backend``) ask for.
 
@@ -68,7 +68,7 @@ def load_model(
         sharding = _other_machines(args, loading)
         model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading, sharding=sharding)
         if accept is not None:  # without a config.json only the weights say what it is
-            accept(model.name, type(model))
+            accept(args.model, model)
         if sharding is None and args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
             model.lm.backend = next(iter(fastest_backend(model, loading)), "auto")
     return model
@@ -86,17 +86,28 @@ def _other_machines(args: argparse.Namespace, loading: Loading) -> Leader | None
     return launch(hosts, args.ranks, python=args.python, on_progress=loading)
 
 
-def wrong_model(name: str, task: type[Moshi]) -> str:
+_IS_FOR = {
+    "dialogue": "is for dialogue",
+    "speech-to-text": "is for speech-to-text: it writes down what it hears and does not answer",
+    "text-to-speech": "turns text into speech: it does not hear",
+    "translation": "is for translation: it says in another language what it hears",
+    "text": "is a text model: it does not hear",
+}
+
+
+def wrong_model(source: str, task: type[Moshi] | Moshi) -> str:
     """What a model is for, and the command for it."""
-    return f"the model {name} is for {task.purpose}; the command for it: moshi-mlx-local {task.command} --model {name}"
+    name = os.path.basename(os.path.normpath(source)) if os.path.isdir(os.path.expanduser(source)) else source
+    command = f"moshi-mlx-local {task.command} --model {source}"
+    return f"{name} {_IS_FOR[task.purpose]}; the command for it is {command}"
 
 
-def refuse_deaf(name: str, task: type[Moshi]) -> None:
+def refuse_deaf(source: str, task: type[Moshi] | Moshi) -> None:
     """For commands that let a model hear: raise ConfigError if it does not."""
     from moshi_mlx.errors import ConfigError
 
     if task.purpose in ("text", "text-to-speech"):
-        raise ConfigError(f"{wrong_model(name, task)}. It does not hear; moshi-mlx-local check lists models that do")
+        raise ConfigError(f"{wrong_model(source, task)}; moshi-mlx-local check lists models for dialogue")
 
 
 def task_of(plan: DownloadPlan) -> type[Moshi] | None:
@@ -107,7 +118,9 @@ def task_of(plan: DownloadPlan) -> type[Moshi] | None:
     return None if plan.config is None else TASKS[load_config(plan.config).model_type]
 
 
-def fetch(source: str, *, shown: bool = True, accept: Callable[[str, type[Moshi]], object] | None = None) -> None:
+def fetch(
+    source: str, *, shown: bool = True, accept: Callable[[str, type[Moshi] | Moshi], object] | None = None
+) -> None:
     """Download a model's files, announcing their size; nothing to do for folders and built-in models.
 
     Parameters
@@ -116,8 +129,8 @@ def fetch(source: str, *, shown: bool = True, accept: Callable[[str, type[Moshi]
     shown : bool
         Draw bars.
     accept : callable, optional
-        Called with the name and the class of the model before anything but its config.json is fetched, if that says it.
-        May raise MoshiError.
+        Called with the name and the class of the model before anything but its config.json is fetched, if that says
+        it, and with the model once it is loaded. May raise MoshiError.
 
     Raises
     ------
