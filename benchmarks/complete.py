@@ -1,7 +1,7 @@
 """Text generation through mlx-lm: this project's network beside mlx-lm's own Helium, on the same weights.
 
-Random weights in Hugging Face's layout; both are driven by mlx-lm's ``generate_step`` with its caches, in turns, so that
-other work on the machine meets both. The ratio is of the medians of the paired runs.
+Random weights in Hugging Face's layout; both are driven by mlx-lm's ``generate_step`` with its caches, in turns, so
+that other work on the machine meets both. The ratio is of the medians of the paired runs.
 """
 
 from __future__ import annotations

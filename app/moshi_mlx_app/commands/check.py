@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print the report. Returns the exit status."""
     from moshi_mlx.cpu.backend import choose_backend
-    from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, purpose, verdict
+    from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, verdict
     from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
     from moshi_mlx_app.models.fetch import load_model, refuse_deaf
     from moshi_mlx_app.models.measure import machine, memory_used, unpaced
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         args.model = BUILTIN if selected.missing else selected.model
     model = load_model(args, accept=refuse_deaf)
-    talks = purpose(model) == "dialogue"
+    talks = model.purpose == "dialogue"
     with Loading() as loading:
         loading("measuring the model")
         stages = unpaced(model, args.frames)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             "name": model.name,
             "trained": model.trained,
             "description": model.description,
-            "purpose": purpose(model),
+            "purpose": model.purpose,
             "command": model.command,
         },
         "stages": stages,

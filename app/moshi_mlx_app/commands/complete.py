@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moshi_mlx.errors import ConfigError, TokenError
 from moshi_mlx.printable import printable
 from moshi_mlx_app.models.fetch import load_model, wrong_model
-from moshi_mlx_app.options import bounded
+from moshi_mlx_app.options import add_model_options, bounded
 from moshi_mlx_app.screen.terminal import Loading, say, warn
 
 if TYPE_CHECKING:
@@ -45,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="the beginning of a text; - for standard input")
     parser.add_argument("--batch", metavar="FILE", help="continue every line of this file")
-    parser.add_argument(
-        "--model",
-        default=DEFAULT,
-        metavar="M",
-        help="a folder or a repository on the hub, optionally with @revision (default: %(default)s)",
-    )
+    add_model_options(parser, chosen=DEFAULT)
     parser.add_argument(
         "--max-tokens",
         type=bounded(int, 1, 1_000_000),
@@ -85,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Continue the texts. Returns the exit status: 0, or 130 after Ctrl-C, which keeps what is printed."""
     prompts = _prompts(args)
-    args.codec, args.backend = "auto", "mlx"
+    args.model = args.model or DEFAULT
     model = load_model(args, shown=not args.quiet, accept=_accept)
     from moshi_mlx.models.sampling import Sampling
 

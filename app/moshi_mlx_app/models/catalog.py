@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from moshi_mlx.tasks.dialogue import Moshi
-
-__all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "purpose", "room", "verdict"]
+__all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "room", "verdict"]
 
 BUILTIN = "small"
 """The model that needs no download."""
@@ -82,20 +79,6 @@ CATALOG = (
     PublishedModel("kyutai/helium-1-2b", 4_048_000_000, 16, 3_786_000_000, 2 * 28 * 4096 * 1024 * 2, "text"),
 )
 """Sizes of the repositories' files. The better of two for dialogue comes first, a man's voice before a woman's."""
-
-
-def purpose(model: Moshi) -> str:
-    """What a loaded model that hears is for: ``dialogue``, ``speech-to-text`` or ``translation``.
-
-    Raises
-    ------
-    ConfigError
-        If it has no audio input.
-    """
-    from moshi_mlx_app.models.fetch import refuse_deaf
-
-    refuse_deaf(model.name, model)
-    return model.purpose
 
 
 def kind(name: str) -> str:
