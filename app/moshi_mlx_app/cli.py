@@ -22,7 +22,7 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("talk", "file", "transcribe", "web", "devices", "check", "bench", "completion")
+VERBS = ("talk", "file", "transcribe", "translate", "complete", "web", "devices", "check", "bench", "completion")
 """Modules in :mod:`moshi_mlx_app.commands`, in the order of the help."""
 
 DESCRIPTION = """\
@@ -37,6 +37,7 @@ examples:
   moshi-mlx-local --model small --record talks       use the built-in model, and record
   moshi-mlx-local file question.wav -o answer.wav    answer a recording
   moshi-mlx-local file --demo -o answer.wav          answer the included questions
+  moshi-mlx-local translate speech.wav -o english.wav --model kyutai/hibiki-1b-mlx-bf16
   moshi-mlx-local talk --help                        all options of a command
 """
 
@@ -155,7 +156,7 @@ def _run(arguments: list[str]) -> int:
     with _quick_end():
         parser = build_parser()
         args = parse(parser, arguments)
-        if args.verb in ("talk", "file", "check", "bench"):
+        if args.verb in ("talk", "file", "translate", "complete", "check", "bench"):
             importlib.import_module("moshi_mlx.tasks.dialogue")
     if os.environ.get("MLX_RANK", "0") != "0" and hasattr(args, "hosts"):
         return int(importlib.import_module("moshi_mlx.sharding.__main__").main())  # mlx.launch has started this rank

@@ -95,11 +95,14 @@ class DownloadPlan:
         Bytes of each file that :func:`resolve` would return, and how many of them it would have to fetch.
     place : Path
         Where they are, or would be put.
+    config : Path or None
+        config.json, which has been fetched; None if the checkpoint has none.
     """
 
     source: str
     files: Mapping[str, tuple[int, int]]
     place: Path
+    config: Path | None = None
 
     @property
     def total(self) -> int:
@@ -213,7 +216,7 @@ def plan_download(
     """
     options: dict[str, Any] = {"cache": cache, "offline": offline, "progress": _nothing, "timeout": timeout}
     place, weights = _place(source, None, options)
-    wanted, shards, _ = _plan(place, weights)
+    wanted, shards, config = _plan(place, weights)
     files: dict[str, tuple[int, int]] = {}
     for name in dict.fromkeys(["config.json", *wanted.values(), *shards]):
         if name.startswith("hf://"):
@@ -221,7 +224,8 @@ def plan_download(
             files[inner] = HubRepo(repo, **options).amount(inner)
         elif not _is_reference(name) and place.has(name):  # resolve() knows whether it can do without
             files[name] = place.amount(name)
-    return DownloadPlan(os.fspath(source), files, place.cache if isinstance(place, HubRepo) else place.path)
+    where = place.cache if isinstance(place, HubRepo) else place.path
+    return DownloadPlan(os.fspath(source), files, where, config)
 
 
 def _nothing(*_: object) -> None:

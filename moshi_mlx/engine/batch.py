@@ -120,13 +120,14 @@ class Batch:
         """Frames that a conversation has answered."""
         return self._predict.frames(row)
 
-    def step(self, frames: Mapping[int, Pcm]) -> dict[int, SessionFrame | Exception]:
+    def step(self, frames: Mapping[int, Pcm | None]) -> dict[int, SessionFrame | Exception]:
         """Advance the conversations that have a frame, and those that are still opening.
 
         Parameters
         ----------
         frames : mapping of int to array [frame_size], float32
-            The next frame of each conversation that has one; not of those that are :meth:`opening`.
+            The next frame of each conversation that has one; not of those that are :meth:`opening`. None is the end
+            of the user's sound, for translation models.
 
         Returns
         -------

@@ -11,7 +11,8 @@ after the other. A conversation is a row, with the same number in each stage, th
 state is a value, one tree of arrays for the three stages (:meth:`snapshot` of each).
 
 Before its first frame a row has opening steps: position 0 of the model, and the silence that some checkpoints were
-trained to hear first. Text from these steps belongs to the first frame.
+trained to hear first. Text from these steps belongs to the first frame. A frame that is None is the end of the user's
+sound: its codes are the start codes, which translation models were trained to read there.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class SessionFrame:
         Tokens and codes behind it.
     voiced : bool
         False if ``pcm`` is silence because the model has no voice, or none yet.
+    ended : bool
+        Whether the user's sound has ended (:meth:`Session.end`): True from the frame that says so.
     """
 
     index: int
@@ -99,6 +102,7 @@ class SessionFrame:
     words: tuple[Word, ...]
     step: Step | None = None
     voiced: bool = True
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Answer:
         Frame number, from 0.
     codes : array [own_q], int32, or None
         Input of the decoder; None if there is no voice, or none yet.
-    text, words, step
+    text, words, step, ended
         As in :class:`SessionFrame`.
     """
 
@@ -120,10 +124,11 @@ class Answer:
     text: str
     words: tuple[Word, ...]
     step: Step | None = None
+    ended: bool = False
 
     def frame(self, pcm: Pcm) -> SessionFrame:
         """This answer with the sound of its codes."""
-        return SessionFrame(self.index, pcm, self.text, self.words, self.step, self.codes is not None)
+        return SessionFrame(self.index, pcm, self.text, self.words, self.step, self.codes is not None, self.ended)
 
 
 class Engine:
@@ -143,6 +148,14 @@ class Engine:
     lead : int
         Frames of silence that a conversation hears first.
 
+    Other Parameters
+    ----------------
+    warm_up : int
+        Frames of silence that only the model hears first: the encoder begins with the user's sound (Hibiki-Zero).
+    hears_end : bool
+        Whether the encoder hears a frame of silence where the model reads the end of the user's sound (Hibiki-Zero);
+        otherwise what follows continues the sound before it (Hibiki).
+
     Raises
     ------
     ConfigError
@@ -150,7 +163,15 @@ class Engine:
     """
 
     def __init__(
-        self, config: ModelConfig, lm: Lm, codec: Codec | None, tokenizer: TextTokenizer | None, name: str = "moshi"
+        self,
+        config: ModelConfig,
+        lm: Lm,
+        codec: Codec | None,
+        tokenizer: TextTokenizer | None,
+        name: str = "moshi",
+        *,
+        warm_up: int = 0,
+        hears_end: bool = False,
     ):
         if config.model_type == "tts":
             raise ConfigError(f"{name} turns text into speech: it does not converse")
@@ -160,7 +181,8 @@ class Engine:
         self.sample_rate, self.frame_size, self.frame_rate = codec.sample_rate, codec.frame_size, codec.frame_rate
         self.own_q, self.user_q = lm.config.own_q, lm.config.user_q
         prefix = float(config.stt_config.get("audio_silence_prefix_seconds", 0.0))
-        self.lead = math.ceil(round(prefix * codec.sample_rate) / codec.frame_size)
+        self.warm_up, self.hears_end = warm_up, hears_end
+        self.lead = math.ceil(round(prefix * codec.sample_rate) / codec.frame_size) + warm_up
         self._opening: tuple[Ints, State | None] | None = None
         self._lock = threading.Lock()
 
@@ -187,16 +209,18 @@ class Engine:
     def opening(self) -> tuple[Ints, State | None]:
         """Codes [lead, user_q] of the silence that is heard first, and the encoder's state after it.
 
-        The state is None where there is no such silence, or the codec cannot give it.
+        The state is None where there is no such silence, the encoder does not keep it, or the codec cannot give it.
         """
         with self._lock:
             if self._opening is None:
                 codes, state = np.zeros((self.lead, self.user_q), np.int32), None
                 if self.lead and self.user_q:
                     stream = self.codec.encoder()
+                    if self.warm_up:  # the reference's generator never reads its first frame
+                        self.hear_silence(stream)
                     codes[:] = [self.hear_silence(stream)[: self.user_q] for _ in range(self.lead)]
                     try:
-                        state = stream.snapshot()
+                        state = None if self.warm_up else stream.snapshot()
                     except CodecError:
                         pass
                 self._opening = codes, state
@@ -216,6 +240,13 @@ class Engine:
             name: usual[name] if usual.get(name) in config.possible_values else None
             for name, config in conditioners.items()
         }
+
+    def default_null_conditions(self) -> dict[str, Any] | None:
+        """Default values for the unconditioned half of guidance; None if the checkpoint has none."""
+        usual = self.default_conditions()
+        if usual is None or usual.get("description") is None:
+            return None
+        return {**usual, "description": "very_bad"}
 
     def fingerprint(self) -> str:
         """SHA-256 of what a conversation's state depends on: configuration, types, and some values of each weight."""
@@ -331,7 +362,7 @@ class Encode(_CodecStage):
 
     def _begin(self) -> EncoderStream:
         stream, lead = self._codec.encoder(), self._engine.lead
-        if lead:
+        if lead and not self._engine.warm_up:
             _, after = self._engine.opening()
             if after is not None:
                 stream.restore(after)
@@ -340,12 +371,23 @@ class Encode(_CodecStage):
                     self._engine.hear_silence(stream)
         return stream
 
-    def step(self, rows: Sequence[int], frames: Sequence[Pcm]) -> list[Ints]:
-        """Codes [user_q] of the next frame [frame_size] of each row."""
+    def step(self, rows: Sequence[int], frames: Sequence[Pcm | None]) -> list[Ints]:
+        """Codes [user_q] of the next frame [frame_size] of each row; None is the end of the user's sound."""
+        engine = self._engine
         if not self._used:
             return [np.zeros(0, np.int32)] * len(rows)
-        codes = self._codec.encode_step(np.stack(frames), self._state, self._at(rows))
-        return list(codes[:, : self._engine.user_q, 0])
+        codes: NDArray[np.int32] = np.full((len(rows), engine.user_q), engine.lm.config.audio_start_id, np.int32)
+        heard = {index: frame for index, frame in enumerate(frames) if frame is not None}
+        if engine.hears_end:
+            silence = np.zeros(engine.frame_size, np.float32)
+            pcm = np.stack([silence if frame is None else frame for frame in frames])
+            encoded = self._codec.encode_step(pcm, self._state, self._at(rows))
+            codes[list(heard)] = encoded[list(heard), : engine.user_q, 0]
+        elif heard:
+            at = self._at(rows[index] for index in heard)
+            encoded = self._codec.encode_step(np.stack(list(heard.values())), self._state, at)
+            codes[list(heard)] = encoded[:, : engine.user_q, 0]
+        return list(codes)
 
 
 class Decode(_CodecStage):
@@ -383,6 +425,8 @@ class _Row:
         Positions before the first frame that are still to come.
     early : tuple
         Text and words that the first frame will bring.
+    ended : bool
+        Whether the user's sound has ended.
     """
 
     name: int
@@ -390,6 +434,7 @@ class _Row:
     opening: int
     frames: int = 0
     early: tuple[str, tuple[Word, ...]] = field(default=("", ()))
+    ended: bool = False
 
 
 class Predict:
@@ -416,11 +461,14 @@ class Predict:
             self._rows[row] = self._resume(snapshot)
             return
         settings, engine = settings or Settings(), self._engine
+        null = settings.null_conditions
+        if null is None and settings.generation is not None and settings.generation.cfg_coef != 1.0:
+            null = engine.default_null_conditions()
         name = self._generator.join(
             settings.seed,
             config=settings.generation,
             condition=engine.default_conditions() if settings.conditions is None else settings.conditions,
-            null_condition=settings.null_conditions,
+            null_condition=null,
         )
         self._rows[row] = _Row(name, _Text(engine), opening=1 + engine.lead)
 
@@ -458,6 +506,8 @@ class Predict:
         held = [self._rows[row] for row in rows]
         heard = [self._before(one) if code is None else code for one, code in zip(held, codes, strict=True)]
         given = np.stack(heard) if self._engine.user_q else None
+        for one, code in zip(held, heard, strict=True):  # no codec gives start codes
+            one.ended = one.ended or bool(len(code) and (code == self._engine.lm.config.audio_start_id).all())
         steps = self._generator.step_rows([one.name for one in held], given)
         return [self._read(one, step) for one, step in zip(held, steps, strict=True)]
 
@@ -478,7 +528,8 @@ class Predict:
             return None
         index, row.frames, row.early = row.frames, row.frames + 1, ("", ())
         spoken = step.codes is not None and step.codes.min() >= 0
-        return Answer(index, step.codes[0] if spoken and step.codes is not None else None, text, words, step)
+        codes = step.codes[0] if spoken and step.codes is not None else None
+        return Answer(index, codes, text, words, step, row.ended)
 
     def flush(self, row: int) -> tuple[str, tuple[Word, ...]]:
         """The last text and words of a row, which are complete only at its end."""
@@ -495,7 +546,8 @@ class Predict:
         held = self._rows[row]
         if held.opening:
             raise StateError("this conversation has not begun yet: there is nothing to save")
-        early = json.dumps([held.early[0], [[word.text, word.start, word.end] for word in held.early[1]]])
+        words = [[word.text, word.start, word.end] for word in held.early[1]]
+        early = json.dumps([held.early[0], words, *[True] * held.ended])  # the last only where the sound has ended
         return {
             "generator": self._generator.snapshot([held.name]),
             "text": held.text.snapshot(),
@@ -508,7 +560,7 @@ class Predict:
         if self._engine.tokenizer is not None:
             text.restore(part_of(snapshot, "text"))
         try:
-            said, words = json.loads(np.array(snapshot["early"], np.uint8).tobytes())
+            said, words, *ended = json.loads(np.array(snapshot["early"], np.uint8).tobytes())
             early = str(said), tuple(Word(str(word), float(start), float(end)) for word, start, end in words)
             frames = int(np.array(snapshot["frames"]).reshape(()))
         except (KeyError, ValueError, TypeError) as error:
@@ -521,7 +573,7 @@ class Predict:
             for name in names:
                 self._generator.leave(name)
             raise StateError(f"a snapshot of one conversation is needed, found {len(names)}")
-        return _Row(names[0], text, opening=0, frames=frames, early=early)
+        return _Row(names[0], text, opening=0, frames=frames, early=early, ended=ended == [True])
 
 
 class _Text:
@@ -533,7 +585,8 @@ class _Text:
         self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / engine.frame_rate)
         self._delay = engine.lm.config.delays[0]
         # Speech-to-text writes a word some time after its sound, which itself comes after the silence heard first.
-        self._shift = float(engine.config.stt_config.get("audio_delay_seconds", 0.0)) + engine.lead / engine.frame_rate
+        before = (engine.lead - engine.warm_up) / engine.frame_rate
+        self._shift = float(engine.config.stt_config.get("audio_delay_seconds", 0.0)) + before
 
     def step(self, step: Step) -> tuple[str, tuple[Word, ...]]:
         """The text that starts at a position, and the words that end there."""

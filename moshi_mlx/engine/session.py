@@ -82,7 +82,23 @@ class Session:
         StateError
             After :meth:`close` or an error, or while another thread is in this session.
         """
-        samples = check_frame(pcm, self._engine.frame_size)
+        return self._step(check_frame(pcm, self._engine.frame_size))
+
+    def end(self) -> SessionFrame:
+        """Tell a translation model that the user's sound is over, in place of a frame; silence follows.
+
+        Returns
+        -------
+        SessionFrame
+
+        Raises
+        ------
+        StateError
+            As :meth:`step`.
+        """
+        return self._step(None)
+
+    def _step(self, samples: Pcm | None) -> SessionFrame:
         with self._alone():
             if self._end:
                 raise StateError(f"this session {self._end}; begin another with model.session()")

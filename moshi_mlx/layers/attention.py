@@ -241,6 +241,21 @@ class Attention(nn.Module):
         out = mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=self.scale, mask=window.mask)
         return self._merge(out)
 
+    def extend(self, x: mx.array, cache: Any, mask: Any) -> mx.array:
+        """Attend from new positions ``x`` [batch, time, dim] to a cache of mlx-lm's and to themselves.
+
+        Parameters
+        ----------
+        x : mx.array [batch, time, dim]
+        cache : mlx_lm.models.cache.KVCache or BatchKVCache
+            Written.
+        mask : mx.array, str or None
+            From the cache, for ``time`` positions.
+        """
+        queries, keys, values = self._project(x, cache.offset)
+        keys, values = cache.update_and_fetch(keys, values)
+        return self._merge(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask))
+
     def update_and_fetch(self, state: State, name: str, new: mx.array, window: Window) -> mx.array:
         """Put ``new`` [batch, kv_heads, time, ...] into the ring ``state[name]``; all that ``window.mask`` is about."""
         ring = state[name]

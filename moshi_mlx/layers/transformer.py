@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -151,6 +152,12 @@ class TransformerLayer(nn.Module):
         source = state if "cross_keys" in state else None
         return self._rest(x + self._scaled("layer_scale_1", attended), source, cross_mask)
 
+    def extend(self, x: mx.array, cache: Any, mask: Any) -> mx.array:
+        """New positions; writes the layer's cache of mlx-lm's (:meth:`Attention.extend`)."""
+        return self._rest(
+            x + self._scaled("layer_scale_1", self.self_attn.extend(self.norm1(x), cache, mask)), None, None
+        )
+
     def _rest(self, x: mx.array, source: State | None, mask: mx.array | None) -> mx.array:
         if source is not None:
             x = x + self._scaled("layer_scale_cross", self.cross_attention(self.norm_cross(x), source, mask))
@@ -225,6 +232,12 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer.step(x, state[str(index)], window, cross)
         state["offset"] = offset + (time if active is None else time * active.astype(mx.int32))
+        return x
+
+    def extend(self, x: mx.array, caches: Sequence[Any], mask: Any) -> mx.array:
+        """New positions ``x`` [batch, time, dim]; writes mlx-lm's caches, one for each layer."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.extend(x, cache, mask)
         return x
 
 

@@ -152,6 +152,8 @@ class Conversation:
         self._paused = False
         self._muted = False
         self._resets = 0
+        self._fed = self._taken = 0  # samples, by the owner's side and the driver's
+        self._end_at: int | None = None  # the sample before which the user's sound ends
         self._wanted: Kept | None = None
         self._keeping = threading.Lock()
         self._error: ConversationError | None = None
@@ -254,12 +256,23 @@ class Conversation:
             return len(samples)
         began = 0.0 if self._trace is None else self._clock()
         taken = self._pcm_in.write(samples)
+        self._fed += taken
         if taken < len(samples):
             self.stats.dropped_in += len(samples) - taken
         if self._pcm_in.available >= self._size:
             self._driver.wake()
         self._span("feed", began)
         return taken
+
+    def end(self) -> None:
+        """Tell a translation model that the user's sound is over: after what was fed so far, padded to a whole frame.
+
+        The model goes on until it has said all: keep feeding, silence best. Frames have ``ended`` set from then on.
+        Call it from the thread that feeds.
+        """
+        self.feed(np.zeros(-self._fed % self._size, np.float32))
+        self._end_at = self._fed
+        self._driver.wake()
 
     def read(self, count: int) -> NDArray[np.float32]:
         """The next ``count`` samples of the model's voice; never blocks, silence where there is none."""
@@ -376,20 +389,35 @@ class Conversation:
         excess = waiting - self._backlog
         if excess > 0:
             excess = -(-excess // self._size) * self._size
+            self._taken += excess
             self.stats.dropped_in += self._pcm_in.skip(excess)
             self._tell("dropped", samples=excess)
             waiting -= excess
         came = self._clock() - (waiting - self._size) / self._rate
         self._pcm_in.read_into(frame)
+        self._taken += self._size
         np.nan_to_num(frame, copy=False, posinf=1.0, neginf=-1.0)
         if self._muted:
             frame[:] = 0
         self.stats.level_in = _level(frame)
         return came
 
+    @property
+    def _end_due(self) -> bool:
+        """Whether the end of the user's sound comes next, in place of a frame."""
+        return self._end_at is not None and self._taken >= self._end_at
+
+    def _ends(self) -> bool:
+        """The same, once."""
+        due = self._end_due
+        if due:
+            self._end_at = None
+        return due
+
     def _forget(self) -> None:
         """Discard what was fed before a new conversation."""
-        self._pcm_in.skip(self._pcm_in.available)
+        self._end_at = None
+        self._taken += self._pcm_in.skip(self._pcm_in.available)
 
     def _say(self, text: str, words: tuple[Word, ...]) -> None:
         """The model has answered a frame."""

@@ -127,13 +127,16 @@ class Pipelined:
                 for keeping in self._keeping.values():
                     keeping.append(wanted)
                 self._pass_on(record, "codes_in", _KEEP)
-            came = conversation._hear(frame)
+            ends = conversation._ends()
+            if ends:
+                frame[:] = 0
+            came = conversation._clock() if ends else conversation._hear(frame)
             if came is None:
                 self._bells["pcm_in"].wait(_POLL)
                 continue
             began = conversation._clock()
             record["came"] = came
-            record["codes"][0] = stage.step([_ROW], [frame])[0]
+            record["codes"][0] = stage.step([_ROW], [None if ends else frame])[0]
             if conversation._tap is not None:
                 record["heard"][0] = frame
             ended = conversation._clock()

@@ -84,6 +84,7 @@ class Scheduler:
         self._waiting: deque[_Seat] = deque()  # seats that come or go
         self._joining: deque[_Seat] = deque()  # those of them that come
         self._seats: dict[int, _Seat] = {}
+        self._ending: set[int] = set()  # rows whose user's sound ends with this tick
         self._took = {"encode": 0.0, "model": 0.0, "decode": 0.0}
         self._stopping = False
         self._work: Work | None = None
@@ -179,7 +180,7 @@ class Scheduler:
                 continue
             heard = self._hear(batch)
             began = time.monotonic()
-            answers = batch.step({row: pcm for row, (pcm, _) in heard.items()})
+            answers = batch.step({row: None if row in self._ending else pcm for row, (pcm, _) in heard.items()})
             for row, answer in answers.items():
                 self._answer(batch, row, answer, heard.get(row))
             self.ticks.add(time.monotonic() - began)
@@ -190,7 +191,8 @@ class Scheduler:
         """Seconds until the next tick may begin, if nobody rings before; ``began``: when the last one did."""
         size, ready, behind = self.engine.frame_size, 0, False
         for row, seat in self._seats.items():
-            waiting = size if batch.opening(row) else seat.conversation._pcm_in.available
+            conversation = seat.conversation
+            waiting = size if batch.opening(row) or conversation._end_due else conversation._pcm_in.available
             ready += waiting >= size
             behind |= waiting >= 2 * size
         if not ready:
@@ -233,8 +235,13 @@ class Scheduler:
     def _hear(self, batch: Batch) -> _Heard:
         """The next frame of everybody who has one, and when it came."""
         heard: _Heard = {}
+        self._ending.clear()
         for row, seat in self._seats.items():
             if batch.opening(row):
+                continue
+            if seat.conversation._ends():
+                self._ending.add(row)
+                heard[row] = np.zeros(self.engine.frame_size, np.float32), seat.conversation._clock()
                 continue
             frame = np.empty(self.engine.frame_size, np.float32)
             came = seat.conversation._hear(frame)

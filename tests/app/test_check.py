@@ -17,6 +17,7 @@ from moshi_mlx_app.models.catalog import CATALOG
 from moshi_mlx_app.models.measure import speeds
 from moshi_mlx_app.screen.picture import draw
 
+from moshi_mlx.tasks import TASKS
 from tests.app.test_talk import card  # noqa: F401
 from tests.helpers.checkpoints import small_config, write_checkpoint
 
@@ -44,15 +45,20 @@ def test_check(
 
 
 def test_models_for_other_purposes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, a model that only writes down what it hears is offered for a conversation."""
+    """If this fails, a model is offered for a conversation that is for something else, or without its command."""
     monkeypatch.setattr(measure, "speeds", lambda: dict.fromkeys((4, 8, 16), 1e13))
     monkeypatch.setattr("moshi_mlx_app.models.select.room", lambda machine: 10**12)
     assert main(["check", "--no-sound", "--frames", "4"]) in (0, 1)
     lines = capsys.readouterr().out.splitlines()
+    heads = {line.partition(":")[0].strip(): index for index, line in enumerate(lines) if ": moshi-mlx-local " in line}
+    commands = {task.purpose: task.command for task in TASKS.values()}
+    assert set(heads) == set(commands) == {published.purpose for published in CATALOG}
     for published in CATALOG:
-        (line,) = [line for line in lines if line[7:].startswith(f"{published.name} ")]
-        assert line.startswith("  yes") is (published.purpose == "dialogue")
-        assert ("not for dialogue: speech-to-text, with moshi-mlx-local file" in line) is not line.startswith("  yes")
+        (index,) = [at for at, line in enumerate(lines) if line[7:].startswith(f"{published.name} ")]
+        line = lines[index]
+        assert line.startswith("  yes")
+        head = max(at for at in heads.values() if at < index)
+        assert lines[head] == f" {published.purpose}: moshi-mlx-local {commands[published.purpose]}"
         assert ("asks for an agreement" in line) is published.gated
 
 
@@ -82,11 +88,12 @@ def test_models_that_do_not_converse(
             assert re.fullmatch(rf"error: {kind} {said}: it does not hear; .* models for dialogue", error), error
     assert main(["talk", "--no-aec", "--seconds", "0.5", "--json", "--model", checkpoints["stt"]]) == 0
     shown = capsys.readouterr()
+    assert shown.err.count("moshi-mlx-local transcribe --model ") == 1
     assert "stt is for speech-to-text: it writes down what it hears and does not answer" in shown.err
     assert json.loads(shown.out)["frames"] >= 0
     assert main(["check", "--no-sound", "--frames", "4", "--model", checkpoints["stt"]]) == 1
     said = capsys.readouterr().out
-    assert "not possible as it is: " in said and "stt is for speech-to-text: use moshi-mlx-local file" in said
+    assert "not possible as it is: " in said and "stt is for speech-to-text: use moshi-mlx-local transcribe" in said
 
 
 def test_speeds_are_measured() -> None:

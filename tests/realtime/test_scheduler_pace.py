@@ -50,7 +50,7 @@ def test_frames_that_come_together_share_a_tick():
     batch: Any = SimpleNamespace(opening=lambda row: row == 9)
 
     def rest(*waiting: int, since: float = 0.0, joining: int = 0) -> float:
-        conversations = [SimpleNamespace(_pcm_in=SimpleNamespace(available=count)) for count in waiting]
+        conversations = [SimpleNamespace(_pcm_in=SimpleNamespace(available=count), _end_due=False) for count in waiting]
         scheduler._seats = {row: SimpleNamespace(conversation=one) for row, one in enumerate(conversations)}  # type: ignore[misc]
         scheduler._joining.clear()
         scheduler._joining.extend([SimpleNamespace()] * joining)  # type: ignore[list-item]

@@ -64,12 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from moshi_mlx.tasks.dialogue import generation_defaults
-    from moshi_mlx_app.models.catalog import purpose
-    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.models.fetch import load_model, refuse_deaf
     from moshi_mlx_app.models.measure import machine, memory_used, paced, unpaced
 
-    model = load_model(args)
-    purpose(model)  # text models have nothing to measure here
+    model = load_model(args, accept=refuse_deaf)  # text models have nothing to measure here
     fast_series: dict[str, list[float]] = {}
     slow_series: dict[str, list[float]] = {}
     with Loading() as loading:

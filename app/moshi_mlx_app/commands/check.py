@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "test devices, memory and speed, and list the models that run here in real time"
+HELP = "test devices, memory and speed, and list the models of each kind that run here in real time"
 EXAMPLES = """\
 examples:
   moshi-mlx-local check
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print the report. Returns the exit status."""
     from moshi_mlx.cpu.backend import choose_backend
-    from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, purpose, verdict
+    from moshi_mlx_app.models.catalog import BUILTIN, CATALOG, verdict
     from moshi_mlx_app.models.fastest import fastest_backend, fastest_codec
-    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.models.fetch import load_model, refuse_deaf
     from moshi_mlx_app.models.measure import machine, memory_used, unpaced
     from moshi_mlx_app.models.select import default_model, measured, remember_step
 
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         selected = default_model(loading, measurement)
     if args.model is None:
         args.model = BUILTIN if selected.missing else selected.model
-    model = load_model(args)
-    talks = purpose(model) == "dialogue"
+    model = load_model(args, accept=refuse_deaf)
+    talks = model.purpose == "dialogue"
     with Loading() as loading:
         loading("measuring the model")
         stages = unpaced(model, args.frames)
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             "name": model.name,
             "trained": model.trained,
             "description": model.description,
-            "purpose": purpose(model),
+            "purpose": model.purpose,
+            "command": model.command,
         },
         "stages": stages,
         "fastest": {"codec": fastest_codec(args.model), "backend": fastest_backend(model)},
@@ -153,6 +154,7 @@ def _sound(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], frame: float) -> None:
+    from moshi_mlx.tasks import TASKS
     from moshi_mlx_app.models.catalog import may_take
 
     here, sound, stages = report["machine"], report["sound"], report["stages"]
@@ -183,13 +185,14 @@ def _print(report: dict[str, Any], frame: float) -> None:
         _line(what, f"{report['computes'][what]}{measured}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
     limit = f"a step, estimated from how fast weights are read here, may take {frame:.0f} ms"
-    say(*wrapped(f"published models for dialogue; {limit}:", sys.stdout))
+    commands = {task.purpose: task.command for task in TASKS.values()}
+    say(*wrapped(f"published models, by what they are for; {limit}:", sys.stdout))
     for entry in report["verdicts"]:
+        if entry["purpose"] in commands:
+            say(f" {entry['purpose']}: moshi-mlx-local {commands.pop(entry['purpose'])}")
         flaws = [text for text, good in (("too large", entry["fits"]), ("too slow", entry["keeps_up"])) if not good]
         why = ", ".join(flaws) + ": " * bool(flaws) + entry["why"].removesuffix(may_take(frame / 1e3))
         word = "no" if flaws else "yes"
-        if entry["purpose"] != "dialogue":
-            word, why = "", f"not for dialogue: {entry['purpose']}, with moshi-mlx-local file; {why}"
         _line(f"  {word:4} {entry['model']:25}", why + "; its publisher asks for an agreement" * entry["gated"])
     _line("talk takes", report["default"]["why"])
     fetched = report["default"]["download_bytes"]
@@ -202,7 +205,8 @@ def _print(report: dict[str, Any], frame: float) -> None:
             ("frames come out damaged", stages["silent"] and stages["spoken"]),
             (f"{report['model']['name']} is too slow here", report["keeps_up"]),
             (
-                f"{report['model']['name']} is for {report['model']['purpose']}: use moshi-mlx-local file",
+                f"{report['model']['name']} is for {report['model']['purpose']}: use moshi-mlx-local "
+                f"{report['model']['command']}",
                 report["model"]["purpose"] == "dialogue",
             ),
         )

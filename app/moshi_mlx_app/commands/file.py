@@ -8,13 +8,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from moshi_mlx.audio import LONGEST_TAIL, TAIL
 from moshi_mlx.errors import MoshiError
+from moshi_mlx_app.models.fetch import load_model, refuse_deaf
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
@@ -32,11 +34,29 @@ from moshi_mlx_app.screen.terminal import AnswerProgress, say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moshi_mlx.engine.generator import GenerationConfig
     from moshi_mlx.realtime import Trace
-    from moshi_mlx.tasks.dialogue import Moshi
+    from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 
-__all__ = ["EXAMPLES", "HELP", "UNTRAINED", "add_arguments", "check_seed", "run"]
+    Pcm = NDArray[np.float32]
+
+__all__ = [
+    "EXAMPLES",
+    "HELP",
+    "UNTRAINED",
+    "Answer",
+    "Question",
+    "add_arguments",
+    "add_output_arguments",
+    "answer",
+    "check_seed",
+    "outputs_of",
+    "run",
+    "standard_output",
+]
 
 HELP = "answer a recording: write Moshi's voice to a wav file and print its words"
 EXAMPLES = """\
@@ -68,20 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sound file (wav, flac, mp3, ogg, ...; m4a and others if ffmpeg is installed), or - for standard input",
     )
     parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="ANSWER.wav",
-        help="the wav file to write; - for standard output, text then goes to standard error",
-    )
-    parser.add_argument("--mono", action="store_true", help="write Moshi's voice only, without the question")
-    parser.add_argument(
         "--demo", action="store_true", help="answer the recorded questions that are included instead of QUESTION"
     )
-    parser.add_argument(
-        "--transcript", metavar="PATH", help="the JSON file for the words (default: ANSWER.json; with -o - none)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--tail",
         type=bounded(float, 0, LONGEST_TAIL),
@@ -89,6 +97,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="seconds of silence after the question, so that the answer can end (default: %(default)s)",
     )
+    add_output_arguments(parser)
+    add_model_options(parser)
+    add_generation_options(parser)
+    add_cache_option(parser)
+    add_machine_options(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, *, name: str = "ANSWER", mono: str = "Moshi's voice") -> None:
+    """The files that are written, and what is printed."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar=f"{name}.wav",
+        help="the wav file to write; - for standard output, text then goes to standard error",
+    )
+    parser.add_argument("--mono", action="store_true", help=f"write {mono} only, without the question")
+    parser.add_argument(
+        "--transcript", metavar="PATH", help=f"the JSON file for the words (default: {name}.json; with -o - none)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--json", action="store_true", help="print the transcript's JSON at the end instead of the text as it comes"
     )
@@ -96,10 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quiet", action="store_true", help="no text and no progress; warnings and errors are still shown"
     )
     add_trace_option(parser)
-    add_model_options(parser)
-    add_generation_options(parser)
-    add_cache_option(parser)
-    add_machine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,47 +134,67 @@ def run(args: argparse.Namespace) -> int:
     if args.demo:
         asset = resources.files("moshi_mlx") / "assets" / "questions.wav"
         with resources.as_file(asset) as path:
-            return _answer(args, str(path))
-    return _answer(args, args.question)
+            return answer(args, str(path))
+    return answer(args, args.question)
 
 
-def _answer(args: argparse.Namespace, question: str) -> int:
-    outputs = _outputs(args)
-    others: dict[str, str | int | Path] = {"the question": 0 if question == "-" else question}
-    known = None if question == "-" else _conversation(question)
-    if known is not None:
+def answer(
+    args: argparse.Namespace,
+    question: str | None,
+    make: type[Answer] | None = None,
+    ask: Callable[[], Question] | None = None,
+) -> int:
+    """Answer a recording, and keep what was computed whatever happens. Returns the exit status.
+
+    Parameters
+    ----------
+    args : Namespace
+    question : str or None
+        A sound file, or ``-`` for standard input; None with ``ask``.
+    make : type, optional
+        What answers: an :class:`Answer`.
+    ask : callable, optional
+        Makes a question that is no file.
+    """
+    outputs = outputs_of(args)
+    others: dict[str, str | int | Path] = {}
+    known = None
+    if question is not None:
+        others["the question"] = 0 if question == "-" else question
+        known = None if question == "-" else _conversation(question)
+    if known is not None and question is not None:
         others["the question's words"] = Path(question).with_suffix(".json")
     if args.output == "-":
         others["standard output"] = 1
     with (
         reserved(args.parser, outputs, others=others, force=args.force),
-        _standard_output(args) as stream,
+        standard_output(args) as stream,
         tracing(args.trace) as trace,
-        _Question(question, known) as asked,
+        ask() if ask is not None else Question(str(question), known) as asked,
     ):
         for warning in asked.recording.warnings:
             warn(warning)
-        answer = _Answer(args, asked, stream, trace)
+        made = (make or Answer)(args, asked, stream, trace)
         try:
-            answer.compute()
+            made.compute()
             with no_interrupt():
-                answer.finish()
+                made.finish()
         except KeyboardInterrupt:
             with no_interrupt():
-                warn(answer.keep(), "stopped")
+                warn(made.keep(), "stopped")
             return 130
         except (MoshiError, OSError) as error:
             with no_interrupt():
-                kept = answer.keep()
+                kept = made.keep()
                 if isinstance(error, BrokenPipeError):
                     warn(f"{kept}; its reader has gone", "stopped")
-                elif answer.seconds:
+                elif made.seconds:
                     warn(kept, "kept")
             raise
     return 0
 
 
-class _Question:
+class Question:
     """The question: a recording and what is known about it; of a recorded conversation, the user's channel."""
 
     def __init__(self, question: str, known: dict[str, Any] | None):
@@ -160,7 +205,7 @@ class _Question:
             self.words = [word for word in unaligned(known["alignments"]) if word["speaker"] == "user"]
             warn(f"{self.recording.name} is a recorded conversation: the user's channel is the question", "notice")
 
-    def __enter__(self) -> _Question:
+    def __enter__(self) -> Question:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,69 +234,109 @@ def _conversation(question: str) -> dict[str, Any] | None:
     return known if not belongs or Path(str(belongs)).name == clean(path.name) else None
 
 
-class _Answer:
+class Answer:
     """One answer and its files."""
 
-    def __init__(self, args: argparse.Namespace, question: _Question, stream: BinaryIO | None, trace: Trace | None):
+    exact: ClassVar[bool] = True
+    """Whether :meth:`length` is the length, and not an upper bound."""
+    left: ClassVar[str] = "Moshi"
+    """Whose voice is in the left channel."""
+    bar: ClassVar[bool] = True
+    """Whether progress can be shown."""
+
+    def __init__(self, args: argparse.Namespace, question: Question, stream: BinaryIO | None, trace: Trace | None):
         self.args, self.question, self.stream, self.trace = args, question, stream, trace
         self.transcript = _transcript(args)
         self.seconds = 0.0
+        self.noticed = list(question.recording.warnings)
         self._file: AnswerFile | AnswerStream | None = None
         self._about: Transcript | None = None
 
     def compute(self) -> None:
         """Load the model and play the recording to it, frame by frame."""
-        from moshi_mlx.engine.session import play
-        from moshi_mlx.tasks.dialogue import generation_defaults
-        from moshi_mlx_app.models.fetch import load_model
-
-        args, recording = self.args, self.question.recording
-        model = load_model(args, shown=not args.quiet)
+        args = self.args
+        model = load_model(args, shown=not args.quiet, accept=self.accept)
         if not model.trained:
             warn(UNTRAINED.format(name=model.name), "notice")
-        rate, size = model.sample_rate, model.frame_size
-        tail = model.trailing_silence(args.tail)
-        generation = generation_from(args, generation_defaults(model.config))
+        rate = model.sample_rate
+        generation = self.generation(model)
         check_seed(args.seed, model, generation)
-        samples = recording.length(rate) + tail
+        samples = self.length(model)
         channels = ("moshi",) if args.mono else ("moshi", "user")
         if self.transcript is not None:
             partial_name(self.transcript).unlink(missing_ok=True)  # of an earlier run that was stopped
         if self.stream is None:
             self._file = AnswerFile(Path(args.output), rate, samples, len(channels))
         else:
-            self._file = AnswerStream(self.stream, rate, samples, len(channels))
+            self._file = AnswerStream(self.stream, rate, samples, len(channels), exact=self.exact)
         self._about = about = Transcript.of(
             model,
             args.seed,
             generation,
             kv_bits=args.kv_bits,
-            settings={"tail": args.tail},
+            settings=self.settings(),
             channels=channels,
             question=self.question.about(),
             heard=self.question.words,
             seconds_computed=0.0,
-            warnings=recording.warnings,
+            warnings=self.noticed,
         )
         text = not (args.quiet or args.json)
         with (
-            model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
-            AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
+            self.session(model, generation) as session,
+            AnswerProgress(samples / rate, text=text, bar=self.bar and not args.quiet) as face,
         ):
-            write = self._file.write
-            if self.trace is not None:
-                session.on_stage = self.trace.span
-                session.step = self.trace.wrap("frame", session.step)  # type: ignore[method-assign]
-                write = self.trace.wrap("write", write)
+            write = self._file.write if self.trace is None else self.trace.wrap("write", self._file.write)
             began = time.perf_counter()
-            for user, frame in play(session, recording.frames(rate, size, tail=tail)):
-                count = min(len(user), samples - self._file.samples)
-                write(frame.pcm[:count], user[:count])
+            for user, voice, frame in self.played(model, session):
+                count = min(len(user), samples - self._file.samples) if self.exact else len(user)
+                if count:
+                    write(voice[:count], user[:count])
                 self.seconds = self._file.samples / rate
                 about.duration, about.seconds_computed = self.seconds, time.perf_counter() - began
                 about.text += frame.text
                 about.words += frame.words
                 face.frame(self.seconds, frame.text)
+
+    def accept(self, name: str, task: type[Moshi] | Moshi) -> None:
+        """Refuse a model that cannot do this, by a ConfigError, before it is downloaded if that can be known."""
+        refuse_deaf(name, task)
+
+    def generation(self, model: Moshi) -> GenerationConfig:
+        """Sampling settings."""
+        from moshi_mlx.tasks.dialogue import generation_defaults
+
+        return generation_from(self.args, generation_defaults(model.config))
+
+    def session(self, model: Moshi, generation: GenerationConfig) -> AbstractContextManager[Any]:
+        """What :meth:`played` plays to."""
+        session = model.session(seed=self.args.seed, generation=generation, kv_bits=self.args.kv_bits)
+        if self.trace is not None:
+            session.on_stage = self.trace.span
+            session.step = self.trace.wrap("frame", session.step)  # type: ignore[method-assign]
+        return session
+
+    def notice(self, text: str) -> None:
+        """Say it, and write it into the transcript."""
+        warn(text, "notice")
+        self.noticed.append(text)
+
+    def settings(self) -> dict[str, Any]:
+        """What else the transcript says of the settings."""
+        return {"tail": self.args.tail}
+
+    def length(self, model: Moshi) -> int:
+        """Samples of the answer."""
+        return self.question.recording.length(model.sample_rate) + model.trailing_silence(self.args.tail)
+
+    def played(self, model: Moshi, session: Any) -> Iterator[tuple[Pcm, Pcm, SessionFrame]]:
+        """What was heard, what was said with it, and the frame."""
+        from moshi_mlx.engine.session import play
+
+        tail = model.trailing_silence(self.args.tail)
+        frames = self.question.recording.frames(model.sample_rate, model.frame_size, tail=tail)
+        for user, frame in play(session, frames):
+            yield user, frame.pcm, frame
 
     def finish(self) -> None:
         """Move the files to their names and say where they are."""
@@ -269,10 +354,10 @@ class _Answer:
             say(json.dumps(about.as_dict()))
         elif not self.args.quiet:
             computed = about.seconds_computed or 0.0
-            sides = "Moshi alone" if self.args.mono else "left Moshi, right the question"
+            sides = f"{self.left} alone" if self.args.mono else f"left {self.left}, right the question"
             where = "" if words is None else f"; words in {words}"
             warn(f"{self._file.target}: {about.duration:.1f} s, {sides}{where}", "")
-            factor = computed / about.duration
+            factor = computed / max(about.duration, 1e-9)
             warn(f"computed in {computed:.1f} s: real-time factor {factor:.2f} (1: as fast as speech)", "")
 
     def keep(self) -> str:
@@ -310,7 +395,7 @@ def _transcript(args: argparse.Namespace) -> Path | None:
     return None if args.output == "-" else Path(args.output).with_suffix(".json")
 
 
-def _outputs(args: argparse.Namespace) -> list[Output]:
+def outputs_of(args: argparse.Namespace) -> list[Output]:
     """The files that will be written."""
     outputs = []
     if args.output != "-":
@@ -327,7 +412,7 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 
 
 @contextlib.contextmanager
-def _standard_output(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
+def standard_output(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
     """With ``-o -`` standard output, reserved for the sound: everything printed goes to standard error."""
     if args.output != "-":
         yield None

@@ -32,11 +32,12 @@ from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 if TYPE_CHECKING:
     from moshi_mlx.realtime import Conversation, Event, Trace
     from moshi_mlx.realtime.workers import Work
+    from moshi_mlx.tasks.dialogue import Moshi
     from moshi_mlx_app.audio.device import EchoCanceller, SoundCard
     from moshi_mlx_app.recording.recorder import Recorder
     from moshi_mlx_app.screen.panel import Keys, Panel
 
-__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "echo_canceller", "run", "stop_signals"]
 
 HELP = "talk with Moshi in the terminal (the default)"
 EXAMPLES = """\
@@ -70,10 +71,6 @@ EXAMPLES += "".join(
 BUILT_IN = (
     "the built-in model knows a few hundred questions and nothing else. Say hello; ask for its name, the capital of "
     "France, the opposite of hot, two plus three, the day after Monday"
-)
-TRANSCRIBES = (
-    "the model {name} is for speech-to-text: it writes down what it hears and does not answer. Name a dialogue model "
-    "with --model for a conversation; moshi-mlx-local check lists them"
 )
 _TICK = 0.05
 _ENOUGH = 250  # frames needed to measure how long a step takes
@@ -144,7 +141,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.audio.device import SoundCard
     from moshi_mlx_app.audio.portaudio import devices, find_device
-    from moshi_mlx_app.models.catalog import BUILTIN, purpose
+    from moshi_mlx_app.models.catalog import BUILTIN
     from moshi_mlx_app.models.fetch import load_model
     from moshi_mlx_app.models.select import remember_step
     from moshi_mlx_app.recording.recorder import Recorder
@@ -158,9 +155,8 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         about = describe_conversation(args.resume)
         args.model = args.model or about["model"]
         args.kv_bits = args.kv_bits or (int(about["kv_bits"]) if about["kv_bits"].isdigit() else None)
-    model = load_model(args, shown=not args.quiet)
-    if purpose(model) == "speech-to-text":
-        warn(TRANSCRIBES.format(name=model.name), "notice")
+    _SAID.clear()
+    model = load_model(args, shown=not args.quiet, accept=_accept)
     if not model.trained:
         warn(UNTRAINED.format(name=model.name), "notice")
     elif args.model == BUILTIN and not args.quiet:
@@ -188,8 +184,8 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         recorder.start()
     impatient = False
     try:
-        with _stop_signals() as stopped, own_errors():
-            echo = None if args.no_aec else _echo(model.sample_rate)
+        with stop_signals() as stopped, own_errors():
+            echo = None if args.no_aec else echo_canceller(model.sample_rate)
             if trace is not None and echo is not None:
                 echo.cancel = trace.wrap("echo", echo.cancel)  # type: ignore[method-assign]
             card = SoundCard(
@@ -227,7 +223,20 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
 
 
-def _echo(rate: int) -> EchoCanceller | None:
+def _accept(name: str, task: type[Moshi] | Moshi) -> None:
+    """Refuse a model that does not hear; of one that hears and is for something else, say what it is for."""
+    from moshi_mlx_app.models.fetch import refuse_deaf, wrong_model
+
+    refuse_deaf(name, task)
+    if task.purpose != "dialogue" and name not in _SAID:
+        _SAID.add(name)  # before the download, and not again after it
+        warn(wrong_model(name, task), "notice")
+
+
+_SAID: set[str] = set()
+
+
+def echo_canceller(rate: int) -> EchoCanceller | None:
     """The echo canceller, or a notice about how to do without."""
     from moshi_mlx_app.audio.echo import EchoError, WebRtcEcho
 
@@ -405,7 +414,7 @@ def _recorded(recorder: Recorder) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Let Ctrl-C and similar signals end the loop and close devices and files; a second one interrupts at once."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

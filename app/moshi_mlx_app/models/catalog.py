@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from moshi_mlx.tasks.dialogue import Moshi
-
-__all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "purpose", "room", "verdict"]
+__all__ = ["BUILTIN", "CATALOG", "PublishedModel", "kind", "may_take", "room", "verdict"]
 
 BUILTIN = "small"
 """The model that needs no download."""
@@ -40,7 +37,7 @@ class PublishedModel:
     cache : int
         Bytes of keys and values, bfloat16, with a full context: kept in memory, and read at every step.
     purpose : str
-        See :func:`purpose`.
+        That of its class (:mod:`moshi_mlx.tasks`).
     gated : bool
         Whether its publisher requires an account and an agreement.
     """
@@ -50,7 +47,7 @@ class PublishedModel:
     bits: int
     read: int
     cache: int
-    purpose: Literal["dialogue", "speech-to-text"] = "dialogue"
+    purpose: Literal["dialogue", "speech-to-text", "text-to-speech", "translation", "text"] = "dialogue"
     gated: bool = False
 
 
@@ -69,25 +66,19 @@ CATALOG = (
     PublishedModel(
         "kyutai/stt-2.6b-en-mlx", 5_234_000_000, 16, 4_950_000_000, 2 * 48 * 375 * 2048 * 2, "speech-to-text"
     ),
+    PublishedModel(
+        "kyutai/tts-1.6b-en_fr", 3_684_000_000, 16, 3_370_000_000, 2 * 16 * 500 * 2048 * 2, "text-to-speech"
+    ),
+    PublishedModel(
+        "kyutai/hibiki-2b-mlx-bf16", 7_460_000_000, 16, 6_720_000_000, 2 * 24 * 3000 * 2560 * 2, "translation"
+    ),
+    PublishedModel(
+        "kyutai/hibiki-1b-mlx-bf16", 3_600_000_000, 16, 3_140_000_000, 2 * 16 * 500 * 2048 * 2, "translation"
+    ),
+    PublishedModel("kyutai/helium-1-preview-2b", 4_345_000_000, 16, 4_100_000_000, 2 * 24 * 4096 * 2560 * 2, "text"),
+    PublishedModel("kyutai/helium-1-2b", 4_048_000_000, 16, 3_786_000_000, 2 * 28 * 4096 * 1024 * 2, "text"),
 )
 """Sizes of the repositories' files. The better of two for dialogue comes first, a man's voice before a woman's."""
-
-
-def purpose(model: Moshi) -> str:
-    """What a loaded model is for: ``dialogue`` or ``speech-to-text``.
-
-    Raises
-    ------
-    ConfigError
-        If it has no audio input.
-    """
-    from moshi_mlx.errors import ConfigError
-
-    lm = model.lm.config
-    if model.purpose == "text-to-speech" or not (lm.own_q or lm.user_q):
-        what = "is a text model" if not lm.own_q else "turns text into speech"
-        raise ConfigError(f"{model.name} {what}: it does not hear; moshi-mlx-local check lists models for dialogue")
-    return "dialogue" if lm.own_q else "speech-to-text"
 
 
 def kind(name: str) -> str:

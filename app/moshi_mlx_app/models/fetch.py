@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from moshi_mlx.sharding import Leader
     from moshi_mlx.tasks.dialogue import Moshi
 
-__all__ = ["fetch", "load_model"]
+__all__ = ["fetch", "load_model", "refuse_deaf", "task_of", "wrong_model"]
 
 _EVERY = 10.0  # seconds between lines if no bar can be drawn
 
 
-def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
+def load_model(
+    args: argparse.Namespace, *, shown: bool = True, accept: Callable[[str, type[Moshi] | Moshi], object] | None = None
+) -> Moshi:
     """The model that ``args`` (``model``, ``codec``, ``backend``) ask for.
 
     Parameters
@@ -38,6 +41,8 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
         says (:data:`moshi_mlx.cpu.backend.VARIABLE`).
     shown : bool
         Draw bars. The choice and the download are announced in any case.
+    accept : callable, optional
+        As for :func:`fetch`.
 
     Raises
     ------
@@ -54,7 +59,7 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
             choice = default_model(loading)
         warn(choice.line, "model")
         args.model = choice.model
-    fetch(args.model, shown=shown)
+    fetch(args.model, shown=shown, accept=accept)
     with Loading(shown=shown) as loading:
         decided = bool(os.environ.get(VARIABLE))
         codec: Any = args.codec
@@ -62,6 +67,8 @@ def load_model(args: argparse.Namespace, *, shown: bool = True) -> Moshi:
             codec = next(iter(fastest_codec(args.model, loading)), "auto")
         sharding = _other_machines(args, loading)
         model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading, sharding=sharding)
+        if accept is not None:  # without a config.json only the weights say what it is
+            accept(args.model, model)
         if sharding is None and args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
             model.lm.backend = next(iter(fastest_backend(model, loading)), "auto")
     return model
@@ -79,8 +86,51 @@ def _other_machines(args: argparse.Namespace, loading: Loading) -> Leader | None
     return launch(hosts, args.ranks, python=args.python, on_progress=loading)
 
 
-def fetch(source: str, *, shown: bool = True) -> None:
+_IS_FOR = {
+    "dialogue": "is for dialogue",
+    "speech-to-text": "is for speech-to-text: it writes down what it hears and does not answer",
+    "text-to-speech": "turns text into speech: it does not hear",
+    "translation": "is for translation: it says in another language what it hears",
+    "text": "is a text model: it does not hear",
+}
+
+
+def wrong_model(source: str, task: type[Moshi] | Moshi) -> str:
+    """What a model is for, and the command for it."""
+    name = os.path.basename(os.path.normpath(source)) if os.path.isdir(os.path.expanduser(source)) else source
+    command = f"moshi-mlx-local {task.command} --model {source}"
+    return f"{name} {_IS_FOR[task.purpose]}; the command for it is {command}"
+
+
+def refuse_deaf(source: str, task: type[Moshi] | Moshi) -> None:
+    """For commands that let a model hear: raise ConfigError if it does not."""
+    from moshi_mlx.errors import ConfigError
+
+    if task.purpose in ("text", "text-to-speech"):
+        raise ConfigError(f"{wrong_model(source, task)}; moshi-mlx-local check lists models for dialogue")
+
+
+def task_of(plan: DownloadPlan) -> type[Moshi] | None:
+    """The class of a model, if its config.json says it."""
+    from moshi_mlx.checkpoint.fit import load_config
+    from moshi_mlx.tasks import TASKS
+
+    return None if plan.config is None else TASKS[load_config(plan.config).model_type]
+
+
+def fetch(
+    source: str, *, shown: bool = True, accept: Callable[[str, type[Moshi] | Moshi], object] | None = None
+) -> None:
     """Download a model's files, announcing their size; nothing to do for folders and built-in models.
+
+    Parameters
+    ----------
+    source : str
+    shown : bool
+        Draw bars.
+    accept : callable, optional
+        Called with the name and the class of the model before anything but its config.json is fetched, if that says
+        it, and with the model once it is loaded. May raise MoshiError.
 
     Raises
     ------
@@ -93,6 +143,9 @@ def fetch(source: str, *, shown: bool = True) -> None:
         if "/" in source and not os.path.exists(os.path.expanduser(source)):
             loading(f"asking {os.environ.get('HF_ENDPOINT') or 'the hub'} for {source}; it has 15 s to answer")
         needed = plan_download(source)
+    task = None if accept is None else task_of(needed)
+    if accept is not None and task is not None:
+        accept(source, task)
     if not needed.missing:
         return
     # The configuration itself is always here: the plan_download fetched it.

@@ -24,13 +24,14 @@ LARGEST = (1 << 32) - 4096
 """Bytes of sound that fit, as a wav's sizes are 32 bits wide."""
 
 
-def header(rate: int, channels: int, samples: int) -> bytes:
-    """The header of a wav with this many samples in each channel."""
+def header(rate: int, channels: int, samples: int | None) -> bytes:
+    """The header of a wav with this many samples in each channel; None for a pipe, if nobody knows yet how many."""
     width = 2 * channels
-    size = samples * width
+    size = 0xFFFFFFFF if samples is None else samples * width
+    whole = size if samples is None else HEADER - 8 + size
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",
-        *(b"RIFF", HEADER - 8 + size, b"WAVE", b"fmt ", 16, 1, channels, rate, rate * width, width, 16, b"data", size),
+        *(b"RIFF", whole, b"WAVE", b"fmt ", 16, 1, channels, rate, rate * width, width, 16, b"data", size),
     )
 
 
@@ -158,14 +159,17 @@ class AnswerFile:
 
 
 class AnswerStream:
-    """An answer written to a pipe, frame by frame. Parameters as for :class:`AnswerFile`; the header has the length."""
+    """An answer written to a pipe, frame by frame. Parameters as for :class:`AnswerFile`.
 
-    def __init__(self, stream: BinaryIO, sample_rate: int, samples: int, channels: int = 2):
+    The header has the length, if ``samples`` is ``exact`` and not an upper bound.
+    """
+
+    def __init__(self, stream: BinaryIO, sample_rate: int, samples: int, channels: int = 2, *, exact: bool = True):
         _fit(sample_rate, samples, channels)
         self.target = Path("standard output")
         self.samples = 0
         self._stream, self._channels = stream, channels
-        self._header = header(sample_rate, channels, samples)
+        self._header = header(sample_rate, channels, samples if exact else None)
 
     def write(self, moshi: Pcm, user: Pcm) -> None:
         """As :meth:`AnswerFile.write`."""

@@ -278,6 +278,8 @@ class KyutaiTalk(Talk):
             self._conversation.pause()
         elif action == Control.RESTART:
             self._conversation.reset()
+        elif action == Control.END_TURN and self._model.purpose == "translation":
+            self._conversation.end()
 
     def _event(self, event: dict[str, Any]) -> None:
         what = event.get("type")
