@@ -3,9 +3,9 @@
     python -m benchmarks finetune -- --folder runs/finetune
     python -m benchmarks finetune -- --folder runs/finetune --model runs/small-q4   # weights in 4 bits
 
-Three steps, of which each keeps what is there: ``recordings`` of conversations, spoken by flite and espeak-ng and written
-by the recorder of ``talk --record``; ``moshi-mlx-finetune train``, with OpenBLAS in front of MLX's own products if it is
-installed; and questions that were in no recording: the new ones by other renderings, and old ones before and after.
+Three steps, of which each keeps what is there: ``recordings`` of conversations, spoken by flite and espeak-ng and
+written by the recorder of ``talk --record``; ``moshi-mlx-finetune train``, with OpenBLAS in front of MLX's own products
+if it is installed; and questions that were in no recording: new ones by other renderings, old ones before and after.
 The answers are judged by their text, which has to be the right one, word by word, and nothing else.
 """
 
@@ -96,10 +96,11 @@ def conversation(exchanges: Sequence[tuple[str, str]], rng: random.Random, noise
 
 def record(folder: Path, minutes: float, old_share: float, seed: int) -> None:
     """Conversations in a folder as ``talk --record`` leaves it: two questions each, mostly new ones."""
-    from moshi_mlx.engine.pipeline import SessionFrame
-    from moshi_mlx.engine.text import Word
     from moshi_mlx_app.recording.recorder import Recorder
     from moshi_mlx_training.speech import dialogues
+
+    from moshi_mlx.engine.pipeline import SessionFrame
+    from moshi_mlx.engine.text import Word
 
     rng, noise, seconds = random.Random(seed), np.random.default_rng(seed), 0.0
     waiting: list[tuple[str, str]] = []
@@ -154,10 +155,11 @@ def held_old(count: int, seed: int) -> list[tuple[str, str, NDArray[np.float32],
 
 def judge(model: Any, questions: Sequence[tuple[str, str, NDArray[np.float32], int]], rows: int = 50) -> dict[str, Any]:
     """The share of questions that are answered exactly, running free and greedy."""
-    from moshi_mlx.engine.generator import GenerationConfig
-    from moshi_mlx.models.sampling import GREEDY
     from moshi_mlx_training.lm.evaluate import in_batches, said
     from moshi_mlx_training.speech import dialogues
+
+    from moshi_mlx.engine.generator import GenerationConfig
+    from moshi_mlx.models.sampling import GREEDY
 
     lm, codec, frames = model.lm, model.codec, max(len(pcm) // FRAME for _, _, pcm, _ in questions) + AFTER
     streams = []

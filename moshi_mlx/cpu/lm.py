@@ -302,7 +302,7 @@ def _seen(weight: mx.array) -> Floats:
 
 
 def _dense(module: Any) -> Floats:
-    """The weight [outputs, inputs] of a linear layer or table, unpacked if it is quantized, with its low-rank update."""
+    """The weight [outputs, inputs] of a linear layer or table, unpacked if it is quantized, with its update."""
     if "lora_a" in module:
         merged = mx.array(_dense(module.linear)) + module.scale * (module.lora_a @ module.lora_b).T
         mx.eval(merged)

@@ -13,7 +13,7 @@ Nothing of this project is imported but its built-in tokenizer and a golden mode
 ``curve.json``       learning rate and beta1 of every step of ``OneCycleLR``, and parameters that ``AdamW`` and
                      ``clip_grad_norm_`` reached along it
 ``loss.safetensors`` logits, targets, masks; ``losses`` by its ``compute_loss_with_mask``
-``lora.safetensors`` an update of the golden model `lm/moshi`, written by its ``Checkpointer``; ``config.json`` beside it
+``lora.safetensors`` an update of the golden model `lm/moshi`, by its ``Checkpointer``; ``config.json`` beside it
 ``forward.safetensors`` tokens, the logits of the model with that update, and its losses
 """
 

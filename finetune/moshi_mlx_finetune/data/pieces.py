@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from moshi_mlx.errors import CheckpointError, ConfigError
 from .recordings import Recording, read_piece
 from .rows import FRAME_RATE, cut_words, frames_in, masked_tail, text_row
 
-__all__ = ["Cut", "Piece", "cut_recording", "encode_pieces", "load_pieces", "split_pieces"]
+__all__ = ["Cut", "Piece", "cut_recording", "encode_pieces", "load_pieces", "made_of", "split_pieces"]
 
 Ints = NDArray[np.int32]
 
@@ -126,8 +126,8 @@ def encode_pieces(
     silent = [recording for recording in recordings if recording.words is None]
     if silent:
         raise ConfigError(
-            f"{len(silent)} of {len(recordings)} recordings have no timed words, the first is {silent[0].path}: add them "
-            "with 'moshi-mlx-finetune prepare DATA --recogniser MODEL'"
+            f"{len(silent)} of {len(recordings)} recordings have no timed words, the first is {silent[0].path}: "
+            "add them with 'moshi-mlx-finetune prepare DATA --recogniser MODEL'"
         )
     frames, pieces = frames_in(seconds), []
     for recording in recordings:
@@ -185,10 +185,3 @@ def split_pieces(pieces: Sequence[Piece], share: float, seed: int) -> tuple[list
     chosen = set(np.random.default_rng(seed).permutation(len(pieces))[:count].tolist())
     learnt = [piece for index, piece in enumerate(pieces) if index not in chosen]
     return learnt, [pieces[index] for index in sorted(chosen)]
-
-
-def shorter(piece: Piece, frames: int) -> list[Piece]:
-    """A piece in parts of at most so many frames, for a machine with less memory."""
-    parts = [piece.tokens[:, at : at + frames] for at in range(0, piece.tokens.shape[1], frames)]
-    kept = [masked_tail(part, frames) for part in parts if (part[1] >= 0).any()]
-    return [replace(piece, tokens=part, name=f"{piece.name}, part {number}") for number, part in enumerate(kept, 1)]

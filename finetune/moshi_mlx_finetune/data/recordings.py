@@ -124,8 +124,8 @@ def open_recording(path: Path) -> Recording:
         raise AudioError(f"{path} is not a sound file that can be read: {error}") from error
     if info.channels != 2:
         raise AudioError(
-            f"{path} has {info.channels} channel{'s' * (info.channels != 1)}: two are needed, the voice to learn on the "
-            "left and the other speaker on the right"
+            f"{path} has {info.channels} channel{'s' * (info.channels != 1)}: two are needed, the voice to learn on "
+            "the left and the other speaker on the right"
         )
     if not MIN_RATE <= info.samplerate <= MAX_RATE:
         raise AudioError(f"{path} has a sample rate of {info.samplerate} Hz: {MIN_RATE} to {MAX_RATE} is supported")

@@ -24,7 +24,7 @@ from moshi_mlx.disk import replacing
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.models.lm import Lm
 
-__all__ = ["FILE", "Adapter", "add_adapter", "file_names", "flat", "save_adapter", "trained_tables"]
+__all__ = ["FILE", "Adapter", "adapted_sizes", "add_adapter", "file_names", "flat", "save_adapter", "trained_tables"]
 
 FILE = "lora.safetensors"
 Part = Literal["all", "temporal", "depth"]
@@ -92,6 +92,15 @@ def add_adapter(lm: Lm, adapter: Adapter, seed: int = 0) -> None:
             table.weight = table.weight.astype(mx.float32)
     lm.train()
     mx.eval(lm.parameters())
+
+
+def adapted_sizes(lm: Lm, adapter: Adapter) -> list[tuple[int, int]]:
+    """Inputs and outputs of every layer that gets an update, or has one."""
+    sizes = []
+    for _, module in _linear_layers(lm, adapter.part):
+        outputs, inputs = module.weight.shape
+        sizes.append((inputs * 32 // module.bits if isinstance(module, nn.QuantizedLinear) else inputs, outputs))
+    return sizes
 
 
 def _linear_layers(lm: Lm, part: Part) -> Iterator[tuple[str, nn.Module]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class Plan:
     clip: float = 1.0
     batch: int = 1
     accumulate: int = 1
-    weights: Weights = Weights()
-    adapter: Adapter = Adapter()
+    weights: Weights = field(default_factory=Weights)
+    adapter: Adapter = field(default_factory=Adapter)
     recompute: bool = True
     seed: int = 0
 
@@ -167,8 +167,8 @@ class Trainer:
         mx.eval(norm)
         if not np.isfinite(norm.item()):
             raise ConfigError(
-                f"step {self.step_count + 1}: the gradient is not finite: train with a smaller rate (--rate), and look at "
-                "the recordings with 'moshi-mlx-finetune prepare'"
+                f"step {self.step_count + 1}: the gradient is not finite: train with a smaller rate (--rate), and "
+                "look at the recordings with 'moshi-mlx-finetune prepare'"
             )
         rate, beta = one_cycle(self.step_count, plan.steps, plan.rate, plan.rising)
         self.optimizer.learning_rate = rate
@@ -179,6 +179,16 @@ class Trainer:
         self.step_count += 1
         text, audio = seen / len(batches)
         return Figures(float(text), float(audio), float(norm.item()), rate)
+
+    def trial(self, frames: int) -> None:
+        """Compute a gradient of random tokens, and throw it away."""
+        config, rng = self.lm.config, np.random.default_rng(0)
+        audio = rng.integers(0, config.card, (self.plan.batch, config.n_q, frames))
+        text = rng.integers(0, config.text_out, (self.plan.batch, 1, frames))
+        pieces = [Piece(tokens.astype(np.int32), "") for tokens in np.concatenate([text, audio], axis=1)]
+        _, gradient = self._gradient(self._masters, *self._arrays(pieces))
+        mx.eval(gradient)
+        self.lm.update(self._masters)
 
     def evaluate(self, pieces: Sequence[Piece]) -> Figures:
         """Mean losses of pieces, one after the other."""
