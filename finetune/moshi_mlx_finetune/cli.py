@@ -147,6 +147,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="memory to use (default: what Metal grants, else three quarters of the machine's)")  # fmt: skip
     add("--keep-activations", action="store_true",
         help="keep what layers compute for the backward pass: faster, more memory")  # fmt: skip
+    add("--base", choices=("auto", "packed", "unpacked"), default="auto",
+        help="quantized weights while training: unpacked is faster on a CPU, and the same numbers (default auto: "
+             "unpacked on a CPU if they are an eighth of the memory at most)")  # fmt: skip
     see = parser.add_argument_group("what is shown and kept")
     add = see.add_argument
     add("--validation", metavar="DATA", help="recordings to judge by (default: a share of DATA, which is not learnt)")

@@ -60,11 +60,11 @@ def test_a_training_that_is_stopped_goes_on(
     assert "other settings (steps)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("backend", ["mlx", "numpy"])
-def test_a_packed_base(tmp_path: Path, backend: Any) -> None:
+@pytest.mark.parametrize(("backend", "base"), [("mlx", "packed"), ("numpy", "unpacked")])
+def test_a_packed_base(tmp_path: Path, backend: Any, base: str) -> None:
     """If this fails, the base is unpacked or changed by training, or its update is not applied when it is loaded."""
     model, data, out = checkpoint(tmp_path / "model", quantized=True), recordings(tmp_path / "data"), tmp_path / "out"
-    assert train(model, data, out, "--steps", "3") == 0
+    assert train(model, data, out, "--steps", "3", "--base", base) == 0
     update, _ = read_safetensors(out / "lora.safetensors")
     assert any(mx.abs(value).max().item() > 0 for name, value in update.items() if "lora_B" in name)
     plain, tuned = (
@@ -72,8 +72,8 @@ def test_a_packed_base(tmp_path: Path, backend: Any) -> None:
         moshi_mlx.load(str(model), lora=out / "lora.safetensors", backend=backend),
     )
     layer = tuned.lm.transformer.layers[0].gating.linear_in
-    base = plain.lm.transformer.layers[0].gating.linear_in
-    assert mx.array_equal(layer.linear.weight, base.weight) and layer.linear.weight.dtype == mx.uint32
+    before = plain.lm.transformer.layers[0].gating.linear_in
+    assert mx.array_equal(layer.linear.weight, before.weight) and layer.linear.weight.dtype == mx.uint32
     pcm = np.random.default_rng(0).normal(0, 0.1, 24000).astype(np.float32)
     replies = [m.reply(pcm, 24000, tail=0.5).text for m in (plain, tuned)]
     tokens = mx.array(np.random.default_rng(1).integers(0, 60, (1, 7, 10)))
