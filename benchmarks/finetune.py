@@ -52,6 +52,7 @@ FRAME, RATE = 1920, 12.5
 AHEAD = 0.16  # seconds by which the model in the package writes a word before it says it
 BEFORE, AFTER = 8, 60  # frames of room before a question, and for the answer
 EXCHANGES = 2  # in a conversation
+OPTIONS = "--duration 12 --batch 4 --rank 16 --rate 0.001 --keep-activations --validation-share 0 --log-every 25"
 
 
 def speak_question(text: str, voice: str, noise: np.random.Generator) -> tuple[NDArray[np.float32], int, int]:
@@ -194,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10, help="of recordings (10)")
     parser.add_argument("--old", type=float, default=0.35, help="share of old questions in them (0.35)")
     parser.add_argument("--count", type=int, default=200, help="questions of each kind to judge by (200)")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--options", default="", help="more options of 'moshi-mlx-finetune train'")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--options", default=OPTIONS, help=f"of 'moshi-mlx-finetune train' ({OPTIONS})")
     options = parser.parse_args(argv)
     recordings = options.folder / "recordings"
     if not (recordings / "recordings.jsonl").exists():
