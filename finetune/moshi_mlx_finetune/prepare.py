@@ -11,6 +11,7 @@ import numpy as np
 
 from moshi_mlx.disk import replacing
 from moshi_mlx.errors import AudioError, ConfigError
+from moshi_mlx.tasks.transcribe import SpeechToText
 
 from .data.pieces import cut_recording
 from .data.recordings import MAIN, Recording, find_recordings, open_recording, read_piece, words_file
@@ -19,7 +20,6 @@ from .show import Bar, say
 
 if TYPE_CHECKING:
     from moshi_mlx.engine.text import TextTokenizer
-    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = ["prepare"]
 
@@ -45,7 +45,7 @@ def _recognise(args: argparse.Namespace, recordings: list[Recording]) -> list[Re
             return recordings
         bar.stage(f"loading {args.recogniser}")
         model = moshi_mlx.load(args.recogniser, on_progress=bar.line)
-        if model.purpose != "speech-to-text":
+        if not isinstance(model, SpeechToText):
             raise ConfigError(
                 f"{args.recogniser} is for {model.purpose}: --recogniser needs a speech-to-text model, such as "
                 "kyutai/stt-1b-en_fr-mlx"
@@ -59,13 +59,12 @@ def _recognise(args: argparse.Namespace, recordings: list[Recording]) -> list[Re
     return [open_recording(recording.path) for recording in recordings]
 
 
-def heard(model: Moshi, recording: Recording) -> list[TimedWord]:
+def heard(model: SpeechToText, recording: Recording) -> list[TimedWord]:
     """Words of a recording's left channel by a speech-to-text model."""
     pcm, _ = read_piece(recording, 0.0, recording.seconds, model.sample_rate)
     if np.abs(pcm).max() < _QUIET:
         return []
-    transcribe: Any = getattr(model, "transcribe", model.reply)
-    words = transcribe(pcm, model.sample_rate).words
+    words = model.transcribe(pcm, model.sample_rate).words
     return [TimedWord(word.text.strip(), word.start, word.end) for word in words]
 
 

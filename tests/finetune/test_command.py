@@ -20,6 +20,7 @@ from moshi_mlx_finetune.learn.trainer import Trainer
 import moshi_mlx
 from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.engine.text import Word
+from moshi_mlx.tasks.transcribe import SpeechToText
 
 from .helpers import checkpoint, recording, recordings
 
@@ -153,7 +154,8 @@ def test_prepare_adds_words(
         heard.append(pcm)
         return SimpleNamespace(words=(Word(" hello", 0.48, 0.9), Word(" moshi", 1.0, 1.4)))
 
-    recogniser = SimpleNamespace(purpose="speech-to-text", sample_rate=24000, transcribe=transcribe, reply=None)
+    recogniser: Any = SpeechToText.__new__(SpeechToText)
+    recogniser.codec, recogniser.transcribe = SimpleNamespace(sample_rate=24000), transcribe
     monkeypatch.setattr(moshi_mlx, "load", lambda *_, **__: recogniser)
     command = ["prepare", str(tmp_path / "data"), "--model", str(model)]
     assert main([*command, "--recogniser", "stt", "--again"]) == 0
@@ -165,7 +167,7 @@ def test_prepare_adds_words(
     assert written["title"] == "kept" and [entry[2] for entry in written["alignments"]] == [
         "SPEAKER_OTHER", "SPEAKER_MAIN", "SPEAKER_MAIN",
     ]  # fmt: skip
-    recogniser.purpose = "dialogue"
+    monkeypatch.setattr(moshi_mlx, "load", lambda *_, **__: SimpleNamespace(purpose="dialogue"))
     assert main([*command, "--recogniser", "stt", "--again"]) == 1
     assert "needs a speech-to-text model" in capsys.readouterr().err
 
