@@ -218,7 +218,7 @@ class _Run:
         args, trainer, plan = self.args, self.trainer, self.trainer.plan
         if (self.out / STATE).exists():
             extra = trainer.load(self.out / STATE)
-            self.curves = {name: [tuple(point) for point in curve] for name, curve in extra["curves"].items()}  # type: ignore[misc]
+            self.curves = {name: [tuple(point) for point in curve] for name, curve in extra["curves"].items()}
             self.bar.line(f"going on from step {trainer.step_count}")
             self.last = Figures(*extra["last"])
         self.bar.stage("training", plan.steps, trainer.step_count)

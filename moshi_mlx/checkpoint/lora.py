@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -117,13 +118,12 @@ def attach_lora(model: nn.Module, pairs: LowRank, scaling: float, dtype: mx.Dtyp
         return
     from mlx_lm.tuner.lora import LoRALinear
 
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     layers = []
     for name, (a, b) in pairs.items():
-        linear = modules[name]
-        if not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
+        if not isinstance(modules[name], (nn.Linear, nn.QuantizedLinear)):
             raise CheckpointError(f"the update changes {name}, which is not a linear layer")
-        layer = LoRALinear.from_base(linear, r=a.shape[0], scale=scaling)
+        layer = LoRALinear.from_base(modules[name], r=a.shape[0], scale=scaling)
         if a.ndim != 2 or b.ndim != 2 or a.T.shape != layer.lora_a.shape or b.T.shape != layer.lora_b.shape:
             fit = [layer.lora_b.shape[1], layer.lora_a.shape[0]]
             raise CheckpointError(f"the update of {name}, {list(b.shape)} times {list(a.shape)}, does not fit {fit}")

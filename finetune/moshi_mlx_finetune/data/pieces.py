@@ -161,8 +161,8 @@ def load_pieces(path: Path, key: Mapping[str, Any], make: Callable[[], list[Piec
     pieces = make()
     if pieces:
         about = [[piece.name, piece.conditions] for piece in pieces]
-        tokens = mx.array(np.stack([piece.tokens for piece in pieces]).astype(np.int32))
-        write_safetensors(path, {"tokens": tokens}, {"key": digest, "about": json.dumps(about)})
+        stacked = mx.array(np.stack([piece.tokens for piece in pieces]).astype(np.int32))
+        write_safetensors(path, {"tokens": stacked}, {"key": digest, "about": json.dumps(about)})
     return pieces
 
 

@@ -103,7 +103,7 @@ def adapted_sizes(lm: Lm, adapter: Adapter) -> list[tuple[int, int]]:
     return sizes
 
 
-def _linear_layers(lm: Lm, part: Part) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(lm: Lm, part: Part) -> Iterator[tuple[str, Any]]:
     for name, module in lm.named_modules():
         if not isinstance(module, (nn.Linear, nn.QuantizedLinear)) or _LEFT_OUT.search(name):
             continue
