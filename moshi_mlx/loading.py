@@ -54,7 +54,8 @@ def load(
     codec : {"auto", "rust", "mlx", "numpy"}
         Implementation of the codec; see :func:`moshi_mlx.codec.base.make_codec`.
     lora : path, optional
-        ``lora.safetensors`` of moshi-finetune to merge; by default the one that the checkpoint names.
+        ``lora.safetensors`` of moshi-finetune or moshi-mlx-finetune, merged, or kept beside quantized weights; by
+        default the one that the checkpoint names.
     lora_scaling : float, optional
         Its scale; by default the checkpoint's.
     dtype : mx.Dtype, optional

@@ -1,6 +1,6 @@
 """Build the wheel, install it alone into an empty folder, and look at what appeared there.
 
-Exactly three import packages may appear; what the library reads at run time must come along; and nothing that only the
+Exactly four import packages may appear; what the library reads at run time must come along; and nothing that only the
 repository needs may. Prints what it found and exits with 1 where something is wrong.
 
     python scripts/check_wheel.py
@@ -14,13 +14,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED = ["moshi_mlx", "moshi_mlx_app", "moshi_mlx_quantize"]
-FOLDERS = [ROOT / "moshi_mlx", ROOT / "app" / "moshi_mlx_app", ROOT / "quantize" / "moshi_mlx_quantize"]
+EXPECTED = ["moshi_mlx", "moshi_mlx_app", "moshi_mlx_finetune", "moshi_mlx_quantize"]
+FOLDERS = [
+    ROOT / "moshi_mlx",
+    ROOT / "app" / "moshi_mlx_app",
+    ROOT / "finetune" / "moshi_mlx_finetune",
+    ROOT / "quantize" / "moshi_mlx_quantize",
+]
 LARGEST_WHEEL = 60 * 2**20
 
 
 def tracked_files() -> set[str]:
-    """Files under version control in the three packages, as the wheel should name them."""
+    """Files under version control in the four packages, as the wheel should name them."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     return {str(path.relative_to(folder.parent)) for path in paths for folder in FOLDERS if path.is_relative_to(folder)}
@@ -37,7 +42,7 @@ def check(installed: Path, wheel: Path) -> list[str]:
     files = {str(path.relative_to(installed)) for name in EXPECTED for path in (installed / name).rglob("*")}
     wrong += [f"missing from the wheel: {name}" for name in sorted(tracked_files() - files)]
     wrong += [f"no py.typed in {name}" for name in EXPECTED if f"{name}/py.typed" not in files]
-    for script in ("moshi-mlx-local", "moshi-mlx-quantize"):
+    for script in ("moshi-mlx-local", "moshi-mlx-quantize", "moshi-mlx-finetune"):
         if not (installed / "bin" / script).exists():
             wrong.append(f"no console command {script}")
     if wheel.stat().st_size > LARGEST_WHEEL:

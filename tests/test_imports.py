@@ -1,6 +1,6 @@
 """Which package may import which. docs/architecture.md describes the order; here the source is checked against it.
 
-app -> moshi_mlx <- quantize           app and quantize never meet; training may use all, and nothing that ships uses it
+app -> moshi_mlx <- quantize, finetune  these three never meet; training may use all, and nothing that ships uses it
 errors, disk, schema, config, tokens, state, audio < layers < models < cpu, checkpoint < codec < engine
   < sharding, tasks < realtime, loading
 """
@@ -21,6 +21,7 @@ PACKAGES = {
     "moshi_mlx": ROOT / "moshi_mlx",
     "moshi_mlx_app": ROOT / "app" / "moshi_mlx_app",
     "moshi_mlx_quantize": ROOT / "quantize" / "moshi_mlx_quantize",
+    "moshi_mlx_finetune": ROOT / "finetune" / "moshi_mlx_finetune",
     "moshi_mlx_training": ROOT / "training" / "moshi_mlx_training",
 }
 
@@ -109,25 +110,28 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     assert room("moshi_mlx.layers.attention") == "layers" and room("moshi_mlx.load") is None
 
 
-def test_app_and_quantize_never_meet() -> None:
-    """If this fails, the program and the quantizer can no longer be changed or shipped apart."""
-    for package, other in (("moshi_mlx_app", "moshi_mlx_quantize"), ("moshi_mlx_quantize", "moshi_mlx_app")):
-        for name, path in modules(package):
-            for line, target in imports(name, path):
-                assert target.split(".")[0] != other, f"{path}:{line} imports {target}"
+PROGRAMS = ("moshi_mlx_app", "moshi_mlx_quantize", "moshi_mlx_finetune")
 
 
-def test_the_library_knows_neither_program() -> None:
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_the_programs_never_meet(package: str) -> None:
+    """If this fails, the programs can no longer be changed or shipped apart."""
+    for name, path in modules(package):
+        for line, target in imports(name, path):
+            assert target.split(".")[0] not in set(PROGRAMS) - {package}, f"{path}:{line} imports {target}"
+
+
+def test_the_library_knows_no_program() -> None:
     """If this fails, `import moshi_mlx` pulls audio devices or a terminal into somebody's application."""
     for name, path in modules("moshi_mlx"):
         for line, target in imports(name, path):
-            assert target.split(".")[0] not in {"moshi_mlx_app", "moshi_mlx_quantize"}, f"{path}:{line}: {target}"
+            assert target.split(".")[0] not in PROGRAMS, f"{path}:{line}: {target}"
             assert target.split(".")[0] not in {"sounddevice", "rich"}, f"{path}:{line} imports {target}"
 
 
 def test_nothing_that_ships_knows_the_training() -> None:
     """If this fails, an installed command ends with an import error: the wheel leaves the training out."""
-    for package in ("moshi_mlx", "moshi_mlx_app", "moshi_mlx_quantize"):
+    for package in ("moshi_mlx", *PROGRAMS):
         for name, path in modules(package):
             for line, target in imports(name, path):
                 assert target.split(".")[0] != "moshi_mlx_training", f"{path}:{line} imports {target}"

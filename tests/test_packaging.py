@@ -21,7 +21,7 @@ def project_dependencies() -> list[str]:
     return re.findall(r'"([^"\n]+)"', re.sub(r"#.*", "", table))
 
 
-@pytest.mark.parametrize("command", ["moshi-mlx-local", "moshi-mlx-quantize"])
+@pytest.mark.parametrize("command", ["moshi-mlx-local", "moshi-mlx-quantize", "moshi-mlx-finetune"])
 def test_console_commands_exist(command: str) -> None:
     """If this fails, an installed command ends in an ImportError."""
     target = re.search(rf'^{command} = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE)
@@ -29,7 +29,7 @@ def test_console_commands_exist(command: str) -> None:
     assert callable(getattr(importlib.import_module(target[1]), target[2]))
 
 
-@pytest.mark.parametrize("module", ["moshi_mlx_app", "moshi_mlx_quantize"])
+@pytest.mark.parametrize("module", ["moshi_mlx_app", "moshi_mlx_quantize", "moshi_mlx_finetune"])
 def test_help_needs_no_model(module: str) -> None:
     """If this fails, `--help` needs a download, an audio library or a minute."""
     code = f"import sys; from {module}.cli import main; sys.exit(main(['--help']))"
@@ -38,7 +38,10 @@ def test_help_needs_no_model(module: str) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "app", "quantize"))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "app", "quantize", "finetune")),
+        },
     )
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()

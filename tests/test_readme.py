@@ -40,6 +40,8 @@ NOT_RUN = {
     r" --distill ": "minutes: tests/quantize/test_distill.py runs it on a smaller model",
     r"-m moshi_mlx_training\.": "hours",
     r"^mlx\.launch --hostfile ": "needs other machines: tests/test_sharding.py starts processes on this one",
+    r"^moshi-mlx-finetune train kyutai/": "downloads a model",
+    r"-m benchmarks\.finetune": "a quarter of an hour: tests/finetune trains smaller models",
 }
 # What stands for the reader's own.
 PLACEHOLDERS = {"SOURCE": "small", "DEST": "smaller"}

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, MoshiError
 from ..models.lm import Lm
 from .finite import check_finite
 from .layouts import MISMATCH, detect_layout, stored_names, to_internal
-from .lora import merge_lora
+from .lora import LowRank, attach_lora, merge_lora
 from .quantization import FLOATS, dequantize_tables, find_quantization, module_widths, quantize_modules
 from .readers import read_json, read_shapes, read_tensors, shown
 
@@ -98,7 +98,7 @@ def load_lm(
         Safetensors or GGUF files, or the index of a sharded checkpoint; in PyTorch's, MLX's, candle's or (Helium)
         Hugging Face's layout.
     lora : path, optional
-        ``lora.safetensors`` of moshi-finetune, merged into the weights.
+        ``lora.safetensors`` of moshi-finetune, merged into the weights; beside quantized ones it stays on its own.
     lora_scaling : float, optional
         Factor on it; by default the configuration's.
     dtype : mx.Dtype, optional
@@ -118,7 +118,7 @@ def load_lm(
     tensors = read_tensors(listed)
     update = None if lora is None else read_tensors(lora)
     try:
-        model = fit_lm(config, tensors, update=update, lora_scaling=lora_scaling, dtype=dtype)
+        model = fit_lm(config, tensors, update=update, lora_scaling=lora_scaling, dtype=dtype, beside=True)
     except CheckpointError as error:
         raise CheckpointError(f"{where}{'' if lora is None else f' with {lora}'}: {error}") from error
     tensors.clear()  # the model holds what it needs; the rest must not stay in memory
@@ -142,15 +142,21 @@ def fit_lm(
     update: Mapping[str, mx.array] | None = None,
     lora_scaling: float | None = None,
     dtype: mx.Dtype | None = None,
+    beside: bool = False,
 ) -> Lm:
-    """Like :func:`load_lm`, from a file's tensors; they stay unread (lazy) in the model returned."""
+    """Like :func:`load_lm`, from a file's tensors; they stay unread (lazy) in the model returned.
+
+    Without ``beside``, an update of quantized modules is refused.
+    """
     whole = config if isinstance(config, ModelConfig) else ModelConfig(lm=config)
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     layout = detect_layout(tensors)
     params = to_internal(tensors, layout, whole.lm)
+    scaling = whole.lora_scaling if lora_scaling is None else lora_scaling
+    pairs: LowRank = {}
     if update is not None:
-        params = merge_lora(params, update, whole.lora_scaling if lora_scaling is None else lora_scaling, whole.lm)
+        params = merge_lora(params, update, scaling, whole.lm, pairs if beside else None)
     model = _build(whole.lm, len(tensors))
     if whole.tied_text_head and not any(name.startswith("text_linear.") for name in params):
         params.update(
@@ -170,6 +176,7 @@ def fit_lm(
     if whole.model_type == "hibiki":
         _pad_ends_the_text(params)
     model.load_weights(list(params.items()), strict=True)
+    attach_lora(model, pairs, scaling, target)
     model.eval()
     return model
 

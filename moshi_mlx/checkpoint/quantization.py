@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import CheckpointError, ConfigError
 
@@ -25,6 +25,7 @@ __all__ = [
     "find_quantization",
     "module_widths",
     "quantize_modules",
+    "unpack_modules",
 ]
 
 # Bits and group sizes that each of MLX's modes allows.
@@ -209,3 +210,19 @@ def dequantize_tables(
         dense = mx.dequantize(weight, scales, biases, group_size=q.group_size, bits=q.bits, mode=q.mode)
         result[f"{module}.weight"] = dense.astype(dtype)
     return result
+
+
+def unpack_modules(model: nn.Module) -> None:
+    """The same numbers without packing, in place: on a CPU, products with packed weights take several times as long."""
+    plain: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            continue
+        weight = mx.dequantize(
+            module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
+        )
+        other = nn.Embedding(1, 1) if isinstance(module, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias=False)
+        other.weight = weight
+        plain.append((name, other))
+    model.update_modules(tree_unflatten(plain))
+    mx.eval(model.parameters())

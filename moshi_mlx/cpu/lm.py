@@ -302,7 +302,11 @@ def _seen(weight: mx.array) -> Floats:
 
 
 def _dense(module: Any) -> Floats:
-    """The weight [outputs, inputs] of a linear layer or table, unpacked if it is quantized."""
+    """The weight [outputs, inputs] of a linear layer or table, unpacked if it is quantized, with its update."""
+    if "lora_a" in module:
+        merged = mx.array(_dense(module.linear)) + module.scale * (module.lora_a @ module.lora_b).T
+        mx.eval(merged)
+        return _seen(merged)
     if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return _seen(module.weight)
     weight = mx.dequantize(
@@ -354,7 +358,7 @@ def _matrix(module: Any, outputs: int | None = None) -> _Matrix:
     which rows are multiplied, which takes a quarter less time.
     """
     weight = _dense(module)[:outputs].T
-    return _Matrix(np.ascontiguousarray(weight) if isinstance(module, nn.QuantizedLinear) else weight)
+    return _Matrix(weight if isinstance(module, nn.Linear) else np.ascontiguousarray(weight))
 
 
 def _hide(count: int, seen: Any) -> Floats | None:

@@ -169,10 +169,18 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of :class:`TransformerLayer`; its arguments are theirs."""
+    """A stack of :class:`TransformerLayer`; its arguments are theirs.
+
+    Attributes
+    ----------
+    recompute : bool
+        Whether a whole sequence keeps only the inputs of its layers for the backward pass, which computes the rest
+        again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
 
     def __init__(self, num_layers: int, *args: Any, **kwargs: Any):
         super().__init__()
+        self.recompute = False
         self.layers = [TransformerLayer(*args, **kwargs) for _ in range(num_layers)]
 
     def init_state(
@@ -209,7 +217,11 @@ class Transformer(nn.Module):
         """A whole sequence ``x`` [batch, time, dim], with an optional conditioning ``source`` [batch, slots, dim]."""
         mask = None if source is None or source_slots is None else _real(source_slots, source.shape[1])
         for layer in self.layers:
-            x = layer(x, None if source is None else layer.cross_attention.project_source(source), mask)
+            run = nn.utils.checkpoint(layer) if self.recompute else layer
+            if source is None:
+                x = run(x)
+            else:
+                x = run(x, layer.cross_attention.project_source(source), mask)
         return x
 
     def step(self, x: mx.array, state: State, active: mx.array | None = None) -> mx.array:

@@ -127,10 +127,16 @@ class DepthTransformer(nn.Module):
 
     Step k uses weight set ``schedule[k]`` for its input projection, attention and feed-forward layers; embeddings,
     norms before the head, and heads belong to the step itself.
+
+    Attributes
+    ----------
+    recompute : bool
+        As for :class:`~moshi_mlx.layers.transformer.Transformer`, when all codes are given.
     """
 
     def __init__(self, config: LmConfig):
         super().__init__()
+        self.recompute = False
         dim, rank = config.depformer_dim, config.depformer_low_rank_embeddings
         self._schedule = config.schedule
         self.rope = make_rope(config.depformer_pos_emb, config.depth_max_period)
@@ -195,15 +201,23 @@ class DepthTransformer(nn.Module):
             self.linear_in[self._schedule[k]](hidden) + embed_ids(self.embs[k], tokens[:, k]) for k in steps
         ]  # fmt: skip
         for layer in self.layers:
-            split = [layer.split_heads(layer.in_proj[self._schedule[k]](layer.norm1(xs[k]))) for k in steps]
-            heads = self._rotate(layer, mx.concatenate(split, axis=2), 0)
-            attended = layer.attend(*layer.split_queries(heads), "causal").transpose(0, 2, 1, 3)
-            attended = attended.reshape(len(hidden), len(steps), -1)
-            for k in steps:
-                weights = self._schedule[k]
-                x = xs[k] + layer.out_proj[weights](attended[:, k])
-                xs[k] = x + layer.gating[weights](layer.norm2(x))
+            run = partial(self._all_steps, layer)
+            xs = (nn.utils.checkpoint(layer, run) if self.recompute else run)(xs)
         return mx.stack([self._head(k, xs[k]) for k in steps], axis=1)
+
+    def _all_steps(self, layer: DepthLayer, xs: list[mx.array]) -> list[mx.array]:
+        """A layer on all steps of n frames at once, [n, depformer_dim] each."""
+        steps = range(len(xs))
+        split = [layer.split_heads(layer.in_proj[self._schedule[k]](layer.norm1(xs[k]))) for k in steps]
+        heads = self._rotate(layer, mx.concatenate(split, axis=2), 0)
+        attended = layer.attend(*layer.split_queries(heads), "causal").transpose(0, 2, 1, 3)
+        attended = attended.reshape(len(xs[0]), len(xs), -1)
+        out = []
+        for k in steps:
+            weights = self._schedule[k]
+            x = xs[k] + layer.out_proj[weights](attended[:, k])
+            out.append(x + layer.gating[weights](layer.norm2(x)))
+        return out
 
     def _rotate(self, layer: DepthLayer, heads: mx.array, offset: int) -> mx.array:
         if self.rope is None:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
+from moshi_mlx.checkpoint.quantization import unpack_modules
 from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig
 from moshi_mlx.engine.generator import GenerationConfig, Generator
@@ -47,28 +46,11 @@ def load_weights(path: Path, config: LmConfig) -> Lm:
     if "extra" not in metadata:
         from moshi_mlx.checkpoint.fit import load_lm
 
-        return unpacked(load_lm(config, path))
+        lm = load_lm(config, path)
+        unpack_modules(lm)
+        return lm
     lm = Lm(config)
     lm.load_weights([(n.removeprefix("model.lm."), v) for n, v in arrays.items() if n.startswith("model.lm.")])
-    mx.eval(lm.parameters())
-    return lm
-
-
-def unpacked(lm: Lm) -> Lm:
-    """The same numbers without packing: products with packed weights are several times slower for a batch on a CPU."""
-    plain: list[tuple[str, nn.Module]] = []
-    for name, module in lm.named_modules():
-        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            continue
-        weight = mx.dequantize(
-            module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
-        )
-        rows, width = weight.shape
-        is_table = isinstance(module, nn.QuantizedEmbedding)
-        other = nn.Embedding(rows, width) if is_table else nn.Linear(width, rows, bias=False)
-        other.weight = weight
-        plain.append((name, other))
-    lm.update_modules(tree_unflatten(plain))
     mx.eval(lm.parameters())
     return lm
 

@@ -1,0 +1,1 @@
+"""The program ``moshi-mlx-finetune``: recordings in, a low-rank update of a model out."""

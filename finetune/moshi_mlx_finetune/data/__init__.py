@@ -1,0 +1,1 @@
+"""Recordings with timed words, as the tokens that a model learns from."""

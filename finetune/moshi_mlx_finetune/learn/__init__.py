@@ -1,0 +1,1 @@
+"""What is trained, on what loss, at what rate, and in how much memory."""
