@@ -224,15 +224,16 @@ class Helium(Moshi):
         from mlx_lm.generate import BatchGenerator
 
         limits = [min(max_tokens, self.context - len(ids)) for ids in prompts]
+        network: Any = _Network(self.lm)  # what the generator calls of a module, and no more
         generator = BatchGenerator(
-            _Network(self.lm),
+            network,
             stop_tokens=[[EOS_ID]],
             completion_batch_size=_TOGETHER,
             prefill_batch_size=_TOGETHER,
             prefill_step_size=_PIECE,
         )
         try:
-            samplers = [_Sampler(sampling, seed + index) for index in range(len(prompts))]
+            samplers: list[Any] = [_Sampler(sampling, seed + index) for index in range(len(prompts))]
             names = generator.insert(prompts, limits, samplers=samplers)
             number = {name: index for index, name in enumerate(names)}
             streams = [self._tokenizer.detokenizer(strip_leading_space=False) for _ in prompts]
