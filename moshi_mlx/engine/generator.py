@@ -111,8 +111,11 @@ class Generator:
         self.config = config or GenerationConfig()
         model = lm.config
         self._stepper = make_stepper(lm, kv_bits)
-        rows = Rows if lm.sharding is None else lm.sharding.rows
-        self._rows: Rows = rows(lm, self._stepper, self.config, kv_bits, pinning)
+        self._rows: Rows = (
+            Rows(lm, self._stepper, self.config, kv_bits, pinning)
+            if lm.sharding is None
+            else lm.sharding.rows(lm, self._stepper, self.config, kv_bits)
+        )
         self._columns = self._rows.columns
         self._delays = np.array(model.delays)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)
@@ -559,6 +562,8 @@ class Generator:
         """Vectors [n, dim], and which of the conversations have one."""
         if not embedded:
             return None
+        if self.lm.sharding is not None:
+            raise ConfigError("a model on several machines takes no embeddings: use a recording as voice")
         if embedded.keys() - set(names):
             raise StateError(f"embeddings are for conversations that step, {list(names)}; found {list(embedded)}")
         vectors, given = np.zeros((len(names), self.lm.config.dim), np.float32), np.zeros(len(names), bool)

@@ -71,7 +71,7 @@ class Rows:
         Keys of the noise of text and codes, for position 0.
     """
 
-    def __init__(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None, pinning: bool):
+    def __init__(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None, pinning: bool = False):
         model = lm.config
         self._lm, self._stepper, self._config, self._kv_bits = lm, stepper, config, kv_bits
         self._pinning = pinning

@@ -20,8 +20,10 @@ from moshi_mlx_app.options import (
     add_generation_options,
     add_machine_options,
     add_model_options,
+    add_role_options,
     bounded,
     generation_from,
+    opening_from,
 )
 from moshi_mlx_app.recording.audio_files import Recording
 from moshi_mlx_app.recording.interrupt import no_interrupt
@@ -33,6 +35,8 @@ from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
     from moshi_mlx.engine.generator import GenerationConfig
+    from moshi_mlx.engine.pipeline import Opening
+    from moshi_mlx.engine.session import Session
     from moshi_mlx.realtime import Trace
     from moshi_mlx.tasks.dialogue import Moshi
 
@@ -97,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_trace_option(parser)
     add_model_options(parser)
+    add_role_options(parser)
     add_generation_options(parser)
     add_cache_option(parser)
     add_machine_options(parser)
@@ -213,6 +218,7 @@ class _Answer:
         tail = model.trailing_silence(args.tail)
         generation = generation_from(args, generation_defaults(model.config))
         check_seed(args.seed, model, generation)
+        opening = opening_from(args, model)
         samples = recording.length(rate) + tail
         channels = ("moshi",) if args.mono else ("moshi", "user")
         if self.transcript is not None:
@@ -235,7 +241,7 @@ class _Answer:
         )
         text = not (args.quiet or args.json)
         with (
-            model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits) as session,
+            self._session(model, generation, opening) as session,
             AnswerProgress(samples / rate, text=text, bar=not args.quiet) as face,
         ):
             write = self._file.write
@@ -252,6 +258,17 @@ class _Answer:
                 about.text += frame.text
                 about.words += frame.words
                 face.frame(self.seconds, frame.text)
+
+    def _session(self, model: Moshi, generation: GenerationConfig, opening: Opening | None) -> Session:
+        """The conversation, after its prompts."""
+        from moshi_mlx.engine.pipeline import Settings
+        from moshi_mlx.engine.session import Session
+        from moshi_mlx_app.screen.terminal import Loading
+
+        args, settings = self.args, Settings(self.args.seed, generation, opening=opening)
+        with Loading(shown=opening is not None and not args.quiet) as loading:
+            told = lambda done, total: loading(f"telling the model its role: {done} of {total}")  # noqa: E731
+            return Session(model.engine, settings, kv_bits=args.kv_bits, on_opening=None if opening is None else told)
 
     def finish(self) -> None:
         """Move the files to their names and say where they are."""

@@ -143,7 +143,7 @@ async function start() {
 
 function connect() {
   show("connecting", states.connecting);
-  page.wire = new Wire(panel.sampling(), {
+  page.wire = new Wire({ ...panel.sampling(), ...panel.roles() }, {
     begun: (metadata) => begin(metadata),
     sound: (samples) => {
       page.received += samples.length;
