@@ -33,6 +33,7 @@ spec = importlib.util.spec_from_file_location("make_personaplex", GOLDEN / "make
 assert spec is not None and spec.loader is not None
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
+SHORT = 64
 GREEDILY = GenerationConfig(GREEDY, GREEDY)
 golden: dict[str, Any] = {
     name: np.array(value) for name, value in mx.load(str(GOLDEN / "personaplex" / "golden.safetensors")).items()
@@ -53,11 +54,22 @@ def config() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def lm(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Lm:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lm") / "model.safetensors"
-    weights = made.random_weights(about["shapes"])
-    write_safetensors(path, {name: mx.array(value) for name, value in weights.items()})
-    return load_lm(config, (path,))
+    made_of = made.random_weights(about["shapes"])
+    write_safetensors(path, {name: mx.array(value) for name, value in made_of.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(config: ModelConfig, weights: Path) -> Lm:
+    return load_lm(config, (weights,))
+
+
+@pytest.fixture(scope="module")
+def short(config: ModelConfig, weights: Path) -> Lm:
+    """The same with a context that a test can leave."""
+    return load_lm(replace(config, lm=replace(config.lm, context=SHORT)), (weights,))
 
 
 def opening(lm: Lm, voice: Any, role: list[int] | None = None, pin: bool = False) -> Opening:
@@ -103,8 +115,8 @@ class Run:
 def test_columns_as_nvidias(lm: Lm, name: str) -> None:
     """What PersonaPlex reads at some position of its prompts, or answers in 200 live frames, differs from NVIDIA's.
 
-    Theirs runs 16 depth steps, ours 8, and the context of 96 wraps: equal tokens say that the other eight change
-    nothing. They read a user frame one call later, so their call j + 1 is our frame j.
+    Theirs runs 16 depth steps and ours 8: equal tokens say that the other eight change nothing. They read a user frame
+    one call later, so their call j + 1 is our frame j.
     """
     voice = made.random_codes(7, 1).astype(np.int32) if name == "recording" else saved_voice()
     prompts = opening(lm, voice)
@@ -169,42 +181,40 @@ def test_empty_role_has_no_tokens(lm: Lm) -> None:
 
 
 @pytest.mark.usefixtures("steppers")
-@pytest.mark.parametrize("kv_bits", [None, 8])
-def test_pinning_is_exact_without_wrap(lm: Lm, kv_bits: int | None) -> None:
+def test_pinning_is_exact_without_wrap(short: Lm) -> None:
     """A pinned prompt changes a conversation that fits into the context."""
-    del kv_bits
-    live = made.random_codes(made.CONTEXT - 40, 3)
-    runs = [Run(lm, opening(lm, saved_voice(), pin=pin)) for pin in (False, True)]
+    live = made.random_codes(SHORT - 25, 3)
+    runs = [Run(short, opening(short, saved_voice(), pin=pin)) for pin in (False, True)]
     for codes in live:
         one, other = (run.live(codes) for run in runs)
         assert one.text == other.text and (one.codes is None or np.array_equal(one.codes, other.codes))
 
 
-def test_pinned_state_is_kept(lm: Lm) -> None:
+def test_pinned_state_is_kept(short: Lm) -> None:
     """A conversation with a pinned role goes on otherwise after it was saved and restored, behind the context."""
-    live = made.random_codes(3 * made.CONTEXT, 4)
-    run = Run(lm, opening(lm, saved_voice(), pin=True))
-    for codes in live[: 2 * made.CONTEXT]:
+    live = made.random_codes(3 * SHORT, 4)
+    run = Run(short, opening(short, saved_voice(), pin=True))
+    for codes in live[: 2 * SHORT]:
         run.live(codes)
     snapshot = run.generator.snapshot()
-    other = Generator(lm, GREEDILY, seeds=None, pinning=True)
+    other = Generator(short, GREEDILY, seeds=None, pinning=True)
     (row,) = other.adopt(snapshot)
-    for codes in live[2 * made.CONTEXT :]:
+    for codes in live[2 * SHORT :]:
         (step,) = other.step_rows([row], codes[None])
         expected = run.live(codes)
         assert step.text == expected.text and np.array_equal(step.codes, expected.codes)
 
 
-def test_pinned_rows_beside_others(lm: Lm) -> None:
+def test_pinned_rows_beside_others(short: Lm) -> None:
     """In a batch with rows that pin nothing, or something else, a row answers otherwise than alone; both paths."""
-    live = made.random_codes(2 * made.CONTEXT, 5)
+    live = made.random_codes(2 * SHORT, 5)
     for stepper in (None, Stepper):
         with pytest.MonkeyPatch.context() as patch:
             if stepper is not None:
                 patch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
-            alone = [Run(lm, opening(lm, saved_voice(), pin=pin), seed=seed) for seed, pin in ((0, True), (1, False))]
-            together = Generator(lm, GREEDILY, seeds=None, pinning=True)
-            prompts = [opening(lm, saved_voice(), pin=pin) for pin in (True, False)]
+            alone = [Run(short, opening(short, saved_voice(), pin=pin), seed=seed) for seed, pin in ((0, True), (1, False))]
+            together = Generator(short, GREEDILY, seeds=None, pinning=True)
+            prompts = [opening(short, saved_voice(), pin=pin) for pin in (True, False)]
             rows = [together.join(seed, pinned=one.pinned) for seed, one in enumerate(prompts)]
             for at in range(len(prompts[0])):
                 vectors = {row: one.embedded[at] for row, one in zip(rows, prompts) if at < len(one.embedded)}
@@ -223,13 +233,13 @@ def test_pinned_rows_beside_others(lm: Lm) -> None:
                     assert np.array_equal(step.text, expected.text) and np.array_equal(step.codes, expected.codes)
 
 
-def parrot(lm: Lm) -> Lm:
+def parrot(short: Lm) -> Lm:
     """A model whose text is the token that its first pinned position read, as long as that is seen.
 
     Constructed: one attention head finds the position whose text is the role's (its key is large only there), and
     copies it to the output; everything else is zero.
     """
-    config = replace(lm.config, positional_embedding="none", num_layers=1)
+    config = replace(short.config, positional_embedding="none", num_layers=1)
     built = Lm(config)
     zero = {name: mx.zeros_like(value) for name, value in flat(built).items()}
     dim, head = config.dim, config.dim // config.num_heads
@@ -266,12 +276,12 @@ def flat(lm: Lm) -> dict[str, mx.array]:
 
 @pytest.mark.usefixtures("steppers")
 @pytest.mark.parametrize("pin", [False, True])
-def test_a_role_outlives_the_context(lm: Lm, pin: bool) -> None:
+def test_a_role_outlives_the_context(short: Lm, pin: bool) -> None:
     """A role that is pinned no longer steers the model after three contexts (or, unpinned, the case shows nothing)."""
-    model = parrot(lm)
+    model = parrot(short)
     run = Run(model, opening(model, None, [7], pin=pin))
     said = []
-    for codes in made.random_codes(3 * made.CONTEXT, 6):
+    for codes in made.random_codes(3 * SHORT, 6):
         # Its own words would tell it the role again.
         (step,) = run.generator.step_rows([run.row], codes[None], text=np.array([-2]))
         said.append(int(step.text[0]))
@@ -279,7 +289,7 @@ def test_a_role_outlives_the_context(lm: Lm, pin: bool) -> None:
         inputs[0, 0, run.generator.position_of(run.row) % run.generator._columns] = 3
     assert said[0] == 7
     assert (said[-1] == 7) == pin, said[-10:]
-    assert set(said[: made.CONTEXT - 20]) == {7}
+    assert set(said[: SHORT - 20]) == {7}
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

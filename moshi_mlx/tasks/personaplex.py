@@ -1,8 +1,9 @@
 """Dialogue in a role: PersonaPlex, a Moshi with a voice and a role given by prompts.
 
-A conversation begins with prompts, which are opening steps (:class:`~moshi_mlx.engine.pipeline.Opening`): the voice, half a second of silence, the role with one token a frame, silence again, and one position in which the model
-chooses for the first time. Own codes and text are forced, and the user's side is a sine tone (NVIDIA/personaplex,
-``moshi/models/lm.py``; where each token goes is compared with that code by tests/test_personaplex.py).
+A conversation begins with prompts, which are opening steps (:class:`~moshi_mlx.engine.pipeline.Opening`): the voice,
+half a second of silence, the role with one token a frame, silence again, and one position in which the model chooses
+for the first time. Own codes and text are forced, and the user's side is a sine tone (NVIDIA/personaplex,
+``moshi/models/lm.py``; tests/test_personaplex.py compares where each token goes with that code).
 
 A voice is a recording, whose codes are forced, or a file with the summed embeddings that it gave and the tokens that
 follow them, which needs no codec and no encoder to be replayed.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 OUT = Path(__file__).parent / "personaplex"
-CARD, TEXT_CARD, CONTEXT, LIVE, PAUSE = 64, 48, 96, 200, 6
+CARD, TEXT_CARD, CONTEXT, LIVE, PAUSE = 64, 48, 256, 200, 6
 ROLE = [7, 11, 5, 20, 9]
 CONFIG: dict[str, Any] = {
     "dim": 32,
