@@ -212,7 +212,9 @@ def test_pinned_rows_beside_others(short: Lm) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if stepper is not None:
                 patch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
-            alone = [Run(short, opening(short, saved_voice(), pin=pin), seed=seed) for seed, pin in ((0, True), (1, False))]
+            alone = [
+                Run(short, opening(short, saved_voice(), pin=pin), seed=seed) for seed, pin in ((0, True), (1, False))
+            ]
             together = Generator(short, GREEDILY, seeds=None, pinning=True)
             prompts = [opening(short, saved_voice(), pin=pin) for pin in (True, False)]
             rows = [together.join(seed, pinned=one.pinned) for seed, one in enumerate(prompts)]
