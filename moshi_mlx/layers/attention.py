@@ -345,9 +345,17 @@ class Attention(nn.Module):
         grouped = queries.reshape(batch, self.kv_heads, repeat * time, self.head_dim)
         scores = mx.quantized_matmul(grouped, kw, ks, kb, transpose=True, group_size=group, bits=8)
         if window.pinned is not None:
-            first = [part[:, :, : window.pinned.shape[3]] for part in (kw, ks, kb)]
+            sinks = window.pinned.shape[3]
             turned = self._turned(queries, window).reshape(grouped.shape)
-            far = mx.quantized_matmul(turned, *first, transpose=True, group_size=group, bits=8)
+            far = mx.quantized_matmul(
+                turned,
+                kw[:, :, :sinks],
+                ks[:, :, :sinks],
+                kb[:, :, :sinks],
+                transpose=True,
+                group_size=group,
+                bits=8,
+            )
             weights = _softmax_pinned(scores, far, window)
             out = mx.quantized_matmul(weights, vw, vs, vb, transpose=False, group_size=group, bits=8)
             return out.reshape(batch, self.num_heads, time, self.head_dim)
