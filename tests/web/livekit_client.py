@@ -11,6 +11,7 @@ import json
 import sys
 import time
 
+import aiohttp
 import numpy as np
 from livekit import rtc
 from livekit.plugins.nvidia.experimental.realtime import RealtimeModel
@@ -19,7 +20,11 @@ RATE, FRAME = 24000, 1920
 
 
 async def main(url: str) -> None:
-    model = RealtimeModel(base_url=url, voice="NATF2", text_prompt="You sing.", seed=7)
+    async with aiohttp.ClientSession() as web:
+        await talk(RealtimeModel(base_url=url, voice="NATF2", text_prompt="You sing.", seed=7, http_session=web))
+
+
+async def talk(model: RealtimeModel) -> None:
     session = model.session()
     answers: list[dict[str, object]] = []
     errors: list[str] = []
