@@ -55,10 +55,12 @@ def test_livekits_client() -> None:
     python = livekit_python()
     if not python:
         pytest.skip("no environment with LiveKit's client: make livekit-client, or name one in LIVEKIT_PYTHON")
-    actor = Actor()
+    actor, said = Actor(), list[str]()
 
     async def run() -> subprocess.CompletedProcess[str]:
-        served = Server(Engine(actor), Guard("localhost", ""), Line(2), GenerationConfig(), roles=Roles(actor))
+        served = Server(
+            Engine(actor), Guard("localhost", ""), Line(2), GenerationConfig(), roles=Roles(actor), on_talk=said.append
+        )
         async with listening(served, "127.0.0.1", 0) as port:
             return await asyncio.to_thread(
                 subprocess.run,
@@ -73,7 +75,7 @@ def test_livekits_client() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found, file=sys.stderr)
-    assert not found["errors"], found
+    assert not found["errors"], (found, said)
     assert actor.told[1:] == [("You sing.", "NATF2.pt"), ("You tell jokes.", "NATF2.pt")]
     assert found["before"] >= 2 and len(found["answers"]) > found["before"]
     # What it hears of an answer is the sound of its turn, not the silence behind it: turns end by themselves.
