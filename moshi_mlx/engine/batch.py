@@ -110,6 +110,8 @@ class Batch:
 
     def open(self, row: int, on_step: Callable[[int, int], object] | None = None) -> None:
         """Run all steps before a conversation's first frame at once; ``on_step`` is told :meth:`opened` after each."""
+        if on_step is None:
+            self._predict.open(row)
         while self._predict.opening(row):
             self._predict.step([row], [None])
             if on_step is not None:

@@ -342,7 +342,8 @@ class Rows:
     def _pinned(self, part: State) -> list[int]:
         """Positions that each row of a state of the language model keeps."""
         rings = part["transformer"]
-        return np.array(rings["pinned"] if self._pinning else np.zeros_like(rings["offset"])).tolist()
+        kept: list[int] = np.array(rings["pinned"]).tolist() if self._pinning else [0] * len(rings["offset"])
+        return kept
 
     def _install(self, places: Sequence[tuple[int, int | None]], book: State, parts: list[State]) -> None:
         """Put what :meth:`_read` gave into rows of the state."""

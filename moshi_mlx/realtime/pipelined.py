@@ -176,6 +176,8 @@ class Pipelined:
 
     def _open(self, conversation: Conversation, stage: Predict) -> None:
         """Run all that comes before the first frame, unless the conversation ends before."""
+        if conversation._settings.opening is None:
+            stage.open(_ROW)
         while stage.opening(_ROW) and not self._stopping:
             stage.step([_ROW], [None])
             conversation._on_opening(*stage.opened(_ROW))

@@ -179,7 +179,8 @@ class Scheduler:
                 continue
             heard = self._hear(batch)
             began = time.monotonic()
-            opening = [row for row in self._seats if batch.opening(row)]
+            prompted = [row for row, seat in self._seats.items() if seat.conversation._settings.opening is not None]
+            opening = [row for row in prompted if batch.opening(row)]
             answers = batch.step({row: pcm for row, (pcm, _) in heard.items()})
             for row, answer in answers.items():
                 self._answer(batch, row, answer, heard.get(row))
