@@ -212,7 +212,7 @@ class KyutaiTalk(Talk):
         super().__init__(*shared)
         self._settings = settings
         self._sound: Sound = Pcm()
-        self._silent = 0
+        self._silent = _KEPT_SILENT  # no turn begins with silence
 
     def _open(self) -> None:
         if isinstance(self._settings, BadQuery):
