@@ -23,7 +23,7 @@ TRAIN_READY = $(TRAIN)/.installed
 QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu-path test-train talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client
+.PHONY: help install test test-gpu-path test-train talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client livekit-client
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ $(CLIENT_READY): scripts/make_venv.py
 	@touch $@
 
 kyutai-client: $(CLIENT_READY)  ## Kyutai's Python client, for the tests in which it talks with our server
+
+livekit-client:  ## LiveKit's PersonaPlex client, for the test in which it talks with our server
+	@$(PYTHON) -m venv .venv-livekit && .venv-livekit/bin/pip install -q livekit-agents livekit-plugins-nvidia sphn
 
 resolve: $(READY)  ## show that every dependency has a wheel, per platform and Python (asks the package index)
 	$(BIN)/python scripts/check_resolve.py

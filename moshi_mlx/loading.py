@@ -125,7 +125,8 @@ def load(
         )
     name = str(source) if builtin or files.revision is not None else files.folder.name
     task = TASKS[config.model_type]
-    return task(config, lm, voice, tokenizer, name=name, trained=trained and (voice is None or files.mimi is not None))
+    heard = trained and (voice is None or files.mimi is not None)
+    return task(config, lm, voice, tokenizer, name=name, trained=heard, source=str(source))
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokens": set(),
     "state": {"disk", "errors"},
     "audio": {"errors"},
+    "loudness": {"errors"},
     "layers": {"config", "errors", "state"},
     "models": {"config", "errors", "layers", "schema", "state", "tokens"},
     "cpu": {"config", "errors", "layers", "models", "state"},
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"checkpoint", "cpu", "errors", "models", "state"},
     "engine": {"audio", "codec", "config", "cpu", "errors", "layers", "models", "state"},
     "sharding": {"checkpoint", "config", "cpu", "engine", "errors", "layers", "models", "state"},
-    "tasks": {"audio", "codec", "config", "engine", "errors", "models"},
+    "tasks": {"audio", "checkpoint", "codec", "config", "engine", "errors", "loudness", "models"},
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
     "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "sharding", "tasks"},
 }

@@ -10,15 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` needs no MLX
     from moshi_mlx.engine.generator import GenerationConfig
+    from moshi_mlx.engine.pipeline import Opening
+    from moshi_mlx.tasks.dialogue import Moshi
 
 __all__ = [
     "add_cache_option",
     "add_generation_options",
     "add_machine_options",
     "add_model_options",
+    "add_role_options",
     "bounded",
     "generation_from",
+    "opening_from",
+    "role_from",
 ]
+
+_LONGEST_ROLE = 100_000  # bytes
 
 
 def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -144,6 +151,57 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--python", metavar="PATH", help="Python on the other machines (default: the path that this one has here)"
     )
+
+
+def add_role_options(parser: argparse.ArgumentParser) -> None:
+    """``--role``, ``--voice``, ``--no-pin``: for PersonaPlex."""
+    group = parser.add_argument_group("role (PersonaPlex only)")
+    group.add_argument(
+        "--role",
+        metavar="TEXT",
+        help="what the model is told about itself before the conversation; @FILE reads it from a file; '' for nothing",
+    )
+    group.add_argument(
+        "--voice",
+        metavar="V",
+        help="a voice that comes with the model, such as NATF2, a recording of a few seconds, or a file that the "
+        "command voice wrote; '' for none",
+    )
+    group.add_argument(
+        "--no-pin",
+        action="store_true",
+        help="let the role leave the model's context like everything else (with PersonaPlex after four minutes)",
+    )
+
+
+def opening_from(args: argparse.Namespace, model: Moshi) -> Opening | None:
+    """The prompts that the options ask for; None if there are none.
+
+    Raises
+    ------
+    MoshiError
+        If the model takes none, or they cannot be used.
+    """
+    return model.opening(role_from(args), args.voice, pin=not args.no_pin)
+
+
+def role_from(args: argparse.Namespace) -> str | None:
+    """The text of ``--role``, which may name a file with @."""
+    from moshi_mlx.errors import ConfigError
+
+    given: str | None = args.role
+    if given is None or not given.startswith("@"):
+        return given
+    with open(given[1:], "rb") as file:
+        data = file.read(_LONGEST_ROLE + 1)
+    try:
+        if len(data) > _LONGEST_ROLE:
+            raise ConfigError(
+                f"--role {given}: a role has a few sentences, and this file more than {_LONGEST_ROLE} bytes"
+            )
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--role {given}: the file is not UTF-8 text") from error
 
 
 def generation_from(args: argparse.Namespace, base: GenerationConfig) -> GenerationConfig:

@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, BinaryIO, NoReturn
@@ -20,10 +20,11 @@ from typing import Any, BinaryIO, NoReturn
 import mlx.core as mx
 import numpy as np
 
+from ..disk import replacing
 from ..errors import CheckpointError
 from .opening import open_file
 
-__all__ = ["read_torch_tensors"]
+__all__ = ["read_torch_tensors", "write_torch_tensors"]
 
 MAX_FILE = 256 * 2**20
 MAX_MEMBERS = 4096
@@ -243,3 +244,51 @@ class _Unpickler(pickle._Unpickler):
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+_SAVED = {
+    mx.float32: ("FloatStorage", mx.uint32),
+    mx.float16: ("HalfStorage", mx.uint16),
+    mx.bfloat16: ("BFloat16Storage", mx.uint16),
+    mx.int64: ("LongStorage", mx.uint64),
+    mx.int32: ("IntStorage", mx.uint32),
+}
+
+
+def write_torch_tensors(path: str | os.PathLike[str], tensors: Mapping[str, mx.array]) -> None:
+    """Write a dict of tensors as ``torch.save`` does; an interruption leaves nothing half made.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written.
+    """
+    text = b"".join(_pickled(name, tensor, str(index)) for index, (name, tensor) in enumerate(tensors.items()))
+    try:
+        with replacing(path, ".pt") as partial, zipfile.ZipFile(partial, "w") as archive:
+            archive.writestr("voice/data.pkl", b"\x80\x02}(" + text + b"u.")
+            archive.writestr("voice/byteorder", "little")
+            for index, tensor in enumerate(tensors.values()):
+                bits = np.array(mx.view(mx.contiguous(tensor), _SAVED[tensor.dtype][1]))
+                archive.writestr(f"voice/data/{index}", bits.tobytes())
+            archive.writestr("voice/version", "3\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def _pickled(name: str, tensor: mx.array, key: str) -> bytes:
+    """Instructions that put one contiguous tensor on the stack, behind its name."""
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return b"X" + struct.pack("<I", len(data)) + data
+
+    def numbers(values: list[int]) -> bytes:
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
+    kind = f"ctorch\n{_SAVED[tensor.dtype][0]}\n".encode()
+    storage = b"(" + text("storage") + kind + text(key) + text("cpu") + b"J" + struct.pack("<i", tensor.size) + b"tQ"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    shape = b"K\x00" + numbers(list(tensor.shape)) + numbers(strides)
+    return text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + shape + b"\x89" + hooks + b"tR"

@@ -37,6 +37,7 @@ Floats = NDArray[Any]
 Ints = NDArray[Any]
 Array = Any
 """``mx.array`` or numpy array, as the stepper's ``xp`` makes them."""
+Embedded = tuple[Array, Array]
 
 _KEPT_GRAPHS = 32
 _BLOCK, _BLOCKED_BYTES, _UNPACKED_PRODUCT = 64, 2**22, 10**6
@@ -96,7 +97,9 @@ class Stepper:
         """The noise of several draws, before the first of them."""
         return noise
 
-    def temporal(self, tokens: Array, state: State, rows: Any = None) -> Array:
+    def temporal(
+        self, tokens: Array, state: State, rows: Any = None, embedded: Embedded | None = None, sinks: int = 0
+    ) -> Array:
         """Output [computed, dim] of the temporal transformer; advances ``state``.
 
         Parameters
@@ -105,8 +108,16 @@ class Stepper:
         state : State
         rows : optional
             A :meth:`selection`; default: all rows step.
+        embedded : tuple of array [computed, dim] and array [computed], bool, optional
+            Summed embeddings that some rows read in place of their tokens, and which these are.
+        sinks : int
+            See :meth:`~moshi_mlx.layers.attention.Window.make`.
         """
-        hidden: mx.array = self._lm.step(mx.array(tokens)[:, :, None], state, rows)[:, 0]
+        x = self._lm.embed(mx.array(tokens)[:, :, None])
+        if embedded is not None:
+            vectors, given = embedded
+            x = mx.where(given[:, None, None], vectors[:, None].astype(x.dtype), x)
+        hidden: mx.array = self._lm.step_embedded(x, state, rows, sinks)[:, 0]
         return hidden
 
     def text_logits(self, hidden: Array) -> Array:
@@ -221,22 +232,26 @@ class NumpyStepper(Stepper):
     def drawn(self, noise: Array | None) -> Array | None:
         return None if noise is None else np.array(noise)
 
-    def temporal(self, tokens: Ints, state: State, rows: Any = None) -> Floats:
+    def temporal(
+        self, tokens: Ints, state: State, rows: Any = None, embedded: Embedded | None = None, sinks: int = 0
+    ) -> Floats:
         x = self._tables[0](tokens[:, 0])
         for stream, table in enumerate(self._tables[1:], start=1):
             x = x + table(tokens[:, stream])
+        if embedded is not None:
+            x = np.where(embedded[1][:, None], embedded[0], x)
         extra = state.get("condition_sum")
         if extra is not None:
             x = x + (extra if rows is None else extra[rows])[:, 0]
         states = state["transformer"]
-        window = self._window(states, rows)
+        window = self._window(states, rows, sinks)
         with np.errstate(over="ignore"):  # exp in a SiLU: its limit is right
             for index, layer in enumerate(self._layers):
                 x = layer(x, states[str(index)], window)
         states["offset"][slice(None) if rows is None else rows] += 1
         return self._norm(x)
 
-    def _window(self, states: State, rows: Ints | None) -> _Window:
+    def _window(self, states: State, rows: Ints | None, sinks: int = 0) -> _Window:
         offsets, size = states["offset"], states["0"]["keys"].shape[2]
         if rows is not None:
             offsets = offsets[rows]
@@ -248,6 +263,14 @@ class NumpyStepper(Stepper):
         if "cross_slots" in states:
             slots = states["cross_slots"] if rows is None else states["cross_slots"][rows]
             cross = _hide(states["0"]["cross_keys"].shape[2], slots)
+        if sinks:  # a ring that has wrapped holds the whole context
+            rows = np.arange(len(offsets)) if rows is None else rows
+            pinned = states["pinned"][rows]
+            slots = np.where(offsets < size, offsets, pinned + (offsets - pinned) % (size - pinned))
+            far = None if self._turn is None else self._turn.at(np.minimum(offsets, size - 1))
+            turn = None if self._turn is None else self._turn.at(offsets)
+            counts = np.minimum(offsets + 1, size).tolist()
+            return _Window(turn, slots, 0, rows, counts=counts, cross=cross, pinned=pinned.tolist(), far=far)
         if rows is None and alike:
             return _Window(turn, first % size, min(first + 1, size), cross=cross)
         counts = np.minimum(offsets + 1, size)
@@ -448,7 +471,7 @@ class _Window:
 
     Where all rows of a state step, ``count`` slots are read, and ``mask`` hides what is not every row's. Where some of
     them step, ``counts`` says how many slots each of ``rows`` reads, one row after the other: their rings are not
-    copied together.
+    copied together. Of these, the first ``pinned`` are seen by queries that are turned by ``far`` instead.
     """
 
     turn: Callable[[Floats], Floats] | None
@@ -458,6 +481,8 @@ class _Window:
     mask: Floats | None = None
     counts: Sequence[int] | None = None
     cross: Floats | None = None
+    pinned: Sequence[int] | None = None
+    far: Callable[[Floats], Floats] | None = None
 
     @property
     def selected(self) -> Any:
@@ -489,19 +514,31 @@ class _Attention:
             return attend(queries, keys[:, :, :count].swapaxes(2, 3), values[:, :, :count], window.mask)
         assert window.rows is not None
         out = np.empty((batch, heads * self._head_dim), np.float32)
+        far = None
+        if window.pinned is not None:
+            far = split[:, :heads] if window.far is None else window.far(np.ascontiguousarray(split[:, :heads]))
+            far = (far * self._scale).reshape(queries.shape)
         for index, (row, count) in enumerate(zip(window.rows.tolist(), window.counts, strict=True)):
             one = slice(row, row + 1)
             seen = keys[one, :, :count].swapaxes(2, 3), values[one, :, :count]
-            out[index] = attend(queries[index : index + 1], *seen)[0]
+            this = slice(index, index + 1)
+            kept = 0 if window.pinned is None else window.pinned[index]
+            apart = None if far is None or not kept else far[this] @ seen[0][..., :kept]
+            out[index] = attend(queries[this], *seen, first=apart)[0]
         return out
 
 
-def attend(queries: Floats, keys: Floats, values: Floats, mask: Floats | None = None) -> Floats:
+def attend(
+    queries: Floats, keys: Floats, values: Floats, mask: Floats | None = None, first: Floats | None = None
+) -> Floats:
     """Softmax attention [batch, channels] of queries [batch, kv_heads, repeat, head_dim], scaled.
 
     Keys are [batch, kv_heads, head_dim, slots], values [batch, kv_heads, slots, head_dim]; ``mask`` is added to scores.
+    ``first`` are the scores of the first slots, if they are known.
     """
     weights = queries @ keys
+    if first is not None:
+        weights[..., : first.shape[-1]] = first
     if mask is not None:
         weights += mask
     weights -= np.maximum.reduce(weights, axis=-1, keepdims=True)

@@ -104,9 +104,18 @@ class Batch:
         """Whether a conversation still has steps before its first frame; :meth:`step` runs them by itself."""
         return self._predict.opening(row)
 
-    def open(self, row: int) -> None:
-        """Run all steps before a conversation's first frame at once."""
-        self._predict.open(row)
+    def opened(self, row: int) -> tuple[int, int]:
+        """How many steps before its first frame a conversation has run, and how many there are."""
+        return self._predict.opened(row)
+
+    def open(self, row: int, on_step: Callable[[int, int], object] | None = None) -> None:
+        """Run all steps before a conversation's first frame at once; ``on_step`` is told :meth:`opened` after each."""
+        if on_step is None:
+            self._predict.open(row)
+        while self._predict.opening(row):
+            self._predict.step([row], [None])
+            if on_step is not None:
+                on_step(*self._predict.opened(row))
 
     def fill(self, row: int) -> None:
         """Let a conversation take time and memory as one that is longer than the model's context.

@@ -108,12 +108,16 @@ def seed_from(words: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation: its row in the state, with guidance also that of its unconditioned half, and its settings."""
+    """A conversation: its row in the state, with guidance also that of its unconditioned half, and its settings.
+
+    ``pinned`` of its first positions stay when its ring wraps.
+    """
 
     main: int
     null: int | None
     seed: int
     config: GenerationConfig
+    pinned: int = 0
 
 
 class Kind(NamedTuple):
@@ -126,6 +130,8 @@ class Kind(NamedTuple):
         Whether these tokens are forced, in all rows; None where some are.
     bonus, penalty, guided : bool
         Whether any row has a padding bonus, a repetition penalty, guidance.
+    sinks : int
+        Slots among which rows that have wrapped keep pinned positions; 0 if there are none.
     """
 
     text: SamplingKind
@@ -135,6 +141,7 @@ class Kind(NamedTuple):
     bonus: bool
     penalty: bool
     guided: bool
+    sinks: int = 0
 
 
 class Team:
@@ -217,7 +224,8 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
     text_noise = stepper.noise(given["text_keys"], (model.text_out,)) if "text_keys" in given else None
     if "audio_keys" in given:
         made["noise"] = stepper.noise(given["audio_keys"], (model.own_q, model.card))
-    made["hidden"] = hidden = stepper.temporal(given["column"], state, given.get("rows"))
+    embedded = (given["embedded"], given["replaced"]) if "embedded" in given else None
+    made["hidden"] = hidden = stepper.temporal(given["column"], state, given.get("rows"), embedded, kind.sinks)
     made["state"] = state["transformer"]
     if model.extra_heads_num_heads:
         logits = lm.extra_head_logits(mx.array(hidden)).astype(mx.float32)

@@ -38,6 +38,7 @@ from .rows import Rows
 __all__ = ["GenerationConfig", "Generator", "Step"]
 
 Ints = NDArray[np.int32]
+_Embedded = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Generator:
         Precision of the cache.
     text, own_codes
         What position 0 should predict, as for :meth:`step`.
+    pinning : bool
+        Whether conversations that join may keep their first positions beyond the context.
 
     Notes
     -----
@@ -102,13 +105,17 @@ class Generator:
         kv_bits: int | None = None,
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
+        pinning: bool = False,
     ):
         self.lm = lm
         self.config = config or GenerationConfig()
         model = lm.config
         self._stepper = make_stepper(lm, kv_bits)
-        rows = Rows if lm.sharding is None else lm.sharding.rows
-        self._rows: Rows = rows(lm, self._stepper, self.config, kv_bits)
+        self._rows: Rows = (
+            Rows(lm, self._stepper, self.config, kv_bits, pinning)
+            if lm.sharding is None
+            else lm.sharding.rows(lm, self._stepper, self.config, kv_bits)
+        )
         self._columns = self._rows.columns
         self._delays = np.array(model.delays)
         self._starts = np.array([model.text_start_id] + [model.audio_start_id] * model.n_q, np.int32)
@@ -194,6 +201,7 @@ class Generator:
         null_condition: Mapping[str, Any] | None = None,
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
+        pinned: int = 0,
     ) -> int:
         """Add a conversation. Nothing is computed: its first :meth:`step_rows` runs position 0.
 
@@ -207,6 +215,9 @@ class Generator:
         text : int, optional
         own_codes : array [own_q], optional
             What position 0 should predict, as for :meth:`step`.
+        pinned : int
+            How many of its first positions are still seen when it has more than the context holds: see
+            :mod:`moshi_mlx.layers.attention`.
 
         Returns
         -------
@@ -219,7 +230,7 @@ class Generator:
             As for the constructor; nothing has changed in that case.
         """
         forced = self._check_forced(text, own_codes, 1)
-        name = self._rows.join([self._rows.checked(int(seed), config, condition, null_condition)])[0]
+        name = self._rows.join([self._rows.checked(int(seed), config, condition, null_condition)], pinned)[0]
         self._force(self._rows.team((name,)), *forced)
         return name
 
@@ -294,6 +305,7 @@ class Generator:
         *,
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
+        embedded: Mapping[int, ArrayLike] | None = None,
     ) -> list[Step]:
         """Advance some conversations by one position, each from its own; the others wait.
 
@@ -305,6 +317,8 @@ class Generator:
             As for :meth:`step`. A conversation at position 0 reads nothing: -2 there. None if none reads.
         text, own_codes : array [rows], array [rows, own_q], optional
             As for :meth:`step`.
+        embedded : mapping of int to array [dim], optional
+            Summed embeddings that a conversation reads in place of its tokens; these count as read all the same.
 
         Returns
         -------
@@ -323,7 +337,7 @@ class Generator:
             return []
         if len(set(names)) != len(names):
             raise StateError(f"a conversation is named twice in {list(names)}")
-        team, produced, heads = self._stepped(names, user_codes, text, own_codes)
+        team, produced, heads = self._stepped(names, user_codes, text, own_codes, embedded)
         positions = self._rows.book["position"][team.mains].tolist()
         frames = np.array([self._frame_at(position - 1) for position in positions])
         complete = self._complete(team, frames)
@@ -395,7 +409,12 @@ class Generator:
     # One position
 
     def _stepped(
-        self, names: tuple[int, ...], user_codes: ArrayLike | None, text: ArrayLike | None, own_codes: ArrayLike | None
+        self,
+        names: tuple[int, ...],
+        user_codes: ArrayLike | None,
+        text: ArrayLike | None,
+        own_codes: ArrayLike | None,
+        embedded: Mapping[int, ArrayLike] | None = None,
     ) -> tuple[Team, Ints, NDArray[np.float32] | None]:
         """Check the input, store it where it will be read, and advance."""
         model, count = self.lm.config, len(names)
@@ -414,10 +433,11 @@ class Generator:
         elif user_codes is not None and np.size(user_codes):
             raise TokenError("this model has no user streams: user_codes must be None")
         forced = self._check_forced(text, own_codes, count)
+        vectors = self._check_embedded(embedded, names)
         if codes is not None:
             self._note(team, codes, self._users, self._rows.book["position"][team.mains] - 1)
         self._force(team, *forced)
-        return team, *self._advance(team)
+        return team, *self._advance(team, vectors)
 
     def _force(self, team: Team, text: Ints | None, own_codes: Ints | None) -> None:
         """Store tokens to take instead of sampling."""
@@ -433,7 +453,7 @@ class Generator:
         inputs, place = self._rows.book["inputs"], (team.mains[:, None], streams, columns)
         inputs[place] = np.where(tokens == UNGENERATED, inputs[place], tokens)
 
-    def _advance(self, team: Team) -> tuple[Ints, NDArray[np.float32] | None]:
+    def _advance(self, team: Team, embedded: _Embedded | None = None) -> tuple[Ints, NDArray[np.float32] | None]:
         """Run one position of each row: tokens [n, 1 + own_q], and the output of the extra heads."""
         state, book, mains = self._rows.state, self._rows.book, team.mains
         self._rows.make_room()
@@ -447,7 +467,7 @@ class Generator:
             )
         following = (mains[:, None], self._own, (position[:, None] + 1) % self._columns)
         wanted = inputs[following]
-        tokens, heads = self._predict(team, column, wanted, position)
+        tokens, heads = self._predict(team, column, wanted, position, embedded)
         # If all tokens are forced they do not depend on the caches, whose graph would grow if it were not evaluated.
         caches = state if (wanted != UNGENERATED).all() else {"offset": state["transformer"]["offset"]}
         produced, *said = (
@@ -460,14 +480,15 @@ class Generator:
         book["position"][mains] = position + 1
         return produced, said[0] if said else None
 
-    def _predict(self, team: Team, column: Ints, wanted: Ints, position: Ints) -> tuple[Array, Array | None]:
+    def _predict(
+        self, team: Team, column: Ints, wanted: Ints, position: Ints, embedded: _Embedded | None
+    ) -> tuple[Array, Array | None]:
         """Tokens [lanes, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
         stepper = self._stepper
         free = wanted == UNGENERATED
         text_given, codes_given = (_alike(~part) for part in (free[:, 0], free[:, 1:]))
-        kind = Kind(
-            team.text.kind, team.audio.kind, text_given, codes_given, team.bonus, bool(team.penalized), team.guided
-        )
+        switches = team.bonus, bool(team.penalized), team.guided, self._rows.sinks()
+        kind = Kind(team.text.kind, team.audio.kind, text_given, codes_given, *switches)
         arrays: dict[str, Any] = {"column": team.spread(column)}
         draws = [not (given or how.greedy) for given, how in ((text_given, kind.text), (codes_given, kind.audio))]
         if any(draws):
@@ -477,6 +498,8 @@ class Generator:
             arrays["wanted"] = team.spread(wanted)
         if team.penalized:
             arrays["penalty"] = team.spread(self._penalties(team))
+        if embedded is not None:
+            arrays["embedded"], arrays["replaced"] = (team.spread(part) for part in embedded)
         if stepper.xp is mx:
             arrays = as_mlx(arrays)
         given = {**team.fixed, **arrays}
@@ -534,6 +557,22 @@ class Generator:
         if own_codes is not None:
             own_codes = self._tokens("own_codes", own_codes, count, model.own_q, UNGENERATED, model.card)
         return text, own_codes
+
+    def _check_embedded(self, embedded: Mapping[int, ArrayLike] | None, names: tuple[int, ...]) -> _Embedded | None:
+        """Vectors [n, dim], and which of the conversations have one."""
+        if not embedded:
+            return None
+        if self.lm.sharding is not None:
+            raise ConfigError("a model on several machines takes no embeddings: use a recording as voice")
+        if embedded.keys() - set(names):
+            raise StateError(f"embeddings are for conversations that step, {list(names)}; found {list(embedded)}")
+        vectors, given = np.zeros((len(names), self.lm.config.dim), np.float32), np.zeros(len(names), bool)
+        for name, vector in embedded.items():
+            found = np.asarray(vector, np.float32)
+            if found.shape != vectors.shape[1:]:
+                raise TokenError(f"an embedding must have shape [{self.lm.config.dim}], found {list(found.shape)}")
+            vectors[names.index(name)], given[names.index(name)] = found, True
+        return vectors, given
 
     def _tokens(self, name: str, value: ArrayLike, count: int, width: int, lowest: int, highest: int) -> Ints:
         tokens = _array(name, value)

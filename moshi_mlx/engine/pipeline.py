@@ -10,9 +10,10 @@ Each stage owns its part of the state and is used by one thread at a time: the t
 after the other. A conversation is a row, with the same number in each stage, that joins and leaves at any time. Its
 state is a value, one tree of arrays for the three stages (:meth:`snapshot` of each).
 
-Before its first frame a row has opening steps: position 0 of the model, and the silence that some checkpoints were
-trained to hear first. Text from these steps belongs to the first frame. A frame that is None is the end of the user's
-sound: its codes are the start codes, which translation models were trained to read there.
+Before its first frame a row has opening steps (:class:`Opening`): position 0 of the model, the silence that some
+checkpoints were trained to hear first, the prompts of others. Text that the model chooses in these steps belongs to the
+first frame. A frame that is None is the end of the user's sound: its codes are the start codes, which translation
+models were trained to read there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ __all__ = [
     "Decode",
     "Encode",
     "Engine",
+    "Opening",
     "Predict",
     "SessionFrame",
     "Settings",
@@ -52,6 +54,34 @@ __all__ = [
 
 Pcm = NDArray[np.float32]
 Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The positions that a conversation runs before its first frame.
+
+    Attributes
+    ----------
+    text : array [n], int32
+        The text token that each position has to predict; -2: the model chooses.
+    own : array [n, own_q], int32
+        The own codes of the frame with the position's index; -2 where the model chooses.
+    user : array [n, user_q], int32
+        The user's frame that each position reads; position 0 reads none: -2.
+    embedded : array [m, dim], float32
+        What the first m positions read in place of tokens.
+    pinned : int
+        Positions that are still seen when the conversation is longer than the model's context.
+    """
+
+    text: Ints
+    own: Ints
+    user: Ints
+    embedded: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    pinned: int = 0
+
+    def __len__(self) -> int:
+        return len(self.text)
 
 
 @dataclass(frozen=True)
@@ -66,12 +96,15 @@ class Settings:
         Sampling settings; defaults come from the checkpoint or the reference.
     conditions, null_conditions : mapping, optional
         Values for the model's conditioners; by default what Kyutai's programs use.
+    opening : Opening, optional
+        Prompts; by default a conversation begins as the checkpoint does without any.
     """
 
     seed: int = 0
     generation: GenerationConfig | None = None
     conditions: Mapping[str, Any] | None = None
     null_conditions: Mapping[str, Any] | None = None
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +171,8 @@ class Engine:
     ----------
     config, lm, codec, tokenizer, name
         As for :class:`~moshi_mlx.tasks.dialogue.Moshi`.
+    pinning : bool
+        Whether an opening may stay in view beyond the context.
 
     Attributes
     ----------
@@ -172,12 +207,14 @@ class Engine:
         *,
         warm_up: int = 0,
         hears_end: bool = False,
+        pinning: bool = False,
     ):
         if config.model_type == "tts":
             raise ConfigError(f"{name} turns text into speech: it does not converse")
         if codec is None or not lm.config.n_q:
             raise ConfigError(f"{name} is a text model: it does not converse")
         self.config, self.lm, self.codec, self.tokenizer, self.name = config, lm, codec, tokenizer, name
+        self.pinning = pinning
         self.sample_rate, self.frame_size, self.frame_rate = codec.sample_rate, codec.frame_size, codec.frame_rate
         self.own_q, self.user_q = lm.config.own_q, lm.config.user_q
         prefix = float(config.stt_config.get("audio_silence_prefix_seconds", 0.0))
@@ -206,7 +243,14 @@ class Engine:
         """A new third stage."""
         return Decode(self)
 
-    def opening(self) -> tuple[Ints, State | None]:
+    def opening(self) -> Opening:
+        """How a conversation begins without prompts."""
+        count = 1 + self.lead
+        user = np.concatenate([np.full((1, self.user_q), UNGENERATED, np.int32), self.silence()[0]])
+        own = np.full((count, self.own_q), UNGENERATED, np.int32)
+        return Opening(np.full(count, UNGENERATED, np.int32), own, user)
+
+    def silence(self) -> tuple[Ints, State | None]:
         """Codes [lead, user_q] of the silence that is heard first, and the encoder's state after it.
 
         The state is None where there is no such silence, the encoder does not keep it, or the codec cannot give it.
@@ -363,7 +407,7 @@ class Encode(_CodecStage):
     def _begin(self) -> EncoderStream:
         stream, lead = self._codec.encoder(), self._engine.lead
         if lead and not self._engine.warm_up:
-            _, after = self._engine.opening()
+            _, after = self._engine.silence()
             if after is not None:
                 stream.restore(after)
             else:
@@ -421,8 +465,9 @@ class _Row:
     ----------
     name : int
         In the generator.
-    opening : int
-        Positions before the first frame that are still to come.
+    opening : Opening
+    opened : int
+        How many of its positions have run.
     early : tuple
         Text and words that the first frame will bring.
     ended : bool
@@ -431,10 +476,16 @@ class _Row:
 
     name: int
     text: _Text
-    opening: int
+    opening: Opening
+    opened: int = 0
     frames: int = 0
     early: tuple[str, tuple[Word, ...]] = field(default=("", ()))
     ended: bool = False
+
+    @property
+    def coming(self) -> int | None:
+        """The position of the opening that comes next; None when all have run."""
+        return self.opened if self.opened < len(self.opening) else None
 
 
 class Predict:
@@ -452,7 +503,9 @@ class Predict:
 
     def __init__(self, engine: Engine, kv_bits: int | None = None):
         self._engine = engine
-        self._generator = Generator(engine.lm, generation_defaults(engine.config), seeds=None, kv_bits=kv_bits)
+        self._generator = Generator(
+            engine.lm, generation_defaults(engine.config), seeds=None, kv_bits=kv_bits, pinning=engine.pinning
+        )
         self._rows: dict[int, _Row] = {}
 
     def join(self, row: int, settings: Settings | None = None, snapshot: State | None = None) -> None:
@@ -464,13 +517,15 @@ class Predict:
         null = settings.null_conditions
         if null is None and settings.generation is not None and settings.generation.cfg_coef != 1.0:
             null = engine.default_null_conditions()
+        opening = settings.opening or engine.opening()
         name = self._generator.join(
             settings.seed,
             config=settings.generation,
             condition=engine.default_conditions() if settings.conditions is None else settings.conditions,
             null_condition=null,
+            pinned=opening.pinned,
         )
-        self._rows[row] = _Row(name, _Text(engine), opening=1 + engine.lead)
+        self._rows[row] = _Row(name, _Text(engine, len(opening) - 1), opening)
 
     def leave(self, row: int) -> None:
         """Forget a row, if it is there."""
@@ -484,7 +539,12 @@ class Predict:
 
     def opening(self, row: int) -> bool:
         """Whether the row's next step is one before its first frame."""
-        return self._rows[row].opening > 0
+        return self._rows[row].coming is not None
+
+    def opened(self, row: int) -> tuple[int, int]:
+        """How many of a row's opening positions have run, and how many there are."""
+        held = self._rows[row]
+        return held.opened, len(held.opening)
 
     def frames(self, row: int) -> int:
         """Frames that the row has answered."""
@@ -504,27 +564,36 @@ class Predict:
             None for the rows that are opening.
         """
         held = [self._rows[row] for row in rows]
-        heard = [self._before(one) if code is None else code for one, code in zip(held, codes, strict=True)]
-        given = np.stack(heard) if self._engine.user_q else None
+        heard = [
+            code if one.coming is None else one.opening.user[one.coming] for one, code in zip(held, codes, strict=True)
+        ]
+        given = np.stack([np.asarray(code) for code in heard]) if self._engine.user_q else None
         for one, code in zip(held, heard, strict=True):  # no codec gives start codes
-            one.ended = one.ended or bool(len(code) and (code == self._engine.lm.config.audio_start_id).all())
-        steps = self._generator.step_rows([one.name for one in held], given)
+            one.ended = one.ended or _is_start(code, self._engine.lm.config.audio_start_id)
+        steps = self._generator.step_rows([one.name for one in held], given, **self._prompts(held))
         return [self._read(one, step) for one, step in zip(held, steps, strict=True)]
 
-    def _before(self, row: _Row) -> Ints:
-        """The input of an opening row: nothing at position 0, then silence."""
-        lead = self._engine.lead
-        if row.opening > lead:
-            return np.full(self._engine.user_q, UNGENERATED, np.int32)
-        codes, _ = self._engine.opening()
-        silence: Ints = codes[lead - row.opening]
-        return silence
+    def _prompts(self, held: Sequence[_Row]) -> dict[str, Any]:
+        """What rows that are opening have to predict, and read in place of tokens."""
+        opening = [(index, one.coming, one) for index, one in enumerate(held) if one.coming is not None]
+        text = np.full(len(held), UNGENERATED, np.int32)
+        own = np.full((len(held), self._engine.own_q), UNGENERATED, np.int32)
+        embedded: dict[int, NDArray[np.float32]] = {}
+        for index, at, one in opening:
+            text[index], own[index] = one.opening.text[at], one.opening.own[at]
+            if at < len(one.opening.embedded):
+                embedded[one.name] = one.opening.embedded[at]
+        if (text == UNGENERATED).all() and (own == UNGENERATED).all():
+            return {"embedded": embedded}
+        return {"text": text, "own_codes": own if own.size else None, "embedded": embedded}
 
     def _read(self, row: _Row, step: Step) -> Answer | None:
-        text, words = row.text.step(step)
+        at = row.coming
+        given = at is not None and row.opening.text[at] != UNGENERATED
+        text, words = ("", ()) if given else row.text.step(step)
         text, words = row.early[0] + text, row.early[1] + words
-        if row.opening:
-            row.opening, row.early = row.opening - 1, (text, words)
+        if at is not None:
+            row.opened, row.early = at + 1, (text, words)
             return None
         index, row.frames, row.early = row.frames, row.frames + 1, ("", ())
         spoken = step.codes is not None and step.codes.min() >= 0
@@ -544,7 +613,7 @@ class Predict:
             If the row is still opening.
         """
         held = self._rows[row]
-        if held.opening:
+        if held.coming is not None:
             raise StateError("this conversation has not begun yet: there is nothing to save")
         words = [[word.text, word.start, word.end] for word in held.early[1]]
         early = json.dumps([held.early[0], words, *[True] * held.ended])  # the last only where the sound has ended
@@ -556,9 +625,6 @@ class Predict:
         }
 
     def _resume(self, snapshot: State) -> _Row:
-        text = _Text(self._engine)
-        if self._engine.tokenizer is not None:
-            text.restore(part_of(snapshot, "text"))
         try:
             said, words, *ended = json.loads(np.array(snapshot["early"], np.uint8).tobytes())
             early = str(said), tuple(Word(str(word), float(start), float(end)) for word, start, end in words)
@@ -573,20 +639,32 @@ class Predict:
             for name in names:
                 self._generator.leave(name)
             raise StateError(f"a snapshot of one conversation is needed, found {len(names)}")
-        return _Row(names[0], text, opening=0, frames=frames, early=early, ended=ended == [True])
+        opening = self._engine.opening()
+        try:
+            text = _Text(self._engine, self._generator.position_of(names[0]) - frames - 1)
+            if self._engine.tokenizer is not None:
+                text.restore(part_of(snapshot, "text"))
+        except StateError:
+            self._generator.leave(names[0])
+            raise
+        return _Row(names[0], text, opening, len(opening), frames, early, ended=ended == [True])
 
 
 class _Text:
-    """Text of a conversation: tokens in, display text and timed words out."""
+    """Text of a conversation: tokens in, display text and timed words out.
 
-    def __init__(self, engine: Engine):
+    ``before``: indices of its tokens before that of its first frame.
+    """
+
+    def __init__(self, engine: Engine, before: int):
         tokenizer = engine.tokenizer
         self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
         self._tracker = None if tokenizer is None else WordTracker(tokenizer, frame_seconds=1 / engine.frame_rate)
         self._delay = engine.lm.config.delays[0]
-        # Speech-to-text writes a word some time after its sound, which itself comes after the silence heard first.
-        before = (engine.lead - engine.warm_up) / engine.frame_rate
-        self._shift = float(engine.config.stt_config.get("audio_delay_seconds", 0.0)) + before
+        # Speech-to-text writes a word some time after its sound; and there are the frames before the first. Those that
+        # warm a translation model up belong to the stream.
+        before -= engine.warm_up
+        self._shift = float(engine.config.stt_config.get("audio_delay_seconds", 0.0)) + before / engine.frame_rate
 
     def step(self, step: Step) -> tuple[str, tuple[Word, ...]]:
         """The text that starts at a position, and the words that end there."""
@@ -622,6 +700,10 @@ class _Text:
             replace(word, start=max(word.start - self._shift, 0.0), end=max(word.end - self._shift, 0.0))
             for word in words
         )
+
+
+def _is_start(codes: Ints | None, start: int) -> bool:
+    return codes is not None and len(codes) > 0 and bool((codes == start).all())
 
 
 def part_of(snapshot: State, name: str) -> State:

@@ -39,6 +39,7 @@ __all__ = ["Rows"]
 
 SLOTS = 128
 """Slots of the smallest ring; larger ones have twice as many, up to the context."""
+_SINKS = 64
 
 
 class Rows:
@@ -53,6 +54,8 @@ class Rows:
         Of conversations that bring none of their own.
     kv_bits : {None, 8}
         Precision of the cache.
+    pinning : bool
+        Whether rows may keep their first positions when their rings wrap.
 
     Attributes
     ----------
@@ -68,9 +71,10 @@ class Rows:
         Keys of the noise of text and codes, for position 0.
     """
 
-    def __init__(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None):
+    def __init__(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None, pinning: bool = False):
         model = lm.config
         self._lm, self._stepper, self._config, self._kv_bits = lm, stepper, config, kv_bits
+        self._pinning = pinning
         self.columns = 2 * max(model.delays) + 3
         words = model.text_card + model.text_start_row
         text_ids = (words + 1) * words if model.demux_second_stream else words
@@ -120,22 +124,30 @@ class Rows:
             raise ConfigError("guidance (cfg_coef other than 1) needs conditions and null_conditions")
         return seed, config, *match_slots(condition, null)
 
-    def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]]) -> list[int]:
-        """Add conversations at position 0."""
+    def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]], pinned: int = 0) -> list[int]:
+        """Add conversations at position 0, which keep the first ``pinned`` positions."""
+        if pinned and not self._pinning:
+            raise ConfigError("this generator pins no positions")
+        if not 0 <= pinned < self._lm.config.context:
+            raise ConfigError(f"{pinned} pinned positions do not fit into a context of {self._lm.config.context}")
         values = [condition for _, _, condition, _ in joining]
         values += [null for _, config, _, null in joining if config.cfg_coef != 1.0]
         given = None if all(value is None for value in values) else [value or {} for value in values]
         condition, slots = self._lm.condition(given), self.slots or self.slots_for(1)
-        fresh = self._lm.init_state(len(values), condition=condition, kv_bits=self._kv_bits, slots=slots)
+        fresh = self._lm.init_state(
+            len(values), condition=condition, kv_bits=self._kv_bits, slots=slots, pinned=self._pinning
+        )
+        if pinned:
+            fresh["transformer"]["pinned"] += pinned
         seeds, configs = [one[0] for one in joining], [one[1] for one in joining]
-        names = self._enter(seeds, configs)
+        names = self._enter(seeds, configs, [pinned] * len(seeds))
         members = [self.members[name] for name in names]
         nulls = [member.null for member in members if member.null is not None]
         self._put([*(member.main for member in members), *nulls], fresh)
         self._write_book([member.main for member in members], self.new_book(seeds, configs))
         return names
 
-    def _enter(self, seeds: Sequence[int], configs: Sequence[GenerationConfig]) -> list[int]:
+    def _enter(self, seeds: Sequence[int], configs: Sequence[GenerationConfig], pinned: Sequence[int]) -> list[int]:
         """Allocate names and rows for conversations, without their state."""
         needed = sum(1 if config.cfg_coef == 1.0 else 2 for config in configs)
         if self._used() + needed > self.capacity:
@@ -143,9 +155,9 @@ class Rows:
         taken = {row for member in self.members.values() for row in (member.main, member.null)}
         free = (row for row in range(self.capacity) if row not in taken)
         names = []
-        for seed, config in zip(seeds, configs, strict=True):
+        for seed, config, kept in zip(seeds, configs, pinned, strict=True):
             null = None if config.cfg_coef == 1.0 else next(free)
-            self.members[self._count] = Row(next(free), null, seed, config)
+            self.members[self._count] = Row(next(free), null, seed, config, kept)
             names.append(self._count)
             self._count += 1
         self.teams.clear()
@@ -213,6 +225,14 @@ class Rows:
         needed = int(self.book["position"].max()) + 1
         if needed > self.slots < self._lm.config.context:
             resize_rings(self.state["transformer"], self.slots_for(needed))
+
+    def sinks(self) -> int:
+        """Slots among which rows that have wrapped keep pinned positions, as graphs are made for; 0 if none has."""
+        if not self._pinning:
+            return 0
+        position, context = self.book["position"], self._lm.config.context
+        kept = [member.pinned for member in self.members.values() if position[member.main] >= context]
+        return min(-(-max(kept, default=0) // _SINKS) * _SINKS, context)
 
     def slots_for(self, positions: int) -> int:
         """Slots of the smallest ring that holds so many positions, or the whole context."""
@@ -297,6 +317,9 @@ class Rows:
             if "cross_slots" in rings:
                 cross_slots = np.array(rings["cross_slots"])
                 wrong |= ((cross_slots < 1) | (cross_slots > rings["0"]["cross_keys"].shape[2])).any()
+            if self._pinning:
+                pinned = np.array(rings["pinned"])
+                wrong |= ((pinned < 0) | (pinned >= self._lm.config.context)).any()
         try:
             configs = [config_from(settings) for settings in book["settings"]]
         except ConfigError as error:
@@ -314,7 +337,13 @@ class Rows:
         if config.conditioners and config.fuser is not None:
             added = mx.zeros((rows, 1, config.dim)) if config.fuser.sum else None
             condition = Condition(added, mx.zeros((rows, cross, config.dim)) if config.fuser.cross else None)
-        return self._lm.init_state(rows, condition=condition, kv_bits=self._kv_bits, slots=slots)
+        return self._lm.init_state(rows, condition=condition, kv_bits=self._kv_bits, slots=slots, pinned=self._pinning)
+
+    def _pinned(self, part: State) -> list[int]:
+        """Positions that each row of a state of the language model keeps."""
+        rings = part["transformer"]
+        kept: list[int] = np.array(rings["pinned"]).tolist() if self._pinning else [0] * len(rings["offset"])
+        return kept
 
     def _install(self, places: Sequence[tuple[int, int | None]], book: State, parts: list[State]) -> None:
         """Put what :meth:`_read` gave into rows of the state."""
@@ -389,15 +418,18 @@ class Rows:
                 )
         places = [(member.main, member.null) for member in members]
         self._install(places, book, parts)
-        for name, member, words in zip(names, members, book["seed"].tolist(), strict=True):
-            self.members[name] = replace(member, seed=seed_from(words))
+        for name, member, words, kept in zip(
+            names, members, book["seed"].tolist(), self._pinned(parts[0]), strict=True
+        ):
+            self.members[name] = replace(member, seed=seed_from(words), pinned=kept)
         self.teams.clear()
 
     def adopt(self, snapshot: State) -> list[int]:
         """Add the conversations of a snapshot; returns their names."""
         book, parts = self._read(snapshot, None)
         configs = [config_from(settings) for settings in book["settings"]]
-        names = self._enter([seed_from(words) for words in book["seed"].tolist()], configs)
+        seeds = [seed_from(words) for words in book["seed"].tolist()]
+        names = self._enter(seeds, configs, self._pinned(parts[0]))
         self._install([(self.members[name].main, self.members[name].null) for name in names], book, parts)
         return names
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -37,6 +37,8 @@ class Session:
     settings : Settings, optional
     kv_bits : {None, 8}
         Precision of the cache.
+    on_opening : callable, optional
+        Told, after each of the steps before the first frame, how many there were, and how many there are.
 
     Attributes
     ----------
@@ -45,7 +47,15 @@ class Session:
         (:func:`time.monotonic`); for traces.
     """
 
-    def __init__(self, engine: Engine, settings: Settings | None = None, *, kv_bits: int | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings | None = None,
+        *,
+        kv_bits: int | None = None,
+        on_opening: Callable[[int, int], object] | None = None,
+    ):
+        self._on_opening = on_opening
         self._engine, self._settings, self._kv_bits = engine, settings or Settings(), kv_bits
         self._busy = threading.Lock()
         self._end = ""
@@ -180,7 +190,7 @@ class Session:
     def _begin(self, snapshot: State | None = None) -> None:
         batch = Batch(self._engine, kv_bits=self._kv_bits)
         row = batch.join(self._settings, snapshot)
-        batch.open(row)
+        batch.open(row, self._on_opening)
         self._batch, self._row, self._frames, self._end = batch, row, batch.frames(row), ""
 
     @contextmanager

@@ -5,6 +5,11 @@ and overwritten ``context`` positions later. The order of keys does not matter t
 as it is; nothing is trimmed or moved. While all conversations are short the ring may have fewer slots, and
 position p takes slot p: :func:`resize_rings` changes their number.
 
+Pinned positions stay when the ring wraps ("attention sinks", Xiao et al. 2023, https://arxiv.org/abs/2309.17453): the
+first ``pinned`` slots are never written again, and the rest is the ring. As in that paper their distance stops growing:
+a query that is further from position 0 than the context reaches sees them as one at position ``context - 1`` would.
+Until a row has more positions than the context, nothing of this makes a difference.
+
 Every row of a batch has a position of its own. What is computed has the same shape for all of them: a mask hides the
 slots that a row has not written, or may no longer see.
 """
@@ -85,15 +90,30 @@ class Window:
         the new ones otherwise, since earlier queries of a chunk still need keys that later ones overwrite.
     active : mx.array [batch, 1, 1, 1], bool, or None
         Rows whose chunk counts. None: all, or a single position, for which nothing needs to be kept out.
+    pinned : mx.array [batch, 1, 1, sinks], bool, or None
+        Which of the first slots hold pinned positions, where a row with such positions has wrapped.
+    shift : mx.array [batch], int32, or None
+        What the position of a query that sees them differs by from ``offset``.
     """
 
     offset: mx.array
     slots: mx.array
     mask: mx.array
     active: mx.array | None = None
+    pinned: mx.array | None = None
+    shift: mx.array | None = None
 
     @classmethod
-    def make(cls, offset: mx.array, time: int, keys: mx.array, context: int, active: mx.array | None = None) -> Window:
+    def make(
+        cls,
+        offset: mx.array,
+        time: int,
+        keys: mx.array,
+        context: int,
+        active: mx.array | None = None,
+        pinned: mx.array | None = None,
+        sinks: int = 0,
+    ) -> Window:
         """For ``time`` new positions and rings as that of ``keys``.
 
         Parameters
@@ -107,6 +127,10 @@ class Window:
             that, into the slot of its next position, which no query sees before it is written again: the slot holds
             nothing yet, or the position ``context`` before, which is out of the window. A chunk would write over
             slots that are still seen, so there the rows that wait keep theirs.
+        pinned : mx.array [batch], int32, or None
+            Positions that stay, for each row.
+        sinks : int
+            At least the largest of ``pinned`` once one of these rows has wrapped; 0 before that.
         """
         batch, heads, size, width = keys.shape
         if size < context and time > size:
@@ -114,8 +138,16 @@ class Window:
         index = mx.arange(size, dtype=mx.int32)
         if time == 1:
             mask = index <= offset[:, None]  # true everywhere once the ring is full
+            if sinks and pinned is not None:
+                slot = mx.where(offset < size, offset, pinned + (offset - pinned) % (size - pinned))
+                slots = mx.broadcast_to(slot[:, None, None, None], (batch, heads, 1, width))
+                held = (index[:sinks] < pinned[:, None])[:, None, None]
+                shift = mx.minimum(offset, context - 1) - offset
+                return cls(offset, slots, mask[:, None, None], pinned=held, shift=shift)
             slots = mx.broadcast_to((offset % size)[:, None, None, None], (batch, heads, 1, width))
             return cls(offset, slots, mask[:, None, None])
+        if sinks:
+            raise StateError("behind the context, a state with pinned positions takes one position at a time")
         kept = min(time, size)
         new = offset[:, None] + mx.arange(time, dtype=mx.int32)
         # Slot s holds the last position before `offset` that is congruent to it, or a negative one: nothing.
@@ -238,6 +270,8 @@ class Attention(nn.Module):
             return self._merge(self._attend_quantized(queries * self.scale, keys, values, state, window))
         all_keys = self.update_and_fetch(state, "keys", keys, window)
         all_values = self.update_and_fetch(state, "values", values, window)
+        if window.pinned is not None:
+            return self._merge(self._attend_pinned(queries * self.scale, all_keys, all_values, window))
         out = mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=self.scale, mask=window.mask)
         return self._merge(out)
 
@@ -268,6 +302,21 @@ class Attention(nn.Module):
             kept = mx.where(window.active, kept, mx.take_along_axis(ring, slots, axis=2))
         state[name] = mx.put_along_axis(ring, slots, kept, axis=2)
         return state[name] if new.shape[2] == 1 else mx.concatenate([ring, new], axis=2)
+
+    def _turned(self, queries: mx.array, window: Window) -> mx.array:
+        """Queries as they see pinned positions."""
+        assert window.shift is not None
+        return queries if self.rope is None else self.rope(queries, window.shift)
+
+    def _attend_pinned(self, queries: mx.array, keys: mx.array, values: mx.array, window: Window) -> mx.array:
+        """From one new position (queries scaled) to a ring with pinned positions."""
+        assert window.pinned is not None
+        batch, sinks = queries.shape[0], window.pinned.shape[3]
+        shape = (batch, self.kv_heads, self.num_heads // self.kv_heads, self.head_dim)
+        scores = queries.reshape(shape) @ keys.swapaxes(2, 3)
+        far = self._turned(queries, window).reshape(shape) @ keys[:, :, :sinks].swapaxes(2, 3)
+        weights = _softmax_pinned(scores, far, window)
+        return (weights @ values).reshape(batch, self.num_heads, 1, self.head_dim)
 
     def _project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         batch, time, _ = x.shape
@@ -310,11 +359,36 @@ class Attention(nn.Module):
         batch, repeat = queries.shape[0], self.num_heads // self.kv_heads
         grouped = queries.reshape(batch, self.kv_heads, repeat * time, self.head_dim)
         scores = mx.quantized_matmul(grouped, kw, ks, kb, transpose=True, group_size=group, bits=8)
+        if window.pinned is not None:
+            sinks = window.pinned.shape[3]
+            turned = self._turned(queries, window).reshape(grouped.shape)
+            far = mx.quantized_matmul(
+                turned,
+                kw[:, :, :sinks],
+                ks[:, :, :sinks],
+                kb[:, :, :sinks],
+                transpose=True,
+                group_size=group,
+                bits=8,
+            )
+            weights = _softmax_pinned(scores, far, window)
+            out = mx.quantized_matmul(weights, vw, vs, vb, transpose=False, group_size=group, bits=8)
+            return out.reshape(batch, self.num_heads, time, self.head_dim)
         mask = window.mask if time == 1 else mx.tile(window.mask, (1, 1, repeat, 1))
         scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
         weights = mx.softmax(scores, axis=-1, precise=True)
         out = mx.quantized_matmul(weights, vw, vs, vb, transpose=False, group_size=group, bits=8)
         return out.reshape(batch, self.num_heads, time, self.head_dim)
+
+
+def _softmax_pinned(scores: mx.array, far: mx.array, window: Window) -> mx.array:
+    """Weights from scores [batch, kv_heads, queries, slots], and those of the first slots as pinned positions."""
+    assert window.pinned is not None
+    sinks = far.shape[3]
+    first = mx.where(window.pinned, far, scores[..., :sinks])
+    scores = mx.concatenate([first, scores[..., sinks:]], axis=-1)
+    scores = mx.where(window.mask, scores, mx.array(-mx.inf, scores.dtype))
+    return mx.softmax(scores, axis=-1, precise=True)
 
 
 class CrossAttention(nn.Module):

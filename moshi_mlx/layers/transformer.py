@@ -191,6 +191,7 @@ class Transformer(nn.Module):
         source: mx.array | None = None,
         source_slots: mx.array | None = None,
         slots: int | None = None,
+        pinned: bool = False,
     ) -> State:
         """The next position of each row, and for each layer an empty ring and the projected conditioning sequence.
 
@@ -202,8 +203,12 @@ class Transformer(nn.Module):
             A conditioning sequence.
         source_slots : mx.array [batch], int32, optional
             How much of it is real in each row; the rest is padding, which no row sees. Default: all.
+        pinned : bool
+            Also hold how many of its first positions a row keeps when its ring wraps: 0 for now.
         """
         state: State = {"offset": mx.zeros((batch,), mx.int32)}
+        if pinned:
+            state["pinned"] = mx.zeros((batch,), mx.int32)
         if source is not None:
             full = mx.full((batch,), source.shape[1], mx.int32)
             state["cross_slots"] = full if source_slots is None else source_slots.astype(mx.int32)
@@ -224,7 +229,7 @@ class Transformer(nn.Module):
                 x = run(x, layer.cross_attention.project_source(source), mask)
         return x
 
-    def step(self, x: mx.array, state: State, active: mx.array | None = None) -> mx.array:
+    def step(self, x: mx.array, state: State, active: mx.array | None = None, sinks: int = 0) -> mx.array:
         """New positions ``x`` [batch, time, dim]; advances ``state``.
 
         Parameters
@@ -234,12 +239,14 @@ class Transformer(nn.Module):
             A ring that is smaller than the context must have room for the new positions.
         active : mx.array [batch], bool, optional
             Rows that advance. The others stay where they are; their results are meaningless.
+        sinks : int
+            See :meth:`~moshi_mlx.layers.attention.Window.make`.
         """
         first, offset, time = state["0"], mx.array(state["offset"]), x.shape[1]
         if len(offset) != x.shape[0]:
             raise StateError(f"state holds {len(offset)} sequences, the input {x.shape[0]}")
         context: Any = self.layers[0].self_attn.context
-        window = Window.make(offset, time, first["keys"], context, active)
+        window = Window.make(offset, time, first["keys"], context, active, state.get("pinned"), sinks)
         cross = _real(state["cross_slots"], first["cross_keys"].shape[2]) if "cross_slots" in state else None
         for index, layer in enumerate(self.layers):
             x = layer.step(x, state[str(index)], window, cross)

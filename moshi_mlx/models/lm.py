@@ -323,6 +323,7 @@ class Lm(nn.Module):
         condition: Condition | None = None,
         kv_bits: int | None = None,
         slots: int | None = None,
+        pinned: bool = False,
     ) -> State:
         """The state of ``batch`` sequences at position 0: rings, and what the conditions add.
 
@@ -335,11 +336,13 @@ class Lm(nn.Module):
             Precision of the cache.
         slots : int, optional
             Slots of the rings, the context by default: :func:`~moshi_mlx.layers.attention.resize_rings`.
+        pinned : bool
+            See :meth:`~moshi_mlx.layers.transformer.Transformer.init_state`.
         """
         self._check_condition(condition, batch)
         source = None if condition is None or condition.cross is None else condition.cross.astype(self.dtype)
         counts = None if condition is None else condition.cross_slots
-        rings = self.transformer.init_state(batch, self.dtype, kv_bits, source, counts, slots)
+        rings = self.transformer.init_state(batch, self.dtype, kv_bits, source, counts, slots, pinned)
         state: State = {"transformer": rings}
         if condition is not None and condition.sum is not None:
             state["condition_sum"] = condition.sum.astype(self.dtype)
@@ -362,7 +365,7 @@ class Lm(nn.Module):
         text = embed_ids(self.text_emb, tokens[:, 0]).astype(self.dtype)
         return text if total is None else total + text
 
-    def step(self, tokens: mx.array, state: State, active: mx.array | None = None) -> mx.array:
+    def step(self, tokens: mx.array, state: State, active: mx.array | None = None, sinks: int = 0) -> mx.array:
         """Advance the temporal transformer.
 
         Parameters
@@ -372,21 +375,22 @@ class Lm(nn.Module):
         state : State
             Advanced in place.
         active : mx.array [batch], bool, optional
-            Rows that advance; see :meth:`Transformer.step`.
+        sinks : int
+            Rows that advance, and pinned positions; see :meth:`Transformer.step`.
 
         Returns
         -------
         mx.array [batch, time, dim]
             Normed output: what both heads and the depth transformer read.
         """
-        return self.step_embedded(self.embed(tokens), state, active)
+        return self.step_embedded(self.embed(tokens), state, active, sinks)
 
-    def step_embedded(self, x: mx.array, state: State, active: mx.array | None = None) -> mx.array:
+    def step_embedded(self, x: mx.array, state: State, active: mx.array | None = None, sinks: int = 0) -> mx.array:
         """Like :meth:`step`, from summed embeddings [batch, time, dim] (PersonaPlex keeps voices in this form)."""
         extra = state.get("condition_sum")
         if extra is not None:
             x = x + extra
-        hidden: mx.array = self.out_norm(self.transformer.step(x, state["transformer"], active))
+        hidden: mx.array = self.out_norm(self.transformer.step(x, state["transformer"], active, sinks))
         return hidden
 
     def extra_head_logits(self, hidden: mx.array) -> mx.array:

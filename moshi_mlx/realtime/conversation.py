@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..audio import check_block
 from ..engine.generator import GenerationConfig
-from ..engine.pipeline import Engine, SessionFrame, Settings
+from ..engine.pipeline import Engine, Opening, SessionFrame, Settings
 from ..engine.session import load_conversation, save_conversation
 from ..engine.text import Word
 from ..errors import ConfigError, MoshiError, StateError
@@ -96,6 +96,10 @@ class Conversation:
         Records what each thread does, the fill of the rings, and everything that is late or dropped.
     clock : callable
         Seconds, monotonic; for tests.
+    opening : Opening, optional
+        Prompts, from :meth:`Moshi.opening`; they run before :meth:`start` comes back, and again after :meth:`reset`.
+    on_opening : callable, optional
+        Told, in a worker thread, how many of the steps before the first frame have run, and how many there are.
 
     Examples
     --------
@@ -122,6 +126,8 @@ class Conversation:
         tap: Callable[[NDArray[np.float32], SessionFrame], object] | None = None,
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
+        opening: Opening | None = None,
+        on_opening: Callable[[int, int], object] | None = None,
     ):
         self.engine = model.engine
         self.stats = Stats()
@@ -132,7 +138,8 @@ class Conversation:
                 )
             kv_bits = model.kv_bits
         self._kv_bits = kv_bits
-        self._settings = Settings(seed, generation, conditions)
+        self._settings = Settings(seed, generation, conditions, opening=opening)
+        self._on_opening = on_opening or (lambda done, total: None)
         self._resumed: State | None = (
             load_conversation(resume, self.engine, kv_bits) if isinstance(resume, (str, os.PathLike)) else resume
         )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.pipeline import Answer
+from ..engine.pipeline import Answer, Predict
 from .ring import Ring, Signal
 from .workers import Work, run
 
@@ -149,7 +149,7 @@ class Pipelined:
     def _model(self, conversation: Conversation) -> None:
         stage = conversation.engine.predict(conversation._kv_bits)
         stage.join(_ROW, conversation._settings, conversation._resumed)
-        stage.open(_ROW)
+        self._open(conversation, stage)
         self._ready.release()
         record = np.zeros(1, self.codes_in.dtype)
         spoken = np.zeros(1, self.codes_out.dtype)
@@ -159,7 +159,7 @@ class Pipelined:
             elif record["mark"][0] == _RESET:
                 stage.leave(_ROW)
                 stage.join(_ROW, conversation._settings)
-                stage.open(_ROW)
+                self._open(conversation, stage)
                 conversation._tell("reset")
             if record["mark"][0] != _FRAME:
                 self._pass_on(spoken, "codes_out", int(record["mark"][0]))
@@ -176,6 +176,14 @@ class Pipelined:
                 spoken["heard"] = record["heard"]
                 self._answers.append(answer)
                 self._pass_on(spoken, "codes_out")
+
+    def _open(self, conversation: Conversation, stage: Predict) -> None:
+        """Run all that comes before the first frame, unless the conversation ends before."""
+        if conversation._settings.opening is None:
+            stage.open(_ROW)
+        while stage.opening(_ROW) and not self._stopping:
+            stage.step([_ROW], [None])
+            conversation._on_opening(*stage.opened(_ROW))
 
     def _decode(self, conversation: Conversation) -> None:
         stage = conversation.engine.decode()

@@ -180,9 +180,12 @@ class Scheduler:
                 continue
             heard = self._hear(batch)
             began = time.monotonic()
+            prompted = [row for row, seat in self._seats.items() if seat.conversation._settings.opening is not None]
+            opening = [row for row in prompted if batch.opening(row)]
             answers = batch.step({row: None if row in self._ending else pcm for row, (pcm, _) in heard.items()})
             for row, answer in answers.items():
                 self._answer(batch, row, answer, heard.get(row))
+            self._open(batch, opening)
             self.ticks.add(time.monotonic() - began)
             if self._trace is not None:
                 self._trace.span("tick", began, time.monotonic(), {"rows": len(answers)})
@@ -281,7 +284,22 @@ class Scheduler:
             return
         self._seats[seat.row] = seat
         seat.began = time.monotonic()
-        seat.tell()
+        if snapshot is not None or seat.conversation._settings.opening is None:
+            seat.tell()  # the few steps before its first frame take no longer than a frame
+
+    def _open(self, batch: Batch, rows: list[int]) -> None:
+        """Tell those whose prompts go on, or have ended."""
+        for row in rows:
+            seat = self._seats.get(row)
+            if seat is None:
+                continue
+            try:
+                seat.conversation._on_opening(*batch.opened(row))
+            except Exception as error:
+                self._drop(batch, seat, error)
+                continue
+            if not batch.opening(row):
+                seat.tell()
 
     def _leave(self, batch: Batch, seat: _Seat) -> None:
         batch.leave(seat.row)

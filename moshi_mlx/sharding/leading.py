@@ -85,8 +85,8 @@ class LeadingRows(Rows):
         self._leading.names = names
         return super().team(names)
 
-    def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]]) -> list[int]:
-        names = super().join(joining)
+    def join(self, joining: Sequence[tuple[int, GenerationConfig, Any, Any]], pinned: int = 0) -> list[int]:
+        names = super().join(joining, pinned)
         told = [
             [settings_of(config).tolist(), plain_condition(condition), plain_condition(null)]
             for _, config, condition, null in joining

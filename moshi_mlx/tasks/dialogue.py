@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..audio import TAIL, as_mono, check_tail
 from ..config import ModelConfig
 from ..engine.generator import GenerationConfig
-from ..engine.pipeline import Engine, SessionFrame, Settings, generation_defaults
+from ..engine.pipeline import Engine, Opening, SessionFrame, Settings, generation_defaults
 from ..engine.session import Session, play
 from ..engine.text import TextTokenizer, Word
 from ..errors import ConfigError
@@ -77,6 +78,8 @@ class Moshi:
         The model's name.
     trained : bool
         False if the weights are random, so that the sound is noise.
+    source : str
+        Where it was loaded from; empty if from nowhere.
 
     Attributes
     ----------
@@ -84,10 +87,13 @@ class Moshi:
         What the model is for.
     command : str
         The program's command for it.
+    takes_role : bool
+        Whether a conversation can begin with a role and a voice.
     """
 
     purpose: ClassVar[str] = "dialogue"
     command: ClassVar[str] = "talk"
+    takes_role: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -98,6 +104,7 @@ class Moshi:
         *,
         name: str = "moshi",
         trained: bool = True,
+        source: str = "",
     ):
         self.config = config
         self.lm = lm
@@ -105,6 +112,7 @@ class Moshi:
         self.tokenizer = tokenizer
         self.name = name
         self.trained = trained
+        self.source = source
 
     @property
     def sample_rate(self) -> int:
@@ -138,6 +146,10 @@ class Moshi:
         conditions: Mapping[str, Any] | None = None,
         null_conditions: Mapping[str, Any] | None = None,
         kv_bits: int | None = None,
+        role: str | None = None,
+        voice: str | os.PathLike[str] | None = None,
+        pin: bool = True,
+        on_opening: Callable[[int, int], object] | None = None,
     ) -> Session:
         """Begin a conversation.
 
@@ -151,8 +163,41 @@ class Moshi:
             Values for the model's conditioners.
         kv_bits : {None, 8}
             Precision of the cache.
+        role, voice, pin
+            As for :meth:`opening`.
+        on_opening : callable, optional
+            Told, after each of the steps before the first frame, how many there were, and how many there are.
         """
-        return Session(self.engine, Settings(seed, generation, conditions, null_conditions), kv_bits=kv_bits)
+        opening = self.opening(role, voice, pin=pin)
+        settings = Settings(seed, generation, conditions, null_conditions, opening)
+        return Session(self.engine, settings, kv_bits=kv_bits, on_opening=on_opening)
+
+    def opening(
+        self, role: str | None = None, voice: str | os.PathLike[str] | None = None, *, pin: bool = True
+    ) -> Opening | None:
+        """What a conversation begins with, for :class:`~moshi_mlx.engine.pipeline.Settings`: None for this model.
+
+        Raises
+        ------
+        ConfigError
+            If a role or a voice is given: only PersonaPlex takes them.
+        """
+        for what, given in (("role", role), ("voice", voice)):
+            if given:
+                raise ConfigError(
+                    f"this model takes no {what}: {self.name} is a model for {self.purpose} without prompts. Load "
+                    "PersonaPlex (nvidia/personaplex-7b-v1) for it, or leave it out"
+                )
+        return None
+
+    def voices(self) -> list[str]:
+        """Names of the voices that come with the model; empty if none do."""
+        return []
+
+    @property
+    def default_role(self) -> str:
+        """The role of a conversation that is given none; empty if there is none."""
+        return ""
 
     @property
     def engine(self) -> Engine:
@@ -173,6 +218,8 @@ class Moshi:
         seed: int = 0,
         generation: GenerationConfig | None = None,
         conditions: Mapping[str, Any] | None = None,
+        role: str | None = None,
+        voice: str | os.PathLike[str] | None = None,
         tail: float = TAIL,
         on_frame: Callable[[SessionFrame], None] | None = None,
     ) -> Reply:
@@ -184,7 +231,7 @@ class Moshi:
             The recording: floats from -1 to 1, or integers (:mod:`moshi_mlx.audio`). Channels are averaged.
         sample_rate : float
             Its rate in hertz; resampled to the model's.
-        seed, generation, conditions
+        seed, generation, conditions, role, voice
             As for :meth:`session`.
         tail : float
             Seconds of silence after the recording, so that the answer can end: a model begins to speak when the
@@ -202,7 +249,7 @@ class Moshi:
         user = np.concatenate([user, np.zeros(self.trailing_silence(tail), np.float32)])
         user = np.concatenate([user, np.zeros(-len(user) % size, np.float32)])
         said: list[SessionFrame] = []
-        with self.session(seed=seed, generation=generation, conditions=conditions) as session:
+        with self.session(seed=seed, generation=generation, conditions=conditions, role=role, voice=voice) as session:
             for _, frame in play(session, (user[start : start + size] for start in range(0, len(user), size))):
                 said.append(frame)
                 if on_frame is not None:

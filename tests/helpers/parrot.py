@@ -53,6 +53,7 @@ class Parrot:
     sample_rate, frame_size, frame_rate = RATE, FRAME, 12.5
     tokenizer = None
     purpose, command = "dialogue", "talk"
+    takes_role, default_role = False, ""
     begun: list[dict[str, Any]] | None = None
     reader: Any = None
 
@@ -66,6 +67,12 @@ class Parrot:
         self._numbers = itertools.count()
 
         self.engine = FakeEngine(lambda: _Ear(self), lambda: _Mouth(self), self._mind, BOOKS, lambda: self._reader())
+
+    def opening(self, role: Any = None, voice: Any = None, *, pin: bool = True) -> None:
+        return None
+
+    def voices(self) -> list[str]:
+        return []
 
     def load(self, *_: Any, **__: Any) -> Parrot:
         return self

@@ -24,6 +24,7 @@ from moshi_mlx_app.options import (
     add_model_options,
     bounded,
     generation_from,
+    opening_from,
 )
 from moshi_mlx_app.recording.audio_files import Recording
 from moshi_mlx_app.recording.interrupt import no_interrupt
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moshi_mlx.engine.generator import GenerationConfig
+    from moshi_mlx.engine.pipeline import Opening
+    from moshi_mlx.engine.session import Session
     from moshi_mlx.realtime import Trace
     from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
 
@@ -99,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output_arguments(parser)
     add_model_options(parser)
+    add_role_options(parser)
     add_generation_options(parser)
     add_cache_option(parser)
     add_machine_options(parser)
@@ -262,6 +266,7 @@ class Answer:
         generation = self.generation(model)
         check_seed(args.seed, model, generation)
         samples = self.length(model)
+        conversation = self.session(model, generation)
         channels = ("moshi",) if args.mono else ("moshi", "user")
         if self.transcript is not None:
             partial_name(self.transcript).unlink(missing_ok=True)  # of an earlier run that was stopped
@@ -283,7 +288,7 @@ class Answer:
         )
         text = not (args.quiet or args.json)
         with (
-            self.session(model, generation) as session,
+            conversation as session,
             AnswerProgress(samples / rate, text=text, bar=self.bar and not args.quiet) as face,
         ):
             write = self._file.write if self.trace is None else self.trace.wrap("write", self._file.write)
@@ -310,7 +315,7 @@ class Answer:
 
     def session(self, model: Moshi, generation: GenerationConfig) -> AbstractContextManager[Any]:
         """What :meth:`played` plays to."""
-        session = model.session(seed=self.args.seed, generation=generation, kv_bits=self.args.kv_bits)
+        session = self._session(model, generation, opening_from(self.args, model))
         if self.trace is not None:
             session.on_stage = self.trace.span
             session.step = self.trace.wrap("frame", session.step)  # type: ignore[method-assign]
@@ -337,6 +342,17 @@ class Answer:
         frames = self.question.recording.frames(model.sample_rate, model.frame_size, tail=tail)
         for user, frame in play(session, frames):
             yield user, frame.pcm, frame
+
+    def _session(self, model: Moshi, generation: GenerationConfig, opening: Opening | None) -> Session:
+        """The conversation, after its prompts."""
+        from moshi_mlx.engine.pipeline import Settings
+        from moshi_mlx.engine.session import Session
+        from moshi_mlx_app.screen.terminal import Loading
+
+        args, settings = self.args, Settings(self.args.seed, generation, opening=opening)
+        with Loading(shown=opening is not None and not args.quiet) as loading:
+            told = lambda done, total: loading(f"telling the model its role: {done} of {total}")  # noqa: E731
+            return Session(model.engine, settings, kv_bits=args.kv_bits, on_opening=None if opening is None else told)
 
     def finish(self) -> None:
         """Move the files to their names and say where they are."""

@@ -21,12 +21,14 @@ from moshi_mlx_app.options import (
     add_generation_options,
     add_machine_options,
     add_model_options,
+    add_role_options,
     bounded,
     generation_from,
+    opening_from,
 )
 from moshi_mlx_app.recording.interrupt import no_interrupt
 from moshi_mlx_app.recording.outputs import check_folder, reserved, unused_name
-from moshi_mlx_app.screen.terminal import say, warn
+from moshi_mlx_app.screen.terminal import Loading, say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors are still shown")
     add_trace_option(group)
     group.add_argument("--force", action="store_true", help="replace an existing trace file")
+    add_role_options(parser)
     add_generation_options(parser)
     add_cache_option(parser)
     add_machine_options(parser)
@@ -163,6 +166,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         warn(BUILT_IN, "notice")
     generation = generation_from(args, generation_defaults(model.config))
     check_seed(args.seed, model, generation)
+    opening = opening_from(args, model)
     resumed = {} if args.resume is None else {"resumed": clean(args.resume)}
     recorder = Recorder(
         Path(args.record or "recordings"),
@@ -179,7 +183,10 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         backlog=args.backlog,
         tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
         trace=trace,
+        opening=opening,
+        on_opening=lambda done, total: loading(f"telling the model its role: {done} of {total}"),
     )
+    loading = Loading(shown=opening is not None and not args.quiet)
     if args.record is not None:
         recorder.start()
     impatient = False
@@ -197,8 +204,10 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
                 echo=echo,
                 latency=args.latency,
             )
+            with loading:
+                conversation.start()
             with (
-                conversation,
+                _running(conversation),
                 card,
                 Keys() as keys,
                 Panel(panel=not args.quiet, text=not (args.quiet or args.json), keys=keys.available) as panel,
@@ -221,6 +230,14 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
             remember_step(model.name, conversation.stats.step.percentile(95) * 1e3)
     conversation.check()
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
+
+
+@contextlib.contextmanager
+def _running(conversation: Conversation) -> Iterator[None]:
+    """Stop a conversation that has started, as its own ``with`` does."""
+    with contextlib.ExitStack() as stack:
+        stack.push(conversation.__exit__)
+        yield
 
 
 def _accept(name: str, task: type[Moshi] | Moshi) -> None:

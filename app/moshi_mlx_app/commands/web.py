@@ -19,8 +19,10 @@ from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
     add_model_options,
+    add_role_options,
     bounded,
     generation_from,
+    role_from,
 )
 from moshi_mlx_app.recording.outputs import check_folder
 from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stt", metavar="M", help="a speech-to-text model beside it, for Kyutai's clients of /api/asr-streaming"
     )
     group.add_argument("--quiet", action="store_true", help="do not say who comes and goes")
+    add_role_options(parser)
     add_generation_options(parser)
     add_cache_option(parser)
 
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from moshi_mlx_app.server.links import links, qr_text
     from moshi_mlx_app.server.protocols.kyutai import opus_missing
     from moshi_mlx_app.server.queue import Line
+    from moshi_mlx_app.server.roles import Roles
     from moshi_mlx_app.server.server import Server, serve
 
     if args.key and not args.cert:
@@ -101,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         check_folder(record, "--record")
     model = load_model(args, shown=not args.quiet)
     stt = None if args.stt is None else _stt(args)
+    roles = Roles(model, role_from(args), args.voice, not args.no_pin)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
         places = int(args.max_sessions or _places(model, args.kv_bits))
@@ -120,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         generation_from(args, generation_defaults(model.config)),
         seed=args.seed,
         stt=stt,
+        roles=roles,
         on_talk=_silent if args.quiet else _tell,
         on_fault=lambda text: warn(text, "fault"),
     )

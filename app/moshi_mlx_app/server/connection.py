@@ -37,6 +37,7 @@ from .settings import Settings
 __all__ = ["End", "Limits", "ProtocolError", "Talk"]
 
 _TICK = 0.2  # seconds
+_OPENING_STEPS = 8  # from one message about prompts to the next
 _STOOD_STILL = 1.0  # seconds without a tick: then this program was held up
 _LAST_WORDS = 0.5  # seconds for the reason and the closing, each
 
@@ -255,6 +256,8 @@ class Talk:
     async def _with_engine(self, settings: Settings) -> None:
         """Begin to talk; returns only when this task is cancelled and everything has been given back."""
         running = self._running = Running(self._engine, settings, self._tap, self.backlog)
+        if settings.opening is not None:
+            running.on_opening = self._opened
         starting = asyncio.ensure_future(running.start())
         try:
             await asyncio.shield(starting)
@@ -373,6 +376,14 @@ class Talk:
     def _tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
         """In the thread that computes for all: hand the frame over."""
         self._engine.tell(self._loop, lambda: self._speak(frame))
+
+    def _opened(self, done: int, total: int) -> None:
+        """In the thread that computes for all: the prompts go on."""
+        if not done % _OPENING_STEPS or done == total:
+            self._engine.tell(self._loop, lambda: None if self._over.done() else self._opening(done, total))
+
+    def _opening(self, done: int, total: int) -> None:
+        """So many of the steps before the first frame have run."""
 
     def _speak(self, frame: SessionFrame) -> None:
         """A frame's messages."""

@@ -97,6 +97,7 @@ class Running:
     def __init__(self, engine: Engine, settings: Settings, tap: Tap, backlog: float = 0.32):
         self._engine = engine
         self.recorder: Recorder | None = None
+        self.on_opening: Callable[[int, int], object] = lambda done, total: None
         if engine.record is not None:
             about = engine.transcript(settings)
             self.recorder = Recorder(engine.record, engine.model.sample_rate, engine.model.frame_size, about)
@@ -114,6 +115,8 @@ class Running:
             kv_bits=engine.kv_bits,
             backlog=backlog,
             tap=both,
+            opening=settings.opening,
+            on_opening=lambda done, total: self.on_opening(done, total),
         )
 
     @property

@@ -27,6 +27,7 @@ from .links import qr_svg
 from .listener import Door, Handler
 from .protocols import kyutai, kyutai_asr
 from .queue import Line
+from .roles import Roles
 from .settings import read_settings
 
 __all__ = ["STATIC", "Server", "Service", "listening", "serve"]
@@ -64,6 +65,8 @@ class Server:
         For what a query does not say.
     seed : int
         The same.
+    roles : Roles, optional
+        Prompts of conversations; without, there are none.
     limits : Limits
     static : Path
         The page's folder.
@@ -80,6 +83,7 @@ class Server:
     line: Line
     generation: GenerationConfig
     seed: int = 0
+    roles: Roles | None = None
     limits: Limits = field(default_factory=Limits)
     static: Path = STATIC
     link: str = ""
@@ -160,6 +164,7 @@ class Server:
                 "recorded": self.engine.record is not None,
                 "link": self.link,
                 "sampling": defaults.sampling(),
+                "prompts": None if self.roles is None else self.roles.about(),
             }
         )
 

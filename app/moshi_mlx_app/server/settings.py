@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moshi_mlx.engine.generator import GenerationConfig
+from moshi_mlx.engine.pipeline import Opening
 
 __all__ = ["BadQuery", "Settings", "read_settings"]
 
@@ -40,12 +41,18 @@ class Settings:
         Whether it wants kind 0x11.
     seed : int
     generation : GenerationConfig
+    gaps : bool
+        Whether silence is left out of what it is sent.
+    opening : Opening or None
+        Prompts.
     """
 
     audio: Literal["opus", "pcm"]
     events: bool
     seed: int
     generation: GenerationConfig
+    gaps: bool = False
+    opening: Opening | None = None
 
     def sampling(self) -> dict[str, float]:
         """What came out of it, under the query's names."""

@@ -6,10 +6,12 @@ sent only to who asks for them in the query, because Kyutai's page stops at kind
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from moshi_mlx.tasks.dialogue import SessionFrame
 from moshi_mlx_app.version import program
 
 from ..connection import End, ProtocolError, Talk
+from ..roles import ends_turns_by_gaps
 from ..settings import BadQuery, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ __all__ = [
 
 Samples = NDArray[np.float32]
 _FULL_SCALE = 32768.0
+_AUDIBLE = 0.002  # RMS, -54 dBFS: the codec's silence lies below
+_KEPT_SILENT = 2  # silent frames that are sent, for a voice to end in
 
 
 def add_routes(app: web.Application, server: Server) -> None:
@@ -53,9 +58,23 @@ def add_routes(app: web.Application, server: Server) -> None:
             settings = read_settings(request.query, server.generation, server.seed)
         except BadQuery as error:
             settings = error
+        else:
+            try:
+                settings = await _prompted(settings, request, server)
+            except BadQuery as error:
+                return web.Response(status=400, text=f"{error}\n")
         return await server.talk(request, KyutaiTalk, settings)
 
     app.router.add_get("/api/chat", chat)
+
+
+async def _prompted(settings: Settings, request: web.Request, server: Server) -> Settings:
+    """The settings with what a connection says about role and voice."""
+    if server.roles is None:
+        return settings
+    opening = await asyncio.to_thread(server.roles.opening, request.query)
+    gaps = ends_turns_by_gaps(request.query, request.headers.get("User-Agent", ""))
+    return replace(settings, opening=opening, gaps=gaps)
 
 
 class Kind(enum.IntEnum):
@@ -193,6 +212,7 @@ class KyutaiTalk(Talk):
         super().__init__(*shared)
         self._settings = settings
         self._sound: Sound = Pcm()
+        self._silent = _KEPT_SILENT  # no turn begins with silence
 
     def _open(self) -> None:
         if isinstance(self._settings, BadQuery):
@@ -291,6 +311,19 @@ class KyutaiTalk(Talk):
             self._conversation.mute(what == "mute")
         else:
             getattr(self._conversation, what)()
+
+    def _opening(self, done: int, total: int) -> None:
+        self._tell({"type": "opening", "done": done, "total": total})
+
+    def _speak(self, frame: SessionFrame) -> None:
+        if not (isinstance(self._settings, Settings) and self._settings.gaps and self._is_pause(frame)):
+            super()._speak(frame)
+
+    def _is_pause(self, frame: SessionFrame) -> bool:
+        """Whether nobody would miss this frame: it and those before it are silent, and no word begins."""
+        level = float(np.sqrt(np.mean(np.square(frame.pcm))))
+        self._silent = 0 if level > _AUDIBLE or frame.text else self._silent + 1
+        return self._silent > _KEPT_SILENT
 
     def _say(self, frame: SessionFrame) -> None:
         self._post(message(self._sound.kind, self._sound.encode(frame.pcm)), sound=True)

@@ -143,7 +143,7 @@ async function start() {
 
 function connect() {
   show("connecting", states.connecting);
-  page.wire = new Wire(panel.sampling(), {
+  page.wire = new Wire({ ...panel.sampling(), ...panel.roles() }, {
     begun: (metadata) => begin(metadata),
     sound: (samples) => {
       page.received += samples.length;
@@ -215,6 +215,9 @@ function forget() {
 function event(what) {
   if (what.type === "queue") {
     show("waiting", states.waiting(what.place));
+  } else if (what.type === "opening") {
+    const detail = `Moshi is told its role: ${what.done} of ${what.total}.`;
+    show("connecting", { ...states.connecting, detail });
   } else if (what.type === "stats") {
     page.stats = what;
   } else if (what.type === "text") {

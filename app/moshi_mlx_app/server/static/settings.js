@@ -3,6 +3,7 @@
 import { canChooseSpeaker, listDevices } from "./sound.js";
 
 const SAMPLING = ["text_temperature", "text_topk", "audio_temperature", "audio_topk", "seed"];
+const PROMPTS = ["text_prompt", "voice_prompt"];
 const SOUND = ["echo", "noise", "gain"];
 const STORE = "moshi-settings";
 
@@ -13,14 +14,16 @@ export class SettingsPanel {
   constructor(on) {
     this.on = on;
     this.dialog = byId("settings");
-    this.values = { microphone: "", speaker: "", echo: true, noise: true, gain: true, keep: true, sampling: {} };
+    this.values = { microphone: "", speaker: "", echo: true, noise: true, gain: true, keep: true, sampling: {}, prompts: {} };
     try {
       Object.assign(this.values, JSON.parse(localStorage.getItem(STORE) ?? "{}"));
     } catch {
       // Storage may be forbidden, or hold something else: then nothing is remembered.
     }
     if (typeof this.values.sampling !== "object" || !this.values.sampling) this.values.sampling = {};
+    if (typeof this.values.prompts !== "object" || !this.values.prompts) this.values.prompts = {};
     this.standard = {};
+    this.prompts = null;
     this.listen();
   }
 
@@ -54,6 +57,12 @@ export class SettingsPanel {
         this.showNumber(id);
       });
     }
+    for (const id of PROMPTS) {
+      byId(id).addEventListener("change", ({ target }) => {
+        this.values.prompts[id] = target.value;
+        this.remember("prompts", this.values.prompts);
+      });
+    }
     byId("defaults").addEventListener("click", () => {
       this.remember("sampling", {});
       this.showSampling();
@@ -83,6 +92,8 @@ export class SettingsPanel {
   know(info) {
     this.standard = info.sampling ?? {};
     this.showSampling();
+    this.prompts = info.prompts ?? null;
+    this.showPrompts();
     const places = info.places === 1 ? "one at a time" : `${info.places} at a time`;
     const rows = { Model: info.model, Program: info.version, "Talks with": places };
     byId("about").replaceChildren(
@@ -95,6 +106,27 @@ export class SettingsPanel {
     const chosen = Object.entries(this.values.sampling);
     const real = chosen.filter(([name, value]) => SAMPLING.includes(name) && Number.isFinite(value));
     return Object.fromEntries(real.map(([name, value]) => [name, String(value)]));
+  }
+
+  // Role and voice, of a model that takes them; what was not changed here is the server's.
+  roles() {
+    const { text_prompt: role, voice_prompt: voice } = this.values.prompts;
+    const chosen = {};
+    if (!this.prompts) return chosen;
+    if (typeof role === "string") chosen.text_prompt = role.slice(0, this.prompts.longest);
+    if (this.prompts.voices.includes(voice)) chosen.voice_prompt = voice;
+    return chosen;
+  }
+
+  showPrompts() {
+    byId("prompts").hidden = !this.prompts;
+    if (!this.prompts) return;
+    const { text_prompt: role, voice_prompt: voice } = this.values.prompts;
+    byId("text_prompt").maxLength = this.prompts.longest;
+    byId("text_prompt").value = typeof role === "string" ? role : this.prompts.role;
+    const names = [["", "As the server has it"], ...this.prompts.voices.map((name) => [name, name])];
+    byId("voice_prompt").replaceChildren(...names.map(([value, label]) => new Option(label, value)));
+    byId("voice_prompt").value = this.prompts.voices.includes(voice) ? voice : "";
   }
 
   showSampling() {
