@@ -22,6 +22,7 @@ from moshi_mlx_app.options import (
     add_generation_options,
     add_machine_options,
     add_model_options,
+    add_role_options,
     bounded,
     generation_from,
     opening_from,
