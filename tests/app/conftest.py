@@ -73,6 +73,9 @@ class FakeModel:
         task = TASKS[self.config.model_type]
         return task(self.config, None, self, None).trailing_silence(tail)  # type: ignore[arg-type]
 
+    def opening(self, role: str | None, voice: str | None, *, pin: bool) -> None:
+        assert role is None and voice is None
+
     def session(self, *, seed: int = 0, generation: Any = None, kv_bits: int | None = None) -> FakeSession:
         self.sessions.append(FakeSession(self, seed, generation))
         self.sessions[-1].kv_bits = kv_bits

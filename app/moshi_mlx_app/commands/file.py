@@ -350,10 +350,13 @@ class Answer:
         from moshi_mlx.engine.session import Session
         from moshi_mlx_app.screen.terminal import Loading
 
-        args, settings = self.args, Settings(self.args.seed, generation, opening=opening)
-        with Loading(shown=opening is not None and not args.quiet) as loading:
+        args = self.args
+        if opening is None:
+            return model.session(seed=args.seed, generation=generation, kv_bits=args.kv_bits)
+        settings = Settings(args.seed, generation, opening=opening)
+        with Loading(shown=not args.quiet) as loading:
             told = lambda done, total: loading(f"telling the model its role: {done} of {total}")  # noqa: E731
-            return Session(model.engine, settings, kv_bits=args.kv_bits, on_opening=None if opening is None else told)
+            return Session(model.engine, settings, kv_bits=args.kv_bits, on_opening=told)
 
     def finish(self) -> None:
         """Move the files to their names and say where they are."""
