@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"checkpoint", "cpu", "errors", "models", "state"},
     "engine": {"audio", "codec", "config", "cpu", "errors", "layers", "models", "state"},
     "sharding": {"checkpoint", "config", "cpu", "engine", "errors", "layers", "models", "state"},
-    "tasks": {"audio", "codec", "config", "engine", "errors", "models"},
+    "tasks": {"audio", "checkpoint", "codec", "config", "engine", "errors", "layers", "models"},
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
     "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "sharding", "tasks"},
 }

@@ -22,7 +22,19 @@ from moshi_mlx_app.version import DISTRIBUTION, program
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("talk", "file", "transcribe", "translate", "complete", "web", "devices", "check", "bench", "completion")
+VERBS = (
+    "talk",
+    "file",
+    "transcribe",
+    "speak",
+    "translate",
+    "complete",
+    "web",
+    "devices",
+    "check",
+    "bench",
+    "completion",
+)
 """Modules in :mod:`moshi_mlx_app.commands`, in the order of the help."""
 
 DESCRIPTION = """\

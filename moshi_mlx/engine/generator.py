@@ -448,9 +448,7 @@ class Generator:
         inputs, place = self._rows.book["inputs"], (team.mains[:, None], streams, columns)
         inputs[place] = np.where(tokens == UNGENERATED, inputs[place], tokens)
 
-    def _advance(
-        self, team: Team, choices: Ints | None = None
-    ) -> tuple[Ints, NDArray[np.float32] | None, Ints | None]:
+    def _advance(self, team: Team, choices: Ints | None = None) -> tuple[Ints, NDArray[np.float32] | None, Ints | None]:
         """Run one position of each row: tokens [n, 1 + own_q], the output of the extra heads, and the text sampled."""
         state, book, mains = self._rows.state, self._rows.book, team.mains
         self._rows.make_room()

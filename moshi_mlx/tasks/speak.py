@@ -295,6 +295,16 @@ class Speaker:
         self.close()
 
     @property
+    def said(self) -> bool:
+        """Whether there has been a word."""
+        return self._said
+
+    @property
+    def waiting(self) -> int:
+        """Words that are still to be read."""
+        return 0 if self.over else self._rows.waiting(self._row)
+
+    @property
     def over(self) -> bool:
         """Whether all has been spoken."""
         return self._row not in self._rows.rows

@@ -65,7 +65,7 @@ class Script:
         Raises
         ------
         TextError
-            If a word or a break is too long. What came before it is lost with it: feed words one by one to keep it.
+            If a word or a break is too long. This piece of text is dropped.
         """
         self._rest += text.translate(_REPLACED)
         return self._take(whole=False)
@@ -90,7 +90,7 @@ class Script:
 
     def _take(self, whole: bool) -> list[Entry]:
         entries: list[Entry] = []
-        place, text = 0, self._rest
+        place, text, self._rest = 0, self._rest, ""  # dropped if it cannot be spoken
         tag = text.rfind(_TAG)
         unfinished = not whole and 0 <= tag and ">" not in text[tag:] and len(text) - tag < _LONGEST_TAG
         end = tag if unfinished else len(text)

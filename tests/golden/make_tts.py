@@ -5,8 +5,8 @@ Run it from the root of the repository with the Python of an environment that ho
     python tests/golden/make_tts.py
 
 `script.json`: what `script_to_entries` makes of some scripts, with a tokenizer that takes three letters for a token.
-`plain`: a model with two-row guidance; `muxed`: one with a second text stream and guidance in its conditions. Their text
-heads are louder for a word's start, so that the models ask for words now and then.
+`plain`: a model with two-row guidance; `muxed`: one with a second text stream and guidance in its conditions. Both ask for
+a word now and then.
 `NAME.safetensors`, `runs.json`: codes [frames, batch, 1 + codebooks], entries, conditions, prefixes, words and ends of
 each run. Every greedy decision that matters is clear by MIN_GAP.
 """
@@ -32,7 +32,7 @@ SCRIPTS: list[list[str]] = [
     ["Hello wonderful world now"],
     ["Hi: (you)", "Yes"],
     ["", "The other begins", "then   me", "then it\n"],
-    ['One <break time="0.5s"/> two', "It\u2019s<break time=\"2s\" />over"],
+    ['One <break time="0.5s"/> two', 'It\u2019s<break time="2s" />over'],
     ["half <break and 3 < 4", " a:b "],
 ]
 TEXTS = [["Hello wonderful world now", "Yes, indeed it is"], ['One <break time="0.5s"/> two three']]
@@ -78,8 +78,8 @@ def model(folder: Path, ahead: int, **options: Any) -> TTSModel:
     machine = StateMachine(TokenIds(lm.text_card + 1), second_stream_ahead=ahead, max_padding=8, initial_padding=2)
     mimi: Any = SimpleNamespace(frame_rate=12.5, sample_rate=24000)
     return TTSModel(
-        lm=lm, mimi=mimi, tokenizer=Letters(), voice_suffix="", voice_repo="", machine=machine, delay_steps=16, temp=0.0,
-        **options,
+        lm=lm, mimi=mimi, tokenizer=Letters(), voice_suffix="", voice_repo="", machine=machine, delay_steps=16,
+        temp=0.0, **options,
     )  # fmt: skip
 
 
@@ -132,6 +132,30 @@ def run(folder: Path, ahead: int, seed: int, prefixes: list[int] | None, cfg: st
     return tensors, about, float(torch.stack(gap).min())
 
 
+def balance(folder: Path, ahead: int, options: dict[str, Any]) -> None:
+    """Let a model ask for a word about every other time: the head of token 0 becomes that of the most frequent token,
+    moved in a direction in which outputs are as often positive as negative."""
+    seen: list[torch.Tensor] = []
+    load = make_lm.load_reference
+
+    def watched(path: Path, with_weights: bool = True) -> Any:
+        lm = load(path, with_weights)
+        lm.text_linear.register_forward_hook(lambda module, given, out: seen.append(given[0].reshape(-1, 32)[:2]))
+        return lm
+
+    make_lm.load_reference = watched
+    tensors, _, _ = run(folder, ahead, 0, None, "2.0" if ahead else None, **options)
+    make_lm.load_reference = load
+    hidden = torch.cat(seen)
+    mean = hidden.mean(0)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    direction -= mean * (direction @ mean) / (mean @ mean)
+    usual = int(tensors["logged"][..., 0].flatten().mode().values)
+    state = load_file(folder / "model.safetensors")
+    state["text_linear.weight"][0] = state["text_linear.weight"][usual] + direction / (hidden @ direction).std()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -146,9 +170,7 @@ def main() -> None:
     muxed, plain = OUT / "muxed", OUT / "plain"
     for folder, case in ((plain, PLAIN), (muxed, make_lm.CASES["tts"])):
         make_lm.write_model(folder, case)
-        state = load_file(folder / "model.safetensors")
-        state["text_linear.weight"][0] *= 4
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        balance(folder, 0 if case is PLAIN else 2, {"n_q": 4} | ({"cfg_coef": 2.0} if case is PLAIN else {}))
     runs = {
         "distilled": (muxed, 2, None, "2.0", {}),
         "few_codebooks": (muxed, 2, None, "3.5", {"n_q": 2, "padding_bonus": 1.0}),
@@ -160,7 +182,8 @@ def main() -> None:
         for seed in range(200):
             tensors, about, gap = run(folder, ahead, seed, prefixes, cfg, **({"n_q": 4} | options))
             asked = (tensors["logged"][..., 0] == 0).float().mean(dim=1)
-            if gap > MIN_GAP and 0.1 < asked.min() and asked.max() < 0.9:
+            print(name, seed, f"{gap:.1e}", asked.tolist(), flush=True)
+            if gap > MIN_GAP and 0.02 < asked.min() and asked.max() < 0.95:
                 break
         else:
             raise RuntimeError(f"{name}: no seed keeps every decision clear")

@@ -33,7 +33,8 @@ class SilentCodec:
 
     def decoder(self) -> Any:
         class Stream:
-            state = {"nothing": np.zeros((1, 1), np.float32)}
+            def __init__(self) -> None:
+                self.state = {"nothing": np.zeros((1, 1), np.float32)}
 
         return Stream()
 
@@ -105,7 +106,9 @@ def test_kyutais_codes(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert np.array_equal(codes, arrays["frames"][16 + lead : last, index, 1:]), (index, codes.shape)
         assert (arrays["frames"][:16, index, 1:] == -1).all()
         words = [word for one in spoken[row] for word in one.words]
-        assert [(word.text, round(word.start * 12.5) + lead) for word in words] == [tuple(w) for w in about["words"][index]]
+        assert [(word.text, round(word.start * 12.5) + lead) for word in words] == [
+            tuple(w) for w in about["words"][index]
+        ]
 
 
 def test_the_runs_cover_what_they_should() -> None:
