@@ -90,7 +90,7 @@ class TextToSpeech(Moshi):
 
     def rows(self, *, kv_bits: int | None = None) -> SpeechRows:
         """Many texts at once, for servers."""
-        return SpeechRows(super().engine, self.timing, kv_bits=kv_bits)
+        return SpeechRows(self.stages, self.timing, kv_bits=kv_bits)
 
     def script(self) -> Script:
         """What turns text into the words of this model."""

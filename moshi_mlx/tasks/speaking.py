@@ -165,7 +165,7 @@ class _Row:
     @property
     def lead(self) -> int:
         """Frames of the prefix."""
-        return self.prefix.shape[1]
+        return int(self.prefix.shape[1])
 
     @property
     def ready(self) -> bool:

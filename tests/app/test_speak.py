@@ -76,7 +76,7 @@ def test_a_text_that_comes_slowly(model: TextToSpeech, pipe: Any, monkeypatch: p
         for piece in ("**the m", "an** wi", "ll have ", "_one_ of the more so I was about to do it there is "):
             pipe.write(piece.encode())
             time.sleep(0.02)
-        early.append(begun.wait(20))
+        early.append(begun.wait(150))
         pipe.write(b"the `more`")
         pipe.close()
 

@@ -5,8 +5,8 @@ Run it from the root of the repository with the Python of an environment that ho
     python tests/golden/make_tts.py
 
 `script.json`: what `script_to_entries` makes of some scripts, with a tokenizer that takes three letters for a token.
-`plain`: a model with two-row guidance; `muxed`: one with a second text stream and guidance in its conditions. Both ask for
-a word now and then.
+`plain`: a model with two-row guidance; `muxed`: one with a second text stream and guidance in its conditions. Both ask
+for a word now and then.
 `NAME.safetensors`, `runs.json`: codes [frames, batch, 1 + codebooks], entries, conditions, prefixes, words and ends of
 each run. Every greedy decision that matters is clear by MIN_GAP.
 """
