@@ -22,8 +22,8 @@ from moshi_mlx.tasks.tts_machine import Entry
 from tests.helpers.tiny import WAYS, use
 from tests.helpers.tts import tiny_speaker
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RUNS: dict[str, Any] = json.loads((GOLDEN / "tts" / "runs.json").read_text())
+GOLDEN = Path(__file__).parents[1] / "golden" / "tts"
+RUNS: dict[str, Any] = json.loads((GOLDEN / "runs.json").read_text())
 
 
 class SilentCodec:
@@ -78,7 +78,7 @@ def collect(rows: SpeechRows) -> dict[int, list[Spoken]]:
 def test_kyutais_codes(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes, words or ends differ from PyTorch's: guidance in the model or in two rows, prefixes, fewer codebooks."""
     use(way, monkeypatch)
-    loaded: Any = mx.load(str(GOLDEN / "tts" / f"{name}.safetensors"))
+    loaded: Any = mx.load(str(GOLDEN / f"{name}.safetensors"))
     arrays = {key: np.array(value) for key, value in loaded.items()}
     about, rows = RUNS[name], golden_rows(name)
     generated: dict[int, list[int]] = {}
@@ -115,7 +115,7 @@ def test_the_runs_cover_what_they_should() -> None:
     """A golden run that takes no decision, or one of the ways of guidance, has been lost."""
     assert set(RUNS) == {"distilled", "few_codebooks", "guided", "prefix"}
     for name in RUNS:
-        loaded: Any = mx.load(str(GOLDEN / "tts" / f"{name}.safetensors"))
+        loaded: Any = mx.load(str(GOLDEN / f"{name}.safetensors"))
         assert {0} < set(np.array(loaded["logged"])[:, :, 0].reshape(-1).tolist())
 
 
