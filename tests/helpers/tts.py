@@ -38,11 +38,11 @@ def tiny_speaker(way: str = "numpy", seed: int = 0, *, speakers: bool = False, a
         demux_second_stream=ahead > 0,
         **changes,
     )
+    codec = (MlxMimi if way == "mlx" else NumpyMimi)(tiny_mimi(seed))
     config = ModelConfig(
         lm=lm.config,
         model_type="tts",
-        tts_config={"audio_delay": 1.28, "second_stream_ahead": ahead},
+        tts_config={"audio_delay": 16.5 / codec.frame_rate, "second_stream_ahead": ahead},  # 16 frames, as published
         model_id={"sig": "00000000", "epoch": 2},
     )
-    codec = (MlxMimi if way == "mlx" else NumpyMimi)(tiny_mimi(seed))
     return TextToSpeech(config, lm, codec, TextTokenizer(tokenizer_bytes(_WORDS)), name="tiny-tts")
