@@ -22,6 +22,7 @@ from .errors import (
     DownloadError,
     MoshiError,
     StateError,
+    TextError,
     TokenError,
 )
 from .loading import load
@@ -52,6 +53,7 @@ __all__ = [
     "SessionFrame",
     "StateError",
     "Step",
+    "TextError",
     "TextTokenizer",
     "TokenError",
     "Word",

@@ -9,6 +9,7 @@
     ├── AudioError         samples that the program cannot use: shape, dtype, rate, NaN
     ├── StateError         a session's state does not fit the model, or a session was used wrongly
     ├── TokenError         a text token or an audio code outside its range
+    ├── TextError          a text that cannot be spoken
     ├── CodecError         the codec failed while it ran
     └── RankError          one of several machines that share a model has gone, does not respond or is late
 
@@ -26,6 +27,7 @@ __all__ = [
     "MoshiError",
     "RankError",
     "StateError",
+    "TextError",
     "TokenError",
 ]
 
@@ -62,6 +64,10 @@ class StateError(MoshiError):
 
 class TokenError(MoshiError, ValueError):
     """A text token or an audio code is outside its range."""
+
+
+class TextError(MoshiError, ValueError):
+    """A text cannot be spoken: it has no words, or a word or a break is too long."""
 
 
 class CodecError(MoshiError):

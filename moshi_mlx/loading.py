@@ -179,7 +179,7 @@ def measure_backend(model: Moshi, seconds: float = 0.2) -> dict[str, float]:
     try:
         for backend in ("numpy", "mlx"):
             lm.backend = backend
-            predict = model.engine.predict()
+            predict = model.stages.predict()
             predict.join(0)
             predict.open(0)
             took: list[float] = []

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"checkpoint", "cpu", "errors", "models", "state"},
     "engine": {"audio", "codec", "config", "cpu", "errors", "layers", "models", "state"},
     "sharding": {"checkpoint", "config", "cpu", "engine", "errors", "layers", "models", "state"},
-    "tasks": {"audio", "checkpoint", "codec", "config", "engine", "errors", "loudness", "models"},
+    "tasks": {"audio", "checkpoint", "codec", "config", "engine", "errors", "layers", "loudness", "models"},
     "realtime": {"audio", "engine", "errors", "state", "tasks"},
     "loading": {"checkpoint", "codec", "config", "cpu", "engine", "errors", "models", "sharding", "tasks"},
 }

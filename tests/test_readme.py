@@ -32,6 +32,7 @@ NOT_RUN = {
     r"--model kyutai/": "downloads a model",
     r"^moshi-mlx-local (translate|complete)\b": "downloads a model: tests/app/test_translate.py runs small ones",
     r"--model nvidia/": "downloads a model, and asks for an account",
+    r"moshi-mlx-local speak\b": "downloads a model: tests/app/test_speak.py runs a small one",
     r"^moshi-mlx-local web\b": "serves until it is stopped: tests/web does",
     r"^python -m moshi\.client ": "Kyutai's program: tests/web/test_kyutai_clients.py runs it",
     r"^\.venv/bin/python -m benchmarks mimi small": "minutes: tests/benchmarks runs smaller ones",

@@ -26,6 +26,7 @@ VERBS = (
     "talk",
     "file",
     "transcribe",
+    "speak",
     "translate",
     "complete",
     "web",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import os
 import re
@@ -13,12 +14,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from .download import HubRepo
 from .opening import open_file
 from .pickled import read_torch_tensors
 from .quantization import FLOATS
 from .readers import read_safetensors
 
-__all__ = ["VoicePrompt", "list_voices", "load_speaker", "load_voice_prompt"]
+__all__ = ["VOICES", "VoicePrompt", "find_speaker", "list_voices", "load_speaker", "load_voice_prompt"]
+
+VOICES = "kyutai/tts-voices"
+"""The repository of voices for text-to-speech."""
 
 MAX_MEMBER = 16 * 2**20
 MAX_ARCHIVE = 2**28
@@ -55,6 +60,51 @@ def load_speaker(path: str | os.PathLike[str]) -> mx.array:
     if wavs.dtype not in FLOATS:
         raise CheckpointError(f"{path}: speaker_wavs is {wavs.dtype}; floats are needed")
     return wavs[0].T.astype(mx.float32)
+
+
+def find_speaker(name: str, ending: str, source: str = VOICES) -> Path:
+    """The file of a voice for text-to-speech.
+
+    Parameters
+    ----------
+    name : str
+        A path here, or a name in ``source`` such as ``expresso/ex03-ex01_happy_001_channel1_334s.wav``.
+    ending : str
+        What the model's identity adds to the name: ``.1e68beda@240.safetensors``.
+    source : str
+        A repository on the hub, or a folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such voice, or it was made for another model.
+    DownloadError
+        If it cannot be fetched.
+    """
+    for path in (Path(name).expanduser(), Path(name + ending).expanduser()):
+        if path.suffix == ".safetensors" and path.is_file():
+            made_for = re.search(r"\.[0-9a-f]{8}@\d+\.safetensors$", path.name)
+            if made_for and not path.name.endswith(ending):
+                raise CheckpointError(f"{path} is a voice for another model: this one needs a file *{ending}")
+            return path
+    wanted = name if name.endswith(ending) else name + ending
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        path = folder / wanted
+        names = [] if path.is_file() else [str(found.relative_to(folder)) for found in folder.rglob("*" + ending)]
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    else:
+        repo = HubRepo(source)
+        if not name.startswith("/") and ".." not in name.split("/") and repo.has(wanted):
+            return repo.fetch([wanted])[wanted]
+        names = [found for found in repo.names() if found.endswith(ending)]
+    known = [found.removesuffix(ending) for found in names]
+    near = difflib.get_close_matches(name, known, 3, 0.4) or sorted(known)[:3]
+    raise CheckpointError(
+        f"there is no voice {name[:100]!r} in {source}; "
+        + (f"there is, for instance, {', '.join(near)}" if near else f"it has none that ends in {ending}")
+    )
 
 
 def load_voice_prompt(path: str | os.PathLike[str], name: str | None = None) -> VoicePrompt:

@@ -214,6 +214,7 @@ class Codec(ABC):
         self.frame_rate = config.frame_rate
         self.frame_size = config.frame_size
         self.num_codebooks = config.quantizer.n_q
+        self._fewest: int | None = None
         self.card = config.quantizer.bins
 
     @abstractmethod
@@ -268,7 +269,7 @@ class Codec(ABC):
         Parameters
         ----------
         codes : array [rows, num_codebooks, frames], integer
-            Each 0 .. card - 1.
+            Each 0 .. card - 1. In MLX and numpy there may be the first few codebooks only.
         state : State
             From :meth:`init_decoder_state`; advances in place.
         rows : sequence of int, optional
@@ -289,7 +290,7 @@ class Codec(ABC):
         array = np.asarray(codes)
         if array.ndim != 3 or not len(array):
             raise TokenError(f"codes of several streams have three axes, not shape {list(array.shape)}")
-        checked = np.stack([_codes(row, self) for row in array])
+        checked = np.stack([_codes(row, self, self._fewest) for row in array])
         return self._decode(checked, state, _rows(state, rows, len(array)))
 
     def export_state(self, state: State) -> State:
@@ -384,6 +385,7 @@ class MimiCodec(Codec):
     def __init__(self, mimi: Mimi):
         super().__init__(mimi.config)
         self.mimi = mimi
+        self._fewest = mimi.config.quantizer.n_q_semantic
 
 
 class MlxMimi(MimiCodec):
@@ -728,9 +730,10 @@ def _samples(pcm: ArrayLike) -> NDArray[np.float32]:
     return np.ascontiguousarray(array)
 
 
-def _codes(codes: NDArray[Any], codec: Codec) -> NDArray[np.int32]:
-    if codes.ndim != 2 or len(codes) != codec.num_codebooks or not codes.shape[1]:
-        raise TokenError(f"codes must have shape [{codec.num_codebooks}, frames], not {list(codes.shape)}")
+def _codes(codes: NDArray[Any], codec: Codec, fewest: int | None = None) -> NDArray[np.int32]:
+    most = codec.num_codebooks
+    if codes.ndim != 2 or not (most if fewest is None else fewest) <= len(codes) <= most or not codes.shape[1]:
+        raise TokenError(f"codes must have shape [{most}, frames], not {list(codes.shape)}")
     if not np.issubdtype(codes.dtype, np.integer):
         raise TokenError(f"codes must be integers, not {codes.dtype}")
     outside = (codes < 0) | (codes >= codec.card)

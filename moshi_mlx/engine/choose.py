@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import UNGENERATED
+from ..config import END_PAD_ID, UNGENERATED, ZERO_TOKEN
 from ..cpu.lm import Array, Stepper
 from ..errors import ConfigError
 from ..models.lm import Lm
@@ -23,6 +23,7 @@ from ..models.sampling import AUDIO_SAMPLING, TEXT_SAMPLING, RowSampling, Sampli
 from ..state import State, as_mlx
 
 __all__ = [
+    "SETTINGS",
     "GenerationConfig",
     "Kind",
     "Row",
@@ -51,6 +52,10 @@ class GenerationConfig:
         Added to the logit of the text padding token: above 0 the model speaks less, below 0 more.
     cfg_coef : float
         Classifier-free guidance (Ho & Salimans 2022): ``null + cfg_coef * (conditioned - null)`` on all logits; 1: off.
+    cfg_audio_only : bool
+        Guide the codes alone, by a null half that reads no text (-1): text-to-speech (moshi ``cfg_is_no_text``).
+    cfg_masked_frames : int
+        The null half reads nothing (-1) in place of the first so many frames (moshi ``cfg_is_masked_until``).
     """
 
     text: Sampling = field(default=TEXT_SAMPLING)
@@ -59,19 +64,27 @@ class GenerationConfig:
     repetition_context: int = 64
     padding_bonus: float = 0.0
     cfg_coef: float = 1.0
+    cfg_audio_only: bool = False
+    cfg_masked_frames: int = 0
 
     def __post_init__(self) -> None:
         if not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty must be above 0, found {self.repetition_penalty}")
         if self.repetition_context < 1:
             raise ConfigError(f"repetition_context must be at least 1, found {self.repetition_context}")
+        if self.cfg_masked_frames < 0:
+            raise ConfigError(f"cfg_masked_frames must be 0 or more, found {self.cfg_masked_frames}")
         for name in ("repetition_penalty", "padding_bonus", "cfg_coef"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a finite number, found {getattr(self, name)}")
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_OTHERS = ("repetition_penalty", "repetition_context", "padding_bonus", "cfg_coef")
+_OTHERS = (
+    "repetition_penalty", "repetition_context", "padding_bonus", "cfg_coef", "cfg_audio_only", "cfg_masked_frames",
+)  # fmt: skip
+SETTINGS = 2 * len(_SAMPLING) + len(_OTHERS)
+"""Numbers that :func:`settings_of` gives."""
 
 
 def settings_of(config: GenerationConfig) -> NDArray[np.float32]:
@@ -88,8 +101,8 @@ def config_from(settings: NDArray[np.float32]) -> GenerationConfig:
             Sampling(temperature, int(top_k), top_p, min_p)
             for temperature, top_k, top_p, min_p in (values[:4], values[4:8])
         )
-        penalty, context, bonus, coefficient = values[8:]
-        return GenerationConfig(text, audio, penalty, int(context), bonus, coefficient)
+        penalty, context, bonus, coefficient, audio_only, masked = values[8:]
+        return GenerationConfig(text, audio, penalty, int(context), bonus, coefficient, bool(audio_only), int(masked))
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"settings {values} are no numbers") from error
 
@@ -130,6 +143,10 @@ class Kind(NamedTuple):
         Whether these tokens are forced, in all rows; None where some are.
     bonus, penalty, guided : bool
         Whether any row has a padding bonus, a repetition penalty, guidance.
+    chosen : bool
+        Whether what is sampled selects one of two given text tokens, as in text-to-speech.
+    depth : int
+        Steps of the depth transformer; the codes after them are given in all rows.
     sinks : int
         Slots among which rows that have wrapped keep pinned positions; 0 if there are none.
     """
@@ -141,6 +158,8 @@ class Kind(NamedTuple):
     bonus: bool
     penalty: bool
     guided: bool
+    chosen: bool
+    depth: int
     sinks: int = 0
 
 
@@ -175,9 +194,12 @@ class Team:
         owner = np.zeros(len(lanes), np.intp)
         owner[self.at] = np.arange(len(members))
         twin = np.arange(len(lanes))
+        self._masked: list[tuple[int, int, GenerationConfig]] = []
         for index, member in enumerate(members):
             if member.null is not None:
                 owner[lane[member.null]], twin[self.at[index]] = index, lane[member.null]
+                if member.config.cfg_audio_only or member.config.cfg_masked_frames:
+                    self._masked.append((int(lane[member.null]), index, member.config))
         plain = len(lanes) == len(members) and bool((owner == np.arange(len(members))).all())
         self.owner = None if plain else owner
         configs = [member.config for member in members]
@@ -197,7 +219,9 @@ class Team:
         self.guided, self.bonus = bool(nulls), bool(bonus.any())
         if self.guided:
             coefficients = np.array([config.cfg_coef for config in of_lanes], np.float32)
-            fixed.update(source=self.at[owner], twin=twin, coefficients=coefficients[:, None])
+            of_text = np.array([1.0 if config.cfg_audio_only else config.cfg_coef for config in of_lanes], np.float32)
+            fixed.update(source=self.at[owner], twin=twin)
+            fixed.update(coefficients=coefficients[:, None], text_coefficients=of_text[:, None])
         if self.bonus:
             fixed["bonus"] = bonus
         fixed = as_mlx(fixed) if stepper.xp is mx else fixed
@@ -209,6 +233,15 @@ class Team:
         """Values of lanes, from those of conversations."""
         return values if self.owner is None else values[self.owner]
 
+    def columns(self, column: NDArray[np.int32], position: NDArray[Any], delays: NDArray[Any]) -> NDArray[np.int32]:
+        """The tokens [lanes, streams] that lanes read: a null half does not read what its guidance leaves out."""
+        spread = self.spread(column)
+        for lane, index, config in self._masked:
+            left_out = position[index] <= delays + config.cfg_masked_frames
+            left_out[0] |= config.cfg_audio_only
+            spread[lane, left_out & (position[index] > delays)] = ZERO_TOKEN
+        return spread
+
 
 def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], state: State) -> dict[str, Any]:
     """The temporal transformer and the text token.
@@ -216,8 +249,8 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
     Returns
     -------
     dict
-        ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes and the output
-        of the extra ``heads``, if there are any.
+        ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes, the output
+        of the extra ``heads`` and what was ``sampled`` [lanes] to choose the text, if there are any.
     """
     xp, model = stepper.xp, lm.config
     made: dict[str, Any] = {}
@@ -232,13 +265,17 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
         made["heads"] = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
     if kind.text_given:
         return {**made, "text": given["wanted"][:, 0]}
-    logits = _guide(stepper.text_logits(hidden).astype(xp.float32), kind, given, xp)
+    logits = _guide(stepper.text_logits(hidden).astype(xp.float32), kind, given, xp, "text_coefficients")
     if kind.bonus:
         logits = logits + given["bonus"]
     if kind.penalty:
         penalty = given["penalty"]
         logits = xp.where(logits > 0, logits / penalty, logits * penalty)
     text = stepper.draw(logits, kind.text, given["text"], text_noise)
+    if kind.chosen:
+        made["sampled"] = text
+        chosen = xp.where(text == END_PAD_ID, given["choices"][:, 0], given["choices"][:, 1])
+        text = xp.where(chosen == UNGENERATED, text, chosen)
     return {**made, "text": _settled(text, 0, kind.text_given, kind, given, xp)}
 
 
@@ -251,19 +288,22 @@ def choose_codes(
         return xp.concatenate([text[:, None], given["wanted"][:, 1:]], axis=1)
     cache: list[Any] = []
     chosen = [text]
-    for codebook in range(lm.config.own_q):
+    for codebook in range(kind.depth):
         logits = _guide(stepper.depth(codebook, hidden, chosen[-1], cache).astype(xp.float32), kind, given, xp)
         code = stepper.draw(logits, kind.audio, given["audio"], None if noise is None else noise[:, codebook])
         chosen.append(_settled(code, 1 + codebook, kind.codes_given, kind, given, xp))
-    return xp.stack(chosen, axis=1)
+    produced = xp.stack(chosen, axis=1)
+    if kind.depth < lm.config.own_q:
+        produced = xp.concatenate([produced, given["wanted"][:, 1 + kind.depth :]], axis=1)
+    return produced
 
 
-def _guide(logits: Array, kind: Kind, given: Mapping[str, Any], xp: Any) -> Array:
+def _guide(logits: Array, kind: Kind, given: Mapping[str, Any], xp: Any, name: str = "coefficients") -> Array:
     """Logits of guided rows moved away from those of their unconditioned half."""
     if not kind.guided:
         return logits
     null = logits[given["twin"]]
-    return xp.where(given["coefficients"] == 1, logits, null + given["coefficients"] * (logits - null))
+    return xp.where(given[name] == 1, logits, null + given[name] * (logits - null))
 
 
 def _settled(drawn: Array, stream: int, forced: bool | None, kind: Kind, given: Mapping[str, Any], xp: Any) -> Array:

@@ -59,6 +59,8 @@ class Step:
         Text token of that same frame.
     heads : array [batch, heads, extra_heads_dim], float32, or None
         Probabilities of the extra heads.
+    sampled : array [batch], int32, or None
+        The text token that was sampled to choose ``text`` from two.
     """
 
     index: int
@@ -67,6 +69,7 @@ class Step:
     codes: Ints | None
     aligned_text: Ints | None
     heads: NDArray[np.float32] | None = None
+    sampled: Ints | None = None
 
 
 class Generator:
@@ -306,6 +309,7 @@ class Generator:
         text: ArrayLike | None = None,
         own_codes: ArrayLike | None = None,
         embedded: Mapping[int, ArrayLike] | None = None,
+        choices: ArrayLike | None = None,
     ) -> list[Step]:
         """Advance some conversations by one position, each from its own; the others wait.
 
@@ -319,6 +323,9 @@ class Generator:
             As for :meth:`step`.
         embedded : mapping of int to array [dim], optional
             Summed embeddings that a conversation reads in place of its tokens; these count as read all the same.
+        choices : array [rows, 2], optional
+            Text tokens to take if 0, the start of a word, is sampled, and if anything else is; -2 for what is sampled.
+            The depth transformer and the next position read the token taken. This needs no extra read by the host.
 
         Returns
         -------
@@ -337,7 +344,7 @@ class Generator:
             return []
         if len(set(names)) != len(names):
             raise StateError(f"a conversation is named twice in {list(names)}")
-        team, produced, heads = self._stepped(names, user_codes, text, own_codes, embedded)
+        team, produced, heads, sampled = self._stepped(names, user_codes, text, own_codes, embedded, choices)
         positions = self._rows.book["position"][team.mains].tolist()
         frames = np.array([self._frame_at(position - 1) for position in positions])
         complete = self._complete(team, frames)
@@ -349,6 +356,7 @@ class Generator:
                 codes=complete[index : index + 1, 1:] if frames[index] >= 0 and self.lm.config.own_q else None,
                 aligned_text=complete[index : index + 1, 0] if frames[index] >= 0 else None,
                 heads=None if heads is None else heads[index : index + 1],
+                sampled=None if sampled is None else sampled[index : index + 1],
             )
             for index in range(len(names))
         ]
@@ -415,7 +423,8 @@ class Generator:
         text: ArrayLike | None,
         own_codes: ArrayLike | None,
         embedded: Mapping[int, ArrayLike] | None = None,
-    ) -> tuple[Team, Ints, NDArray[np.float32] | None]:
+        choices: ArrayLike | None = None,
+    ) -> tuple[Team, Ints, NDArray[np.float32] | None, Ints | None]:
         """Check the input, store it where it will be read, and advance."""
         model, count = self.lm.config, len(names)
         team = self._rows.team(names)
@@ -434,10 +443,12 @@ class Generator:
             raise TokenError("this model has no user streams: user_codes must be None")
         forced = self._check_forced(text, own_codes, count)
         vectors = self._check_embedded(embedded, names)
+        if choices is not None:
+            choices = self._tokens("choices", choices, count, 2, UNGENERATED, int(self._rows.highest[0]))
         if codes is not None:
             self._note(team, codes, self._users, self._rows.book["position"][team.mains] - 1)
         self._force(team, *forced)
-        return team, *self._advance(team, vectors)
+        return team, *self._advance(team, vectors, choices)
 
     def _force(self, team: Team, text: Ints | None, own_codes: Ints | None) -> None:
         """Store tokens to take instead of sampling."""
@@ -453,8 +464,10 @@ class Generator:
         inputs, place = self._rows.book["inputs"], (team.mains[:, None], streams, columns)
         inputs[place] = np.where(tokens == UNGENERATED, inputs[place], tokens)
 
-    def _advance(self, team: Team, embedded: _Embedded | None = None) -> tuple[Ints, NDArray[np.float32] | None]:
-        """Run one position of each row: tokens [n, 1 + own_q], and the output of the extra heads."""
+    def _advance(
+        self, team: Team, embedded: _Embedded | None = None, choices: Ints | None = None
+    ) -> tuple[Ints, NDArray[np.float32] | None, Ints | None]:
+        """Run one position of each row: tokens [n, 1 + own_q], the output of the extra heads, and the text sampled."""
         state, book, mains = self._rows.state, self._rows.book, team.mains
         self._rows.make_room()
         position, inputs = book["position"][mains], book["inputs"]
@@ -467,35 +480,59 @@ class Generator:
             )
         following = (mains[:, None], self._own, (position[:, None] + 1) % self._columns)
         wanted = inputs[following]
-        tokens, heads = self._predict(team, column, wanted, position, embedded)
+        tokens, made = self._predict(team, column, wanted, position, embedded, choices)
         # If all tokens are forced they do not depend on the caches, whose graph would grow if it were not evaluated.
         caches = state if (wanted != UNGENERATED).all() else {"offset": state["transformer"]["offset"]}
-        produced, *said = (
-            found[team.at] for found in self._stepper.fetch(caches, *([tokens] if heads is None else [tokens, heads]))
-        )
+        more = [name for name in ("heads", "sampled") if name in made]
+        fetched = self._stepper.fetch(caches, tokens, *(made[name] for name in more))
+        produced, *rest = (found[team.at] for found in fetched)
+        said = dict(zip(more, rest, strict=True))
         inputs[following] = produced
         for index, row, _ in team.penalized:
             book["recent"][row] = np.append(book["recent"][row, 1:], produced[index, 0])
         inputs[mains, :, (position - self._highest_delay - 1) % self._columns] = UNGENERATED
         book["position"][mains] = position + 1
-        return produced, said[0] if said else None
+        return produced, said.get("heads"), said.get("sampled")
 
     def _predict(
-        self, team: Team, column: Ints, wanted: Ints, position: Ints, embedded: _Embedded | None
-    ) -> tuple[Array, Array | None]:
-        """Tokens [lanes, 1 + own_q] of this position, lazily; ``wanted`` overrides where it is not -2."""
+        self,
+        team: Team,
+        column: Ints,
+        wanted: Ints,
+        position: Ints,
+        embedded: _Embedded | None,
+        choices: Ints | None,
+    ) -> tuple[Array, Mapping[str, Any]]:
+        """Tokens [lanes, 1 + own_q] of this position, lazily, and what :func:`choose_text` made.
+
+        ``wanted`` overrides where it is not -2.
+        """
         stepper = self._stepper
         free = wanted == UNGENERATED
-        text_given, codes_given = (_alike(~part) for part in (free[:, 0], free[:, 1:]))
-        switches = team.bonus, bool(team.penalized), team.guided, self._rows.sinks()
-        kind = Kind(team.text.kind, team.audio.kind, text_given, codes_given, *switches)
-        arrays: dict[str, Any] = {"column": team.spread(column)}
+        depth = int(np.flatnonzero(free[:, 1:].any(axis=0)).max(initial=-1)) + 1
+        text_given, codes_given = (_alike(~part) for part in (free[:, 0], free[:, 1 : 1 + max(depth, 1)]))
+        kind = Kind(
+            team.text.kind,
+            team.audio.kind,
+            text_given,
+            codes_given,
+            team.bonus,
+            bool(team.penalized),
+            team.guided,
+            choices is not None and not text_given,
+            depth,
+            self._rows.sinks(),
+        )
+        arrays: dict[str, Any] = {"column": team.columns(column, position, self._delays)}
         draws = [not (given or how.greedy) for given, how in ((text_given, kind.text), (codes_given, kind.audio))]
         if any(draws):
             keys = team.spread(keys_at(self._rows.keys[team.mains], position[:, None]))
             arrays.update((name, keys[:, n]) for n, name in enumerate(("text_keys", "audio_keys")) if draws[n])
-        if text_given is not False or codes_given is not False:
+        if text_given is not False or codes_given is not False or depth < self.lm.config.own_q:
             arrays["wanted"] = team.spread(wanted)
+        if kind.chosen:
+            assert choices is not None
+            arrays["choices"] = team.spread(choices)
         if team.penalized:
             arrays["penalty"] = team.spread(self._penalties(team))
         if embedded is not None:
@@ -506,10 +543,10 @@ class Generator:
         made = stepper.run(choose_text, kind, given, self._rows.state)
         self._rows.state["transformer"] = made["state"]
         if not self.lm.config.own_q:
-            return made["text"][:, None], made.get("heads")
+            return made["text"][:, None], made
         stepper.launch(made["hidden"])
         tokens = stepper.run(choose_codes, kind, given, made["hidden"], made["text"], stepper.drawn(made.get("noise")))
-        return tokens, made.get("heads")
+        return tokens, made
 
     def _penalties(self, team: Team) -> NDArray[np.float32]:
         """The factor that text logits [n, text_out] are divided by, or multiplied with, for recent words."""
@@ -531,7 +568,9 @@ class Generator:
         found: Ints = self._rows.book["inputs"][team.mains[:, None], self._own, columns]
         return found
 
-    def _together(self, team: Team, produced: Ints, heads: NDArray[np.float32] | None) -> Step:
+    def _together(
+        self, team: Team, produced: Ints, heads: NDArray[np.float32] | None, sampled: Ints | None = None
+    ) -> Step:
         """One step for conversations that are at one position."""
         position = int(self._rows.book["position"][team.mains[0]]) - 1
         frame = self._frame_at(position)
@@ -543,6 +582,7 @@ class Generator:
             codes=complete[:, 1:] if complete is not None and self.lm.config.own_q else None,
             aligned_text=None if complete is None else complete[:, 0],
             heads=heads,
+            sampled=sampled,
         )
 
     # Checks

@@ -209,8 +209,6 @@ class Engine:
         hears_end: bool = False,
         pinning: bool = False,
     ):
-        if config.model_type == "tts":
-            raise ConfigError(f"{name} turns text into speech: it does not converse")
         if codec is None or not lm.config.n_q:
             raise ConfigError(f"{name} is a text model: it does not converse")
         self.config, self.lm, self.codec, self.tokenizer, self.name = config, lm, codec, tokenizer, name
@@ -714,9 +712,9 @@ def part_of(snapshot: State, name: str) -> State:
     return part
 
 
-def generation_defaults(config: ModelConfig) -> GenerationConfig:
-    """The checkpoint's ``lm_gen_config`` applied to the reference's defaults. Speech-to-text is greedy."""
-    base = GenerationConfig()
+def generation_defaults(config: ModelConfig, base: GenerationConfig | None = None) -> GenerationConfig:
+    """The checkpoint's ``lm_gen_config`` applied to ``base``, the reference's defaults. Speech-to-text is greedy."""
+    base = base or GenerationConfig()
     if config.model_type == "stt":
         return replace(base, text=GREEDY)
     saved = config.lm_gen_config

@@ -33,7 +33,7 @@ from ..state import (
     take_rows,
     update_state,
 )
-from .choose import GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
+from .choose import SETTINGS, GenerationConfig, Row, Team, config_from, seed_from, seed_words, settings_of
 
 __all__ = ["Rows"]
 
@@ -121,6 +121,9 @@ class Rows:
         if config.cfg_coef == 1.0:
             return seed, config, condition, None
         if condition is None or null is None:
+            # A null half that reads less differs without conditions, too.
+            if not self._lm.config.conditioners and (config.cfg_audio_only or config.cfg_masked_frames):
+                return seed, config, None, None
             raise ConfigError("guidance (cfg_coef other than 1) needs conditions and null_conditions")
         return seed, config, *match_slots(condition, null)
 
@@ -271,7 +274,7 @@ class Rows:
             "recent": np.full((rows, width), ZERO_TOKEN, np.int32),
             "position": np.zeros(rows, np.int32),
             "seed": np.array([seed_words(seed) for seed in seeds], np.uint32).reshape(rows, 4),
-            "settings": np.array([settings_of(config) for config in configs], np.float32).reshape(rows, 12),
+            "settings": np.array([settings_of(config) for config in configs], np.float32).reshape(rows, SETTINGS),
         }
 
     def _write_book(self, rows: list[int], book: State) -> None:
@@ -286,6 +289,7 @@ class Rows:
 
     def _read(self, snapshot: State, rows: int | None) -> tuple[State, list[State]]:
         """The book of a snapshot, in numpy, and its states of the language model; refused if they do not fit."""
+        snapshot = _with_settings(snapshot)
         found = describe_state(snapshot)
         heads = {entry.name: entry for entry in found}
         given = heads.get("position")
@@ -432,6 +436,14 @@ class Rows:
         names = self._enter(seeds, configs, self._pinned(parts[0]))
         self._install([(self.members[name].main, self.members[name].null) for name in names], book, parts)
         return names
+
+
+def _with_settings(snapshot: State) -> State:
+    """A snapshot with all settings: those saved before guidance of the codes alone lack the last two, which are 0."""
+    settings = snapshot.get("settings")
+    if isinstance(settings, dict) or settings is None or settings.ndim != 2 or settings.shape[1] != SETTINGS - 2:
+        return snapshot
+    return {**snapshot, "settings": mx.array(np.pad(np.array(settings), ((0, 0), (0, 2))))}
 
 
 def _rows_for(used: int) -> int:

@@ -208,6 +208,17 @@ class Moshi:
         ConfigError
             If the model cannot converse.
         """
+        return self.stages
+
+    @property
+    def stages(self) -> Engine:
+        """The stages of a frame, whatever the model is for: :attr:`engine` is for conversations.
+
+        Raises
+        ------
+        ConfigError
+            If it is a text model.
+        """
         return Engine(self.config, self.lm, self.codec, self.tokenizer, self.name)
 
     def reply(

@@ -70,8 +70,9 @@ class SoundCard:
 
     Parameters
     ----------
-    take : callable
-        Receives the microphone's sound, [samples] float32 at ``rate``, in a thread of this object.
+    take : callable or None
+        Receives the microphone's sound, [samples] float32 at ``rate``, in a thread of this object. None: no microphone
+        is opened.
     fill : callable
         Fills an array [samples] with the sound to play; called in the loudspeaker's callback, must not block.
     rate : int
@@ -96,7 +97,7 @@ class SoundCard:
 
     def __init__(
         self,
-        take: Callable[[Pcm], object],
+        take: Callable[[Pcm], object] | None,
         fill: Callable[[Pcm], object],
         rate: int,
         *,
@@ -106,7 +107,9 @@ class SoundCard:
         latency: float | None = None,
         follow: bool | None = None,
     ):
-        self._take, self._fill, self._rate, self._echo = take, fill, rate, echo
+        self._take: Callable[[Pcm], object] = take or (lambda pcm: None)
+        self._fill, self._rate, self._echo = fill, rate, echo
+        self._kinds = ("output",) if take is None else ("input", "output")
         self._wanted = {"input": input_device, "output": output_device}
         self._latency = latency
         followed = sys.platform == "darwin" if follow is None else follow
@@ -325,7 +328,8 @@ class SoundCard:
     def _trouble(self) -> str:
         """What is wrong with the open devices; an empty string if nothing is."""
         now = time.monotonic()
-        for kind, device, stream in zip(("input", "output"), (self.input, self.output), self._streams, strict=False):
+        found = [self.input, self.output][-len(self._kinds) :]
+        for kind, device, stream in zip(self._kinds, found, self._streams, strict=False):
             what = "microphone" if kind == "input" else "loudspeaker"
             name = f"the {what} {device.name!r}" if device else f"the {what}"
             try:
@@ -351,10 +355,12 @@ class SoundCard:
     def _open(self, *, refresh: bool) -> None:
         sd = portaudio.sounddevice()
         known = devices(refresh=refresh)
-        self.input = find_device(self._wanted["input"], "input", known)
+        self.input = find_device(self._wanted["input"], "input", known) if "input" in self._kinds else None
         self.output = find_device(self._wanted["output"], "output", known)
         latency: float | str = self._latency or ("low" if sys.platform == "darwin" else 0.02)
         for kind, device in (("input", self.input), ("output", self.output)):
+            if device is None:
+                continue
             error: Exception | None = None
             for rate, channels in candidate_formats(device, kind):
                 try:

@@ -30,6 +30,7 @@ from moshi_mlx_app.screen.terminal import Loading, is_terminal, say, warn
 if TYPE_CHECKING:
     from moshi_mlx.tasks.dialogue import Moshi
     from moshi_mlx_app.server.server import Service
+    from moshi_mlx_app.server.speech import SpeechService
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -71,6 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stt", metavar="M", help="a speech-to-text model beside it, for Kyutai's clients of /api/asr-streaming"
     )
+    group.add_argument(
+        "--tts", metavar="M", help="a text-to-speech model beside it, for Kyutai's clients of /api/tts_streaming"
+    )
+    group.add_argument(
+        "--voices",
+        default="kyutai/tts-voices",
+        metavar="R",
+        help="the repository or folder of its voices (default: %(default)s)",
+    )
     group.add_argument("--quiet", action="store_true", help="do not say who comes and goes")
     add_role_options(parser)
     add_generation_options(parser)
@@ -106,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, shown=not args.quiet)
     stt = None if args.stt is None else _stt(args)
     roles = Roles(model, role_from(args), args.voice, not args.no_pin)
+    tts = None if args.tts is None else _tts(args)
     with Loading(shown=not args.quiet) as loading:
         loading("measuring how many can talk at once")
         places = int(args.max_sessions or _places(model, args.kv_bits))
@@ -126,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stt=stt,
         roles=roles,
+        tts=tts,
         on_talk=_silent if args.quiet else _tell,
         on_fault=lambda text: warn(text, "fault"),
     )
@@ -163,6 +175,19 @@ def _stt(args: argparse.Namespace) -> Service:
     if not isinstance(model, SpeechToText):
         raise ConfigError(f"--stt {args.stt} is a model for {model.purpose}: name a speech-to-text model")
     return Service(Engine(model, args.kv_bits), Line(int(args.max_sessions or _places(model, args.kv_bits))))
+
+
+def _tts(args: argparse.Namespace) -> SpeechService:
+    """The text-to-speech model, for as many at once as --max-sessions says, or 32."""
+    from moshi_mlx.errors import ConfigError
+    from moshi_mlx.tasks.speak import TextToSpeech
+    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.server.speech import SpeechService
+
+    model = load_model(argparse.Namespace(**{**vars(args), "model": args.tts}), shown=not args.quiet)
+    if not isinstance(model, TextToSpeech):
+        raise ConfigError(f"--tts {args.tts} is a model for {model.purpose}: name a text-to-speech model")
+    return SpeechService(model, int(args.max_sessions or 32), args.kv_bits, args.voices)
 
 
 def _places(model: Moshi, kv_bits: int | None) -> int:

@@ -25,15 +25,16 @@ from .engine import Engine
 from .faults import Faults, named
 from .links import qr_svg
 from .listener import Door, Handler
-from .protocols import kyutai, kyutai_asr
+from .protocols import kyutai, kyutai_asr, kyutai_tts
 from .queue import Line
 from .roles import Roles
 from .settings import read_settings
+from .speech import SpeechService
 
 __all__ = ["STATIC", "Server", "Service", "listening", "serve"]
 
 STATIC = Path(__file__).resolve().parent / "static"
-PROTOCOLS = (kyutai, kyutai_asr)  # modules with add_routes(app, server)
+PROTOCOLS = (kyutai, kyutai_asr, kyutai_tts)  # modules with add_routes(app, server)
 _TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
@@ -74,6 +75,8 @@ class Server:
         Where another device of the network finds the page, key and all; empty if it cannot.
     stt : Service, optional
         A speech-to-text model, for ``/api/asr-streaming``.
+    tts : SpeechService, optional
+        A text-to-speech model, for ``/api/tts_streaming``.
     on_talk, on_fault : callable, optional
         Told a sentence when a conversation begins or ends, and when something goes wrong in the server.
     """
@@ -88,6 +91,7 @@ class Server:
     static: Path = STATIC
     link: str = ""
     stt: Service | None = None
+    tts: SpeechService | None = None
     on_talk: Callable[[str], None] = lambda text: None
     on_fault: Callable[[str], None] = lambda text: None
 
@@ -230,6 +234,8 @@ async def listening(server: Server, host: str, port: int, tls: ssl.SSLContext | 
         await asyncio.to_thread(server.engine.stop)
         if server.stt is not None:
             await asyncio.to_thread(server.stt.engine.stop)
+        if server.tts is not None:
+            await asyncio.to_thread(server.tts.stop)
         loop.set_exception_handler(None)
         for logger in loggers:
             logger.removeHandler(faults)
