@@ -47,6 +47,8 @@ def add_routes(app: web.Application, server: Server) -> None:
 class LiveTalk(EventTalk):
     """A client of the Live protocol; parameters as for :class:`EventTalk`."""
 
+    backlog = 0.48  # LiveKit sends 100 ms at once; beyond it the oldest is dropped, as elsewhere
+
     def __init__(self, settings: Settings | BadQuery, *shared: Any):
         super().__init__(settings, *shared)
         self._session: dict[str, Any] = {}
