@@ -185,8 +185,14 @@ async def agents(url: str, seconds: float, heard: Heard) -> None:
 
 async def pipecat(url: str, seconds: float, heard: Heard) -> None:
     from loguru import logger
-    from pipecat.frames.frames import EndFrame, ErrorFrame, InputAudioRawFrame, InterruptionFrame
-    from pipecat.frames.frames import TTSAudioRawFrame, TTSTextFrame
+    from pipecat.frames.frames import (
+        EndFrame,
+        ErrorFrame,
+        InputAudioRawFrame,
+        InterruptionFrame,
+        TTSAudioRawFrame,
+        TTSTextFrame,
+    )
     from pipecat.pipeline.pipeline import Pipeline
     from pipecat.pipeline.worker import PipelineParams, PipelineWorker
     from pipecat.processors.frame_processor import FrameProcessor

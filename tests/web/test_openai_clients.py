@@ -1,4 +1,4 @@
-"""Programs that speak OpenAI's protocols hold a conversation with the built-in model, as they are on the package index."""
+"""Programs that speak OpenAI's protocols talk with the built-in model: the libraries as they are on the index."""
 
 from __future__ import annotations
 
