@@ -82,7 +82,7 @@ async def play(
 async def realtime(url: str, seconds: float, heard: Heard) -> None:
     from openai import AsyncOpenAI
 
-    client = AsyncOpenAI(websocket_base_url=url)
+    client = AsyncOpenAI(api_key="none", websocket_base_url=url)
     async with client.realtime.connect(model="gpt-realtime") as connection:
         await connection.session.update(
             session={"type": "realtime", "instructions": "Be brief.", "audio": {"output": {"voice": "marin"}}}
@@ -121,7 +121,7 @@ async def realtime(url: str, seconds: float, heard: Heard) -> None:
 async def live(url: str, seconds: float, heard: Heard) -> None:
     from openai import AsyncOpenAI
 
-    client = AsyncOpenAI(websocket_base_url=url)
+    client = AsyncOpenAI(api_key="none", websocket_base_url=url)
     async with client.live.connect() as connection:
         sound: Any = {"format": {"type": "audio/pcm", "rate": RATE}}
         await connection.session.start(session={"model": "gpt-live-1", "audio": sound})
@@ -161,7 +161,9 @@ async def agents(url: str, seconds: float, heard: Heard) -> None:
     from agents.realtime import RealtimeAgent, RealtimeRunner
 
     runner = RealtimeRunner(starting_agent=RealtimeAgent(name="Moshi", instructions="Be brief."))
-    async with await runner.run(model_config={"url": f"{url}/realtime?model=gpt-realtime"}) as session:
+    async with await runner.run(
+        model_config={"url": f"{url}/realtime?model=gpt-realtime", "api_key": "none"}
+    ) as session:
         said: dict[str, str] = {}
 
         async def listen() -> None:
