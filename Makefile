@@ -10,6 +10,7 @@ VENV ?= .venv
 REFERENCE ?= .venv-reference
 LOWEST ?= .venv-lowest
 CLIENT ?= .venv-client
+OPENAI ?= .venv-openai
 SECONDS ?= 300
 TRAIN ?= .venv-train
 # torch's plain name brings several GB of CUDA on Linux: point pip at a CPU index, or name a CPU build, if you can.
@@ -19,11 +20,12 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 REFERENCE_READY = $(REFERENCE)/.installed
 CLIENT_READY = $(CLIENT)/.installed
+OPENAI_READY = $(OPENAI)/.installed
 TRAIN_READY = $(TRAIN)/.installed
 QUESTIONS = moshi_mlx/assets/questions.wav
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu-path test-train talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client livekit-client
+.PHONY: help install test test-gpu-path test-train talk bench check fuzz format reference resolve lowest wheel-check clean kyutai-client livekit-client openai-client openai-clients
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -91,6 +93,18 @@ kyutai-client: $(CLIENT_READY)  ## Kyutai's Python client, for the tests in whic
 livekit-client:  ## LiveKit's PersonaPlex client, for the test in which it talks with our server
 	@$(PYTHON) -m venv .venv-livekit && .venv-livekit/bin/pip install -q livekit-agents livekit-plugins-nvidia sphn
 
+# openai's own types judge every event; the other clients, some hundred packages, only talk with the server.
+$(OPENAI_READY): scripts/make_venv.py
+	@$(PYTHON) scripts/make_venv.py $(OPENAI) 'openai[realtime]' numpy
+	@touch $@
+
+openai-client: $(OPENAI_READY)  ## the openai package, for the tests of OpenAI's protocols
+
+openai-clients: $(OPENAI_READY)  ## and openai-agents, pipecat and livekit, which talk with our server
+	@$(PYTHON) scripts/make_venv.py $(OPENAI) 'openai[realtime]' numpy openai-agents livekit-agents \
+	    livekit-plugins-openai 'pipecat-ai[openai,websocket]'
+	@touch $(OPENAI_READY)
+
 resolve: $(READY)  ## show that every dependency has a wheel, per platform and Python (asks the package index)
 	$(BIN)/python scripts/check_resolve.py
 
@@ -104,4 +118,4 @@ wheel-check: $(READY)  ## build the wheel and look at what it would put into sit
 	$(BIN)/python scripts/check_wheel.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(REFERENCE) $(LOWEST) $(CLIENT) $(TRAIN) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(REFERENCE) $(LOWEST) $(CLIENT) $(OPENAI) $(TRAIN) build dist .pytest_cache .mypy_cache .ruff_cache

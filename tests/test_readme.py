@@ -77,13 +77,15 @@ def blocks() -> list[Block]:
 
 BLOCKS = blocks()
 PYTHON = [block for block in BLOCKS if block.language == "python"]
+# Other programs' Python, with packages that are not installed here: tests/web/openai_clients.py does the same.
+CLIENTS = [block for block in BLOCKS if block.language == "python client"]
 
 
 def commands() -> list[Block]:
     """The lines of all other blocks, without comments."""
     lines = []
     for block in BLOCKS:
-        if block.language == "python" or block.text.startswith(PICTURES[:3]):
+        if block.language.startswith("python") or block.text.startswith(PICTURES[:3]):
             continue
         for offset, line in enumerate(block.text.splitlines()):
             command = re.split(r"\s{2,}(?!-)|\s+#", line.removeprefix("$ ").strip())[0]
@@ -112,7 +114,7 @@ def test_there_is_something_to_run() -> None:
     """If this fails, the tests below run nothing."""
     assert len(PYTHON) >= 4 and len(RUN) >= 3
     assert {block.document for block in PYTHON} == {"README.md", "embedding.md"}
-    assert {block.language for block in BLOCKS} <= {"python", ""}, "say here how that language is run"
+    assert {block.language for block in BLOCKS} <= {"python", "python client", ""}, "say here how that language is run"
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
@@ -125,6 +127,18 @@ def test_python_runs_as_written(block: Block, folder: Path, capsys: pytest.Captu
     if "answer.wav" in block.text:
         answer, rate = soundfile.read(folder / "answer.wav")
         assert len(answer) >= 6 * rate and np.abs(answer).max() > 0.05
+
+
+@pytest.mark.parametrize("block", CLIENTS, ids=lambda block: block.name)
+def test_clients_code_is_what_the_tests_do(block: Block) -> None:
+    """If this fails, a document shows how to connect in a way that no test tries."""
+    tree = compile(block.text, block.document, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
+    tried = (ROOT / "tests" / "web" / "openai_clients.py").read_text(encoding="utf-8")
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {word.arg for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names
+    assert not [name for name in names if name not in tried]
 
 
 @pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.name} {command.text[:40]}")

@@ -56,6 +56,7 @@ FUZZERS = {
     "kills": "live",
     "messages": "server",
     "requests": "server",
+    "events": "events",
     "texts": "configs",
     "configs": "configs",
     "codec-configs": "configs",

@@ -30,6 +30,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # A name or IPv4 address, or an IPv6 address in brackets; and a port. Nothing else may reach the policy below.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9._-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 
+_GUARDED = ("/api/", "/v1/")  # paths for which a token is asked
+_TOKEN_IN_PROTOCOL = "openai-insecure-api-key."  # how OpenAI's clients in a browser send it
+
 _HEADERS = {
     # Scripts, styles, worklets and the socket come from here alone, and nothing is written into the page as code. The
     # page plays and saves what it made itself, so blob: is sound and pictures only. Safari before 15.4 does not count
@@ -101,10 +104,10 @@ class Guard:
         if origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
             return f"a page of {origin[:100]!r} may not use this server"
         if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and (
-            request.path.startswith("/api/")
+            request.path.startswith(_GUARDED)
         ):
             return "a page of another site may not use this server"
-        if self._token and request.path.startswith("/api/") and not self._knows_token(request):
+        if self._token and request.path.startswith(_GUARDED) and not self._knows_token(request):
             return "this server asks for a token: use the link that it printed when it started"
         return ""
 
@@ -131,6 +134,9 @@ class Guard:
                 offered.append(base64.b64decode(rest, validate=True).decode("utf-8", "replace").partition(":")[2])
             except (binascii.Error, ValueError):
                 pass
+        for name in request.headers.get("Sec-WebSocket-Protocol", "").split(","):
+            if name.strip().startswith(_TOKEN_IN_PROTOCOL):
+                offered.append(name.strip()[len(_TOKEN_IN_PROTOCOL) :])
         # Every one is compared, in a time that does not depend on where it differs.
         return max(hmac.compare_digest(text.encode("utf-8", "surrogateescape"), self._token) for text in offered)
 

@@ -94,10 +94,12 @@ class Talk:
     """One client.
 
     A protocol implements ``_settled``, ``_queued``, ``_begin``, ``_take``, ``_say`` and ``_last_words``, and may extend
-    ``_open``, ``_news`` and ``_quiet_line``.
+    ``_open``, ``_accompany``, ``_news`` and ``_quiet_line``.
 
     Parameters
     ----------
+    settings : object
+        What the protocol's own part needs.
     socket : aiohttp.web.WebSocketResponse
         Prepared, for ``request``.
     request : aiohttp.web.Request
@@ -111,14 +113,18 @@ class Talk:
     ----------
     backlog : float
         Seconds of the user's sound that may wait to be heard.
+    weight : int
+        A message may be so many times as long as the limits say.
     recorded : list of Path
         Files of the recording, once it has ended.
     """
 
     backlog = 0.32
+    weight = 1
 
     def __init__(
         self,
+        settings: Any,
         socket: web.WebSocketResponse,
         request: web.Request,
         engine: Engine,
@@ -126,6 +132,7 @@ class Talk:
         limits: Limits,
         on_notice: Callable[[str], object],
     ):
+        self._settings = settings
         self._socket, self._transport, self._limits = socket, request.transport, limits
         self._handler, self._who = request.protocol, household(request.remote or "")
         self._engine, self._model, self._line = engine, engine.model, line
@@ -175,6 +182,9 @@ class Talk:
         """Post a frame's messages, the one with its sound with ``sound=True``."""
         raise NotImplementedError
 
+    async def _accompany(self) -> None:
+        """Beside the other tasks, for as long as it wants."""
+
     def _news(self, conversation: Conversation) -> None:
         """Five times a second."""
 
@@ -195,7 +205,7 @@ class Talk:
     async def run(self) -> End:
         """Everything, until the end."""
         self._open()
-        parts = (self._receive, self._send, self._watch, self._converse)
+        parts = (self._receive, self._send, self._watch, self._converse, self._accompany)
         tasks = [asyncio.ensure_future(self._guarded(part)) for part in parts]
         try:
             end = await asyncio.shield(self._over)
@@ -389,10 +399,6 @@ class Talk:
         """A frame's messages."""
         if self._over.done():
             return
-        self._unsent += 1
-        if self._unsent * self._frame_seconds > self._limits.unsent:
-            self.end(End(WSCloseCode.POLICY_VIOLATION, "the client reads too slowly"))
-            return
         try:
             self._say(frame)
         except Exception as error:
@@ -400,7 +406,8 @@ class Talk:
 
     def _post(self, data: bytes | str | int, *, sound: bool = False) -> None:
         """Send a message when those before it are gone."""
-        if len(self._out) >= 1000:
+        self._unsent += sound
+        if len(self._out) >= 1000 or self._unsent * self._frame_seconds > self._limits.unsent:
             self.end(End(WSCloseCode.POLICY_VIOLATION, "the client reads too slowly"))
             return
         self._out.append((data, sound))

@@ -25,7 +25,7 @@ from .engine import Engine
 from .faults import Faults, named
 from .links import qr_svg
 from .listener import Door, Handler
-from .protocols import kyutai, kyutai_asr, kyutai_tts
+from .protocols import kyutai, kyutai_asr, kyutai_tts, openai, openai_live, openai_realtime
 from .queue import Line
 from .roles import Roles
 from .settings import read_settings
@@ -34,7 +34,14 @@ from .speech import SpeechService
 __all__ = ["STATIC", "Server", "Service", "listening", "serve"]
 
 STATIC = Path(__file__).resolve().parent / "static"
-PROTOCOLS = (kyutai, kyutai_asr, kyutai_tts)  # modules with add_routes(app, server)
+PROTOCOLS = (
+    kyutai,
+    kyutai_asr,
+    kyutai_tts,
+    openai,
+    openai_live,
+    openai_realtime,
+)  # modules with add_routes(app, server)
 _TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
@@ -115,7 +122,7 @@ class Server:
     async def talk(
         self,
         request: web.Request,
-        make: Callable[..., Talk],
+        make: type[Talk],
         settings: Any,
         *,
         engine: Engine | None = None,
@@ -126,8 +133,8 @@ class Server:
         Parameters
         ----------
         request : aiohttp.web.Request
-        make : callable
-            The protocol's :class:`Talk`: called with ``settings`` and what all of them get.
+        make : type
+            The protocol's :class:`Talk`: made with ``settings`` and what all of them get.
         settings : object
             What the protocol's own part of it needs.
         engine, line
@@ -135,7 +142,12 @@ class Server:
         """
         # No compression: a message unpacks to no more than it weighs. Pongs are read by the talk.
         socket = web.WebSocketResponse(
-            timeout=0.5, autoping=False, compress=False, max_msg_size=self.limits.message, writer_limit=1 << 14
+            timeout=0.5,
+            autoping=False,
+            compress=False,
+            max_msg_size=make.weight * self.limits.message,
+            writer_limit=1 << 14,
+            protocols=("realtime",),
         )
         if not socket.can_prepare(request):
             return web.Response(status=426, headers={"Upgrade": "websocket"}, text="this is a WebSocket\n")

@@ -209,8 +209,7 @@ class KyutaiTalk(Talk):
     """
 
     def __init__(self, settings: Settings | BadQuery, *shared: Any):
-        super().__init__(*shared)
-        self._settings = settings
+        super().__init__(settings, *shared)
         self._sound: Sound = Pcm()
         self._silent = _KEPT_SILENT  # no turn begins with silence
 
