@@ -27,7 +27,7 @@ TEXT = "the man will have one of the more"
 def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TextToSpeech:
     """A random model that the command loads."""
     made = tiny_speaker()
-    monkeypatch.setattr(fetch, "load_model", lambda args, shown=True: made)
+    monkeypatch.setattr(fetch, "load_model", lambda args, shown=True, accept=None: made)
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -141,7 +141,7 @@ def test_another_model(
     """If this fails, a model that converses is asked to speak a text, or an unknown voice is another one."""
     assert main(["speak", "one", "-o", "out.wav", "--voice", "nobody.wav"]) == 1
     assert "nobody.wav" in capsys.readouterr().err
-    monkeypatch.setattr(fetch, "load_model", lambda args, shown=True: tiny_model())
+    monkeypatch.setattr(fetch, "load_model", lambda args, shown=True, accept=None: accept("m", tiny_model()))
     assert main(["speak", "one", "-o", "out.wav"]) == 1
     assert "moshi-mlx-local talk" in capsys.readouterr().err
 

@@ -27,6 +27,7 @@ from moshi_mlx_app.screen.terminal import AnswerProgress, warn
 
 if TYPE_CHECKING:
     from moshi_mlx.engine.text import Word
+    from moshi_mlx.tasks.dialogue import Moshi
     from moshi_mlx.tasks.speak import Speaker, TextToSpeech, Voice
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
@@ -180,7 +181,7 @@ def _speak(
                     speaker.finish()
                 else:
                     raise
-            if text is None and not ended and speaker.waiting > 100:
+            if not ended and speaker.waiting > 100:  # the rest waits where it is
                 break
         spoken = speaker.step()
         if spoken is None:
@@ -412,12 +413,12 @@ def _voice(args: argparse.Namespace, model: TextToSpeech, voices: list[str]) -> 
 
 def _model(args: argparse.Namespace) -> TextToSpeech:
     from moshi_mlx.tasks.speak import TextToSpeech
-    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.models.fetch import load_model, wrong_model
 
-    model = load_model(args, shown=not args.quiet)
-    if not isinstance(model, TextToSpeech):
-        raise ConfigError(
-            f"{model.name} is a model for {model.purpose}, and speaks no text: name a text-to-speech model with "
-            f"--model, such as kyutai/tts-1.6b-en_fr, or use moshi-mlx-local {model.command}"
-        )
+    def accept(name: str, task: type[Moshi] | Moshi) -> None:
+        if task.purpose != TextToSpeech.purpose:
+            raise ConfigError(f"{wrong_model(name, task)}; speak needs one such as kyutai/tts-1.6b-en_fr")
+
+    model = load_model(args, shown=not args.quiet, accept=accept)
+    assert isinstance(model, TextToSpeech)
     return model
