@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 from moshi_mlx_training.speech import channel, dialogues, sentences
@@ -37,6 +39,7 @@ from moshi_mlx_training.speech.synthesis import (
 KINDS = ("answer", "user")
 FRAME_SAMPLES = 2 * LABEL_SAMPLES  # 80 ms: one column of codes
 SHARD_MINUTES = 10
+SPEED_SHARE, SPEED = 0.5, 1.25  # share of users heard through a wide channel that are played at another speed, at most
 
 
 def utterance_plan(kind: str, rng: random.Random, recipe: Recipe = FIRST) -> tuple[str, str]:
@@ -116,12 +119,22 @@ class Corpus:
     def seconds(self, kind: str) -> float:
         return sum(len(pcm) for pcm, _ in self.shards[kind]) / SAMPLE_RATE
 
-    def crop(self, kind: str, frames: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """(pcm [frames * 1920] float32, labels [frames * 2]) from anywhere; it may begin inside a word."""
+    def crop(
+        self, kind: str, frames: int, rng: np.random.Generator, speed: float = 1.0
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """(pcm [frames * 1920] float32, labels [frames * 2]) from anywhere; it may begin inside a word.
+
+        ``speed`` other than 1 plays it faster or slower, which moves pitch and formants with it: another vocal tract.
+        """
         pcm, labels = self.shards[kind][int(rng.integers(len(self.shards[kind])))]
-        start = int(rng.integers(len(labels) - 2 * frames))
-        samples = slice(start * LABEL_SAMPLES, (start + 2 * frames) * LABEL_SAMPLES)
-        return pcm[samples].astype(np.float32) / np.float32(32768), labels[start : start + 2 * frames]
+        count = 2 * frames if speed == 1 else math.ceil(2 * frames * speed) + 2
+        start = int(rng.integers(len(labels) - count))
+        samples = pcm[start * LABEL_SAMPLES : (start + count) * LABEL_SAMPLES].astype(np.float32) / np.float32(32768)
+        if speed == 1:
+            return samples, labels[start : start + count]
+        samples = soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE, quality="MQ")[: frames * FRAME_SAMPLES]
+        middles = ((np.arange(2 * frames) + 0.5) * speed).astype(np.int64)
+        return samples, labels[start + middles]
 
     def batch(
         self, size: int, frames: int, rng: np.random.Generator, answer_share: float = 0.5
@@ -135,7 +148,10 @@ class Corpus:
         for index in range(size):
             kind = "answer" if (index + rng.random()) / size < answer_share else "user"
             kind = kind if kind in self.shards else self.kinds[0]
-            pcm, label = self.crop(kind, frames, rng)
+            speed = 1.0
+            if kind == "user" and self.wide and rng.random() < SPEED_SHARE:
+                speed = float(np.exp(rng.uniform(-1, 1) * np.log(SPEED)))
+            pcm, label = self.crop(kind, frames, rng, speed)
             if kind == "answer":
                 pcm = pcm * np.float32(rng.uniform(0.8, 1.1))
                 heard.append(pcm)

@@ -245,7 +245,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             said.backward(gradient)
         else:
             losses = step_losses(local, (heard, target, labels), books, step < BYPASS_STEPS, which)
-            loss = sound_loss(losses) + COMMITMENT * losses["commitment"] + PHONE * losses["phone"]
+            loss = sound_loss(losses) + COMMITMENT * losses["commitment"] + options.phone * losses["phone"]
             loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(local.parameters(), 3.0))
         with shared.lock:
@@ -405,6 +405,7 @@ def parser_for(module: str, description: str, rate: float, answer_share: float) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for("train", __doc__.split("\n")[0], 5e-4, 0.5)
+    parser.add_argument("--phone", type=float, default=PHONE, help=f"weight of the phones' loss ({PHONE:g})")
     options = parser.parse_args(arguments)
     options.stage = "codec"
     keep_memory()

@@ -288,7 +288,7 @@ def library_codec(folder: Path) -> tuple[Encode, str]:
     for name in sorted(name for name in arrays if re.match(r"encoder|downsample|quantizer", name)):
         digest.update(np.ascontiguousarray(np.array(arrays[name].astype(mx.float32))).tobytes())
     books = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).lm.own_q
-    codec = make_codec(folder / "mimi.safetensors", config, books, "mlx")
+    codec = make_codec(folder / "mimi.safetensors", config, books)  # numpy on a CPU: several times faster there
 
     def encode(clips: Sequence[NDArray[np.int16]]) -> list[NDArray[np.uint16]]:
         return [codec.encode(clip / np.float32(32768)).T.astype(np.uint16) for clip in clips]
