@@ -46,7 +46,7 @@ def bounded(kind: type[int] | type[float], low: float, high: float = math.inf) -
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> None:
-    """``--model``, ``--codec``, ``--backend``.
+    """``--model``, ``--lora``, ``--codec``, ``--backend``.
 
     Parameters
     ----------
@@ -60,6 +60,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, chosen: str = "") -> N
         metavar="M",
         help="a folder, a repository on the hub such as kyutai/moshiko-mlx-q4 (optionally with @revision), or small, "
         f"the built-in model; the command check lists those that run here. Default: {chosen or 'small'}",
+    )
+    group.add_argument(
+        "--lora", metavar="FILE", help="merge lora.safetensors of moshi-mlx-finetune or moshi-finetune into the model"
     )
     group.add_argument(
         "--codec",
@@ -146,7 +149,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=bounded(int, 1, 64),
         default=1,
         metavar="N",
-        help="processes on each machine: 2 without --hosts tries it on this one (default: %(default)s)",
+        help="processes on each machine; 2 tries it on this one alone (default: %(default)s)",
     )
     group.add_argument(
         "--python", metavar="PATH", help="Python on the other machines (default: the path that this one has here)"
@@ -196,12 +199,10 @@ def role_from(args: argparse.Namespace) -> str | None:
         data = file.read(_LONGEST_ROLE + 1)
     try:
         if len(data) > _LONGEST_ROLE:
-            raise ConfigError(
-                f"--role {given}: a role has a few sentences, and this file more than {_LONGEST_ROLE} bytes"
-            )
+            raise ConfigError(f"{given[1:]}: a role has a few sentences, and this file more than {_LONGEST_ROLE} bytes")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--role {given}: the file is not UTF-8 text") from error
+        raise ConfigError(f"{given[1:]}: the file with the role is not UTF-8 text") from error
 
 
 def generation_from(args: argparse.Namespace, base: GenerationConfig) -> GenerationConfig:

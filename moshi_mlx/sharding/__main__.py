@@ -20,7 +20,8 @@ def main() -> int:
         return 2
     if place is None or not place.rank:
         print(
-            "this is started by moshi-mlx-local talk --hosts, or by mlx.launch for ranks 1 and higher", file=sys.stderr
+            "this is started by moshi-mlx-local on several machines, or by mlx.launch for ranks 1 and higher",
+            file=sys.stderr,
         )
         return 2
     return follow(place)

@@ -75,7 +75,7 @@ def place_here() -> Place | None:
             last = max(int(address.rpartition(":")[2]) for node in hosts for address in node)
             host, port = first, str(last + 1)
         if not host:
-            raise ConfigError(f"say where rank 0 listens: mlx.launch --env {LEADER}=ADDRESS:PORT")
+            raise ConfigError(f"say where rank 0 listens in the environment of mlx.launch: {LEADER}=ADDRESS:PORT")
         return Place(int(rank), len(hosts), host, int(port), backend=backend)
     return None
 

@@ -69,7 +69,12 @@ def test_without_a_verb_it_talks(given: list[str], taken: list[str]) -> None:
 
 
 # What stands for each verb's own words; a verb that is not here has none.
-WORDS = {"file": ["question.wav"], "translate": ["speech.wav"], "completion": ["bash"]}
+WORDS = {
+    "file": ["question.wav"],
+    "translate": ["speech.wav"],
+    "voice": ["speech.wav"],
+    "completion": ["bash"],
+}
 
 
 def pieces(parser: argparse.ArgumentParser) -> list[list[str]]:

@@ -11,7 +11,7 @@ from moshi_mlx_app.screen.terminal import say
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
-HELP = "write a recording's voice as a file for --voice (PersonaPlex)"
+HELP = "write a recording's voice as a file (PersonaPlex)"
 EXAMPLES = """\
 examples:
   moshi-mlx-local voice anna.wav -o anna.safetensors --model nvidia/personaplex-7b-v1
@@ -57,5 +57,5 @@ def run(args: argparse.Namespace) -> int:
                 "nvidia/personaplex-7b-v1"
             )
         frames = model.save_voice(pcm, rate, output)
-    say(f"{output}: {frames / model.frame_rate:.1f} s of a voice, for --voice")
+    say(f"{output}: {frames / model.frame_rate:.1f} s of a voice; use it with moshi-mlx-local talk --voice {output}")
     return 0

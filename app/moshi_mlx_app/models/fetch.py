@@ -66,7 +66,14 @@ def load_model(
         if codec == "auto" and not decided:
             codec = next(iter(fastest_codec(args.model, loading)), "auto")
         sharding = _other_machines(args, loading)
-        model = moshi_mlx.load(args.model, codec=codec, backend=args.backend, on_progress=loading, sharding=sharding)
+        model = moshi_mlx.load(
+            args.model,
+            codec=codec,
+            lora=getattr(args, "lora", None),
+            backend=args.backend,
+            on_progress=loading,
+            sharding=sharding,
+        )
         if accept is not None:  # without a config.json only the weights say what it is
             accept(args.model, model)
         if sharding is None and args.backend == "auto" and getattr(args, "kv_bits", None) is None and not decided:
@@ -82,7 +89,7 @@ def _other_machines(args: argparse.Namespace, loading: Loading) -> Leader | None
 
     hosts = [] if args.hosts is None else [name.strip() for name in args.hosts.split(",")]
     if args.hosts is not None and not all(hosts):
-        args.parser.error(f"--hosts {args.hosts}: a host has no name")
+        args.parser.error(f"{args.hosts!r} names a host that has no name")
     return launch(hosts, args.ranks, python=args.python, on_progress=loading)
 
 
