@@ -147,7 +147,7 @@ class EventTalk(Talk):
         What is done with each type of event.
     """
 
-    weight = 4  # base64, and clients send some seconds at once
+    weight = 4  # base64; and LiveKit keeps what was said until it is connected, and sends it at once
     backlog = 6.0
     handlers: ClassVar[Mapping[str, Callable[[Any, dict[str, Any]], None]]] = {}
 
