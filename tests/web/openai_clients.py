@@ -274,6 +274,10 @@ async def livekit(url: str, seconds: float, heard: Heard) -> None:
 
         await play(seconds, send, interrupt)
         await asyncio.sleep(1.0)
+        for _ in range(100):  # else it warns of what it cuts off
+            if not session.has_active_generation:
+                break
+            await asyncio.sleep(0.1)
         await session.aclose()
         await asyncio.gather(*readers, return_exceptions=True)
 

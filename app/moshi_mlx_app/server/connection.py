@@ -114,7 +114,7 @@ class Talk:
     backlog : float
         Seconds of the user's sound that may wait to be heard.
     weight : int
-        A message may be so many times as long as the limits say.
+        A message may be so many times as long as the limits say, and sound so many times as far ahead.
     recorded : list of Path
         Files of the recording, once it has ended.
     """
@@ -149,7 +149,7 @@ class Talk:
         self._frame_seconds = self._model.frame_size / self._model.sample_rate
         self._messages = Bucket(limits.messages, 4 * limits.messages)
         self._bytes = Bucket(limits.bytes, 4 * limits.bytes)
-        self._seconds = Bucket(1.02, limits.ahead)
+        self._seconds = Bucket(1.02, self.weight * limits.ahead)
         # Ticks since there was a sign of life, a message, sound. Counted, not measured: if this program stood still,
         # that was not the client's silence.
         self._quiet = self._wordless = self._soundless = 0

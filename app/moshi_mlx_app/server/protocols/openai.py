@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 
-from ..connection import End, Talk
+from ..connection import End, ProtocolError, Talk
+from ..roles import Roles
 from ..settings import BadQuery, Settings, read_settings
 from .audio_format import AudioFormat
 
@@ -66,7 +68,7 @@ def conversations(app: web.Application, server: Server, path: str, make: type[Ev
             settings = read_settings({**request.query, "audio": "pcm"}, server.generation, server.seed)
         except BadQuery as error:
             settings = error
-        return await server.talk(request, make, settings)
+        return await server.talk(request, make, (settings, server.roles))
 
     app.router.add_get(path, talk)
 
@@ -134,8 +136,8 @@ class EventTalk(Talk):
 
     Parameters
     ----------
-    settings : Settings or BadQuery
-        Sampling, from the query: the names are those of ``/api/chat``.
+    wishes : tuple of (Settings or BadQuery, Roles or None)
+        Sampling, from the query: the names are those of ``/api/chat``. What makes prompts of instructions and a voice.
     *shared
         As for :class:`Talk`.
 
@@ -145,12 +147,14 @@ class EventTalk(Talk):
         What is done with each type of event.
     """
 
-    weight = 4  # base64, and clients send some seconds at once
+    weight = 4  # base64; and LiveKit keeps what was said until it is connected, and sends it at once
     backlog = 6.0
     handlers: ClassVar[Mapping[str, Callable[[Any, dict[str, Any]], None]]] = {}
 
-    def __init__(self, settings: Settings | BadQuery, *shared: Any):
-        super().__init__(settings, *shared)
+    def __init__(self, wishes: tuple[Settings | BadQuery, Roles | None], *shared: Any):
+        super().__init__(wishes[0], *shared)
+        self._roles = wishes[1] if self._model.takes_role else None
+        self._instructions = self._voice_name = ""  # what the model was, or will be, told
         self._input = self._output = AudioFormat("audio/pcm", 24_000, self._model.sample_rate)
         self._ready = asyncio.Event()  # the conversation can begin
         self._placed = False
@@ -170,7 +174,28 @@ class EventTalk(Talk):
         self._placed = True
         await self._ready.wait()
         assert isinstance(self._settings, Settings)
-        return self._settings
+        if self._roles is None:
+            return self._settings
+        asked = {"text_prompt": self._instructions, "voice_prompt": self._voice_name}
+        asked = {name: text for name, text in asked.items() if text}
+        try:
+            opening = await asyncio.to_thread(self._roles.opening, asked)
+        except BadQuery as error:
+            raise ProtocolError(str(error)) from None
+        return replace(self._settings, opening=opening)
+
+    def _prompt(self, instructions: Any, voice: Any) -> bool:
+        """Keep what the conversation is to begin with; False if instructions are given and the model takes none.
+
+        Clients always name a voice, of another model mostly: one that is not here is left out."""
+        told = isinstance(instructions, str) and bool(instructions.strip())
+        if self._roles is None:
+            return not told
+        if told:
+            self._instructions = instructions
+        if isinstance(voice, str) and voice.removesuffix(".pt") in self._roles.voices:
+            self._voice_name = voice
+        return True
 
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
         for samples in self._early:

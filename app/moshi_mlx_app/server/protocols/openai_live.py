@@ -26,7 +26,7 @@ from moshi_mlx.realtime import Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 
 from ..connection import End
-from ..settings import BadQuery, Settings
+from ..settings import Settings
 from .audio_format import AudioFormat
 from .openai import EventError, EventTalk, conversations, field, new_id
 
@@ -49,13 +49,13 @@ class LiveTalk(EventTalk):
 
     backlog = 0.48  # LiveKit sends 100 ms at once; beyond it the oldest is dropped, as elsewhere
 
-    def __init__(self, settings: Settings | BadQuery, *shared: Any):
-        super().__init__(settings, *shared)
+    def __init__(self, *shared: Any):
+        super().__init__(*shared)
         self._session: dict[str, Any] = {}
         self._start_id: str | None = None
         self._reported = 0.0
         self._closing: str | None = None  # the event that asked for it
-        self._instructed = False
+        self._unread = False  # it said something that the model cannot be told
 
     # ---------------------------------------------------------------------------------------------- what comes
 
@@ -84,8 +84,9 @@ class LiveTalk(EventTalk):
                 raise EventError("tools_not_supported", f"{self._model.name} has no tools", "session.delegation")
         if config.get("triggers"):
             raise EventError("triggers_not_supported", f"{self._model.name} has no triggers", "session.triggers")
-        instructions = config.get("instructions")
-        self._instructed = bool(config.get("input")) or (isinstance(instructions, str) and bool(instructions.strip()))
+        voice = _part(chosen, "output", "session.audio.").get("voice")
+        unread = not self._prompt(config.get("instructions"), voice)
+        self._unread = unread or bool(config.get("input"))
         self._session = {
             "id": new_id("sess"),
             "model": self._model.name,
@@ -93,8 +94,9 @@ class LiveTalk(EventTalk):
             "expires_at": int(time.time() + _LONGEST),
             "audio": {
                 "format": {"type": self._input.name, "rate": self._input.rate},
-                "output": {"voice": self._model.name},
+                "output": {"voice": self._voice_name or self._model.name},
             },
+            **({"instructions": self._instructions} if self._instructions else {}),
         }
         said = event.get("event_id")
         self._start_id = said if isinstance(said, str) and len(said) <= 512 else None
@@ -103,11 +105,13 @@ class LiveTalk(EventTalk):
     def _begin(self, conversation: Conversation, settings: Settings) -> None:
         super()._begin(conversation, settings)
         self._answer("session.started", {"session": self._session}, self._start_id)
-        if self._instructed:
+        if self._unread:
             self._event("info", {"code": "instructions_not_supported", "message": self._no_instructions})
 
     @property
     def _no_instructions(self) -> str:
+        if self._roles is not None:
+            return f"{self._model.name} takes instructions with session.start only, and no other text"
         return f"{self._model.name} takes no instructions and no text: it hears sound only"
 
     def _take_sound(self, event: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from aiohttp import web
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 
-from ..settings import BadQuery, Settings
+from ..settings import Settings
 from .audio_format import AudioFormat
 from .openai import EventError, EventTalk, conversations, field, new_id
 
@@ -95,8 +95,8 @@ class _Response:
 class RealtimeTalk(EventTalk):
     """A client of the Realtime protocol; parameters as for :class:`EventTalk`."""
 
-    def __init__(self, settings: Settings | BadQuery, *shared: Any):
-        super().__init__(settings, *shared)
+    def __init__(self, *shared: Any):
+        super().__init__(*shared)
         self._detection: dict[str, Any] | None = {**_VAD, **_DOES}
         self._voice = Voice(self._frame_seconds)
         self._turn = ""  # item of the user's turn
@@ -118,7 +118,7 @@ class RealtimeTalk(EventTalk):
             "type": "realtime",
             "model": self._model.name,
             "output_modalities": ["audio"],
-            "instructions": "",
+            "instructions": self._instructions,
             "tools": [],
             "tool_choice": "none",
             "max_output_tokens": "inf",
@@ -129,7 +129,11 @@ class RealtimeTalk(EventTalk):
                     "noise_reduction": None,
                     "turn_detection": self._detection,
                 },
-                "output": {"format": _about(self._output), "voice": self._model.name, "speed": 1.0},
+                "output": {
+                    "format": _about(self._output),
+                    "voice": self._voice_name or self._model.name,
+                    "speed": 1.0,
+                },
             },
         }
 
@@ -159,6 +163,8 @@ class RealtimeTalk(EventTalk):
         detection = self._detection
         if "turn_detection" in sides["input"]:
             detection = _detection(sides["input"], "session.audio.input.")
+        if not self._ready.is_set():  # later the answer says that nothing has changed
+            self._prompt(session.get("instructions"), sides["output"].get("voice"))
         self._input, self._output, self._detection = heard, said, detection
         if detection is not None:
             self._voice.silence = detection["silence_duration_ms"] / 1e3
@@ -351,7 +357,7 @@ class RealtimeTalk(EventTalk):
             "output": output,
             "output_modalities": ["audio"],
             "max_output_tokens": "inf",
-            "audio": {"output": {"format": _about(self._output), "voice": self._model.name}},
+            "audio": {"output": {"format": _about(self._output), "voice": self._voice_name or self._model.name}},
             "metadata": response.metadata,
             "usage": None,
         }
