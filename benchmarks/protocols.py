@@ -93,6 +93,8 @@ class Talker:
                         self._answered(now)
                 elif kind == 0x04:
                     self._begun.set()
+                elif kind == 0x05:
+                    print(f"{self.protocol}: {content.decode()}", flush=True)
                 continue
             event: dict[str, Any] = json.loads(received.data)
             if event["type"] in ("session.started", "session.created"):
@@ -102,7 +104,7 @@ class Talker:
             elif event["type"] == "response.output_audio.delta":
                 self.took.append(now - self.sent[-1])
             elif event["type"] == "error":
-                raise SystemExit(f"{self.protocol}: {event['error']['message']}")
+                print(f"{self.protocol}: {event['error']['message']}", flush=True)
 
     def _answered(self, now: float) -> None:
         """The next frame's answer came."""

@@ -71,7 +71,15 @@ class CodecProcesses:
             raise CodecError("codec processes need the codec numpy: choose the codec numpy for this model")
         mimi = engine.codec.mimi
         weights = {name: np.array(value) for name, value in cast(Any, tree_flatten(mimi.parameters()))}
-        self._setup = _Setup(mimi.config, mimi.num_codebooks, weights, engine.own_q, engine.user_q)
+        self._setup = _Setup(
+            mimi.config,
+            mimi.num_codebooks,
+            weights,
+            engine.own_q,
+            engine.user_q,
+            engine.audio_start_id,
+            engine.hears_end,
+        )
         self.children = [_Child(self._setup) for _ in range(count)]
 
     def __enter__(self) -> CodecProcesses:
@@ -255,12 +263,19 @@ class _Setup:
     weights: dict[str, np.ndarray[Any, Any]]
     own_q: int
     user_q: int
+    audio_start_id: int
+    hears_end: bool
 
     def stages(self) -> dict[str, Encode | Decode]:
         mimi = Mimi(self.config, self.codebooks)
         mimi.update(tree_unflatten([(name, mx.array(value)) for name, value in self.weights.items()]))
         mx.eval(mimi.parameters())
-        engine = cast(Engine, _CodecOnly(NumpyMimi(mimi), self.own_q, self.user_q, mimi.config.frame_size))
+        engine = cast(
+            Engine,
+            _CodecOnly(
+                NumpyMimi(mimi), self.own_q, self.user_q, self.audio_start_id, self.hears_end, mimi.config.frame_size
+            ),
+        )
         return {stage.part: stage for stage in (Encode(engine), Decode(engine))}
 
 
@@ -271,6 +286,8 @@ class _CodecOnly:
     codec: NumpyMimi
     own_q: int
     user_q: int
+    audio_start_id: int
+    hears_end: bool
     frame_size: int
     lead: int = 0
 

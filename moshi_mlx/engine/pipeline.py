@@ -248,6 +248,11 @@ class Engine:
         own = np.full((count, self.own_q), UNGENERATED, np.int32)
         return Opening(np.full(count, UNGENERATED, np.int32), own, user)
 
+    @property
+    def audio_start_id(self) -> int:
+        """The code of the user that stands where there is no sound."""
+        return self.lm.config.audio_start_id
+
     def silence(self) -> tuple[Ints, State | None]:
         """Codes [lead, user_q] of the silence that is heard first, and the encoder's state after it.
 
@@ -418,7 +423,7 @@ class Encode(_CodecStage):
         engine = self._engine
         if not self._used:
             return [np.zeros(0, np.int32)] * len(rows)
-        codes: NDArray[np.int32] = np.full((len(rows), engine.user_q), engine.lm.config.audio_start_id, np.int32)
+        codes: NDArray[np.int32] = np.full((len(rows), engine.user_q), engine.audio_start_id, np.int32)
         heard = {index: frame for index, frame in enumerate(frames) if frame is not None}
         if engine.hears_end:
             silence = np.zeros(engine.frame_size, np.float32)
