@@ -45,7 +45,7 @@ class Script:
         self.count = 0
 
     def join(self, settings: Settings | None = None, snapshot: Any = None) -> int:
-        text, first = _Text(self.model.engine), max(self.frame - self.again, 0)
+        text, first = _Text(self.model.engine, self.model.engine.lead), max(self.frame - self.again, 0)
         at = first
         if snapshot is None:
             self.begun.append(first)
