@@ -185,6 +185,8 @@ def opening_from(args: argparse.Namespace, model: Moshi) -> Opening | None:
     MoshiError
         If the model takes none, or they cannot be used.
     """
+    if not hasattr(args, "role"):  # a command without these options
+        return None
     return model.opening(role_from(args), args.voice, pin=not args.no_pin)
 
 
