@@ -265,9 +265,8 @@ class Talk:
 
     async def _with_engine(self, settings: Settings) -> None:
         """Begin to talk; returns only when this task is cancelled and everything has been given back."""
-        running = self._running = Running(self._engine, settings, self._tap, self.backlog)
-        if settings.opening is not None:
-            running.on_opening = self._opened
+        told = None if settings.opening is None else self._opened
+        running = self._running = Running(self._engine, settings, self._tap, self.backlog, told)
         starting = asyncio.ensure_future(running.start())
         try:
             await asyncio.shield(starting)

@@ -92,12 +92,20 @@ class Running:
         Gets every frame, in the thread that computes: it must not take time.
     backlog : float
         Seconds of the user's sound that may wait.
+    on_opening : callable, optional
+        As for :class:`~moshi_mlx.realtime.Conversation`.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, tap: Tap, backlog: float = 0.32):
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        tap: Tap,
+        backlog: float = 0.32,
+        on_opening: Callable[[int, int], object] | None = None,
+    ):
         self._engine = engine
         self.recorder: Recorder | None = None
-        self.on_opening: Callable[[int, int], object] = lambda done, total: None
         if engine.record is not None:
             about = engine.transcript(settings)
             self.recorder = Recorder(engine.record, engine.model.sample_rate, engine.model.frame_size, about)
@@ -116,7 +124,7 @@ class Running:
             backlog=backlog,
             tap=both,
             opening=settings.opening,
-            on_opening=lambda done, total: self.on_opening(done, total),
+            on_opening=on_opening,
         )
 
     @property
