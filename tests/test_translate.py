@@ -101,8 +101,8 @@ def test_guided_logits(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = hibiki(), []
     inner = choose._guide
 
-    def watched(logits: Any, kind: Any, given: Any, xp: Any) -> Any:
-        guided = inner(logits, kind, given, xp)
+    def watched(logits: Any, kind: Any, given: Any, xp: Any, *others: Any) -> Any:
+        guided = inner(logits, kind, given, xp, *others)
         if guided.shape[-1] == model.lm.config.text_out:
             lane = np.flatnonzero(np.array(given["twin"]) != np.arange(2))[0]  # the other is the unconditioned half
             seen.append(np.array(guided)[lane])

@@ -148,7 +148,8 @@ def test_the_report_of_check_is_whole(terminal: Look, width: int) -> None:
     """If this fails, what check reports is broken inside words."""
     look = terminal(width)
     assert main(["check", "--no-sound", "--frames", "4"]) in (0, 1)
-    whole(look(), "published models, by what they are for; a step,", "talk takes  small, the built-in one: no published model")
+    published = "published models, by what they are for; a step,"
+    whole(look(), published, "talk takes  small, the built-in one: no published model")
 
 
 def test_every_figure_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
