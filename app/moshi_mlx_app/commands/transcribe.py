@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moshi_mlx.errors import ConfigError, MoshiError
+from moshi_mlx_app.commands.talk import stop_signals
 from moshi_mlx_app.options import add_cache_option, add_model_options, bounded
 from moshi_mlx_app.recording.audio_files import Recording
 from moshi_mlx_app.recording.interrupt import no_interrupt
@@ -283,8 +284,7 @@ def _microphone(args: argparse.Namespace, output: Output | None) -> int:
             warn(str(output.path), "written")
 
     card = SoundCard(hear, lambda out: out.fill(0), model.sample_rate, input_device=args.input_device)
-    stopped: list[int] = []
-    with _signals(stopped), model.listen(kv_bits=args.kv_bits) as listener:
+    with stop_signals() as stopped, model.listen(kv_bits=args.kv_bits) as listener:
         try:
             with card:
                 warn("listening; Ctrl-C ends it", "")
@@ -307,20 +307,3 @@ def _microphone(args: argparse.Namespace, output: Output | None) -> int:
     if lost:
         warn(f"{lost / model.sample_rate:.1f} s of sound were lost: this machine is too slow for {model.name}")
     return 130 if stopped and stopped[0] == signal.SIGINT else 0
-
-
-@contextlib.contextmanager
-def _signals(came: list[int]) -> Iterator[None]:
-    """Let Ctrl-C end the loop; a second one interrupts at once."""
-
-    def stop(number: int, frame: object) -> None:
-        came.append(number)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
