@@ -29,7 +29,12 @@ from .loading import load
 from .models.lm import Lm, LmOutput
 from .models.mimi import Mimi, MimiConfig
 from .models.sampling import Sampling
+from .tasks.complete import Helium
 from .tasks.dialogue import Moshi, Reply, Session, SessionFrame
+from .tasks.personaplex import PersonaPlex
+from .tasks.speak import TextToSpeech
+from .tasks.transcribe import SpeechToText
+from .tasks.translate import Hibiki
 
 __all__ = [
     "AudioError",
@@ -39,6 +44,8 @@ __all__ = [
     "DownloadError",
     "GenerationConfig",
     "Generator",
+    "Helium",
+    "Hibiki",
     "Lm",
     "LmConfig",
     "LmOutput",
@@ -47,13 +54,16 @@ __all__ = [
     "ModelConfig",
     "Moshi",
     "MoshiError",
+    "PersonaPlex",
     "Reply",
     "Sampling",
     "Session",
     "SessionFrame",
+    "SpeechToText",
     "StateError",
     "Step",
     "TextError",
+    "TextToSpeech",
     "TextTokenizer",
     "TokenError",
     "Word",

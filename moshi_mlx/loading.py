@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar, overload
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +29,44 @@ from .tasks.dialogue import Moshi
 __all__ = ["load", "load_codec", "measure_backend", "measure_codec"]
 
 _UNTRAINED_SEED = 0
+_Task = TypeVar("_Task", bound=Moshi)
+
+
+@overload
+def load(
+    source: str | os.PathLike[str] = "small",
+    *,
+    weights: str | None = None,
+    codec: Literal["auto", "rust", "mlx", "numpy"] = "auto",
+    lora: str | os.PathLike[str] | None = None,
+    lora_scaling: float | None = None,
+    dtype: mx.Dtype | None = None,
+    backend: Literal["auto", "mlx", "numpy"] = "auto",
+    on_progress: Callable[[str], None] | None = None,
+    sharding: Leader | None = None,
+) -> Moshi: ...
+
+
+@overload
+def load(
+    source: str | os.PathLike[str] = "small",
+    *,
+    task: type[_Task],
+    weights: str | None = None,
+    codec: Literal["auto", "rust", "mlx", "numpy"] = "auto",
+    lora: str | os.PathLike[str] | None = None,
+    lora_scaling: float | None = None,
+    dtype: mx.Dtype | None = None,
+    backend: Literal["auto", "mlx", "numpy"] = "auto",
+    on_progress: Callable[[str], None] | None = None,
+    sharding: Leader | None = None,
+) -> _Task: ...
 
 
 def load(
     source: str | os.PathLike[str] = "small",
     *,
+    task: type[Moshi] = Moshi,
     weights: str | None = None,
     codec: Literal["auto", "rust", "mlx", "numpy"] = "auto",
     lora: str | os.PathLike[str] | None = None,
@@ -49,6 +82,9 @@ def load(
     ----------
     source : str or path
         A folder, ``org/repo`` or ``org/repo@revision`` on the hub, or the name of a built-in model.
+    task : type, optional
+        What the model is to be used for, such as :class:`moshi_mlx.SpeechToText`: another checkpoint is refused, and
+        type checkers know what comes back.
     weights : str, optional
         Which file of weights to load if a checkpoint has several, for instance ``model.q4.safetensors``.
     codec : {"auto", "rust", "mlx", "numpy"}
@@ -78,7 +114,7 @@ def load(
     DownloadError
         If the source cannot be found or fetched.
     CheckpointError, ConfigError
-        If a file is broken or does not fit.
+        If a file is broken or does not fit, or the model is for another task.
     RankError
         If another machine does not come, has other files or versions, or goes.
     """
@@ -88,6 +124,11 @@ def load(
     say(f"looking for {source}")
     files = resolve(source, weights=weights, progress=_telling(on_progress))
     config = load_config(files.config, files.weights)
+    kind = TASKS[config.model_type]
+    if not issubclass(kind, task):
+        raise ConfigError(
+            f"{source} is for {kind.purpose} ({kind.__name__}), and {task.__name__} was asked for: name another model"
+        )
     builtin = files.folder.parent == BUILTIN
     say("reading the language model")
     trained = bool(files.weights)
@@ -124,9 +165,8 @@ def load(
             "it belongs to another model"
         )
     name = str(source) if builtin or files.revision is not None else files.folder.name
-    task = TASKS[config.model_type]
     heard = trained and (voice is None or files.mimi is not None)
-    return task(config, lm, voice, tokenizer, name=name, trained=heard, source=str(source))
+    return kind(config, lm, voice, tokenizer, name=name, trained=heard, source=str(source))
 
 
 def measure_codec(source: str | os.PathLike[str] = "small", *, weights: str | None = None) -> dict[str, float]:

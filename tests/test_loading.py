@@ -65,6 +65,13 @@ def test_the_fixture_loads(folder: Path) -> None:
     assert moshi_mlx.load(folder, codec="mlx").frame_size == 1920
 
 
+def test_a_task_is_asked_for(folder: Path) -> None:
+    """If this fails, a program gets a model without the methods that it calls, and fails somewhere else."""
+    assert isinstance(moshi_mlx.load(folder, task=moshi_mlx.Moshi), moshi_mlx.Moshi)
+    with pytest.raises(ConfigError, match=r"is for dialogue \(Moshi\), and SpeechToText was asked for"):
+        moshi_mlx.load(folder, task=moshi_mlx.SpeechToText)
+
+
 def test_missing_configurations_are_named(folder: Path) -> None:
     """If this fails, a file that was not copied along is blamed on shapes or sizes."""
     (folder / "mimi.json").rename(folder / "hidden.json")

@@ -127,7 +127,7 @@ def test_python_runs_as_written(
 ) -> None:
     """If this fails, a reader who copies it gets an error, or hears nothing. A random model stands for a download."""
     load, recogniser = moshi_mlx.load, tiny_model(stt={"audio_delay_seconds": 0.04})
-    monkeypatch.setattr(moshi_mlx, "load", lambda name: recogniser if "/stt-" in name else load(name))
+    monkeypatch.setattr(moshi_mlx, "load", lambda name, **given: recogniser if "/stt-" in name else load(name))
     exec(compile("\n" * (block.line - 1) + block.text, block.document, "exec"), {"__name__": "__main__"})
     said = capsys.readouterr().out
     if "question.wav" in block.text:
@@ -210,7 +210,7 @@ def test_a_users_program_type_checks(folder: Path, capsys: pytest.CaptureFixture
     # If the package brought no types, these would be unused, and strict mypy says so.
     programs["wrong.py"] = (
         "import moshi_mlx\n"
-        "moshi_mlx.load(1)  # type: ignore[arg-type]\n"
+        "moshi_mlx.load(1)  # type: ignore[call-overload]\n"
         'moshi_mlx.load("small").session().step(b"").text.no_such()  # type: ignore[attr-defined]\n'
     )
     for name, text in programs.items():

@@ -94,3 +94,13 @@ def test_calculated_memory_is_near_what_is_measured(recompute: bool) -> None:
     for frames in (25, 100):
         found, need = measured(made, frames), calculate(lm, plan, frames).total
         assert 0.5 < found / need < 1.6, (frames, found, need)
+
+
+def test_other_memory_is_not_counted() -> None:
+    """If this fails, a program that holds another model beside the training gets shorter pieces, or none."""
+    made = trainer()
+    alone = measured(made, 25)
+    beside = mx.zeros((4_000_000,))
+    mx.eval(beside)
+    assert measured(made, 25) == pytest.approx(alone, rel=0.1)
+    del beside

@@ -129,8 +129,12 @@ def fit_frames(lm: Lm, plan: Plan, frames: int, limit: int) -> int:
 
 
 def measured(trainer: Any, frames: int) -> int:
-    """Peak memory of one step's gradient on random tokens, in bytes; nothing is trained."""
+    """Peak memory of one step's gradient on random tokens, in bytes; nothing is trained.
+
+    What else the process holds, another model for instance, is not counted.
+    """
     mx.clear_cache()
+    beside = max(0, mx.get_active_memory() - int(trainer.nbytes))
     mx.reset_peak_memory()
     trainer.trial(frames)
-    return int(mx.get_peak_memory())
+    return int(mx.get_peak_memory()) - beside

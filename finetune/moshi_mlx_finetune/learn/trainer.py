@@ -147,6 +147,12 @@ class Trainer:
         """What is trained, by name, in float32."""
         return flat(self._masters)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model, of what is trained and of the optimizer's means."""
+        arrays = [*flat(self.lm.parameters()).values(), *self.parameters.values(), *flat(self.optimizer.state).values()]
+        return sum({id(array): array.nbytes for array in arrays}.values())
+
     def step(self, batches: Sequence[Sequence[Piece]]) -> Figures:
         """One update from the mean gradient of some batches.
 
