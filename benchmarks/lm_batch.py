@@ -20,7 +20,7 @@ import numpy as np
 
 import moshi_mlx
 from moshi_mlx.config import UNGENERATED
-from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.cpu.lm import Backend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
@@ -120,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{max(together, default=0)} or more with the codec"
     )
     crowds = {"numpy": many_beside_one(model.lm, generation_defaults(model.config), args.steps)}
-    dense, made = Lm(config), generate.make_stepper
+    dense, made = Lm(config), generate.make_backend
     mx.eval(dense.parameters())
-    generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm)
+    generate.make_backend = lambda lm, kv_bits=None: Backend(lm)
     try:
         crowds["MLX"] = many_beside_one(dense, generation_defaults(model.config), args.steps)
     finally:
-        generate.make_stepper = made
+        generate.make_backend = made
     print(f"{MANY} conversations beside one, ms a step")
     for name, times in crowds.items():
         cells = [f"{kind} {took:.1f} (x {took / times['one']:.2f})" for kind, took in times.items()]

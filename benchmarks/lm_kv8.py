@@ -19,7 +19,7 @@ import soundfile
 
 import moshi_mlx
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.cpu.lm import make_stepper
+from moshi_mlx.cpu.lm import make_backend
 from moshi_mlx.layers.attention import Attention
 from moshi_mlx.state import state_bytes
 
@@ -35,20 +35,20 @@ def tokens_of_a_talk(model: moshi_mlx.Moshi, frames: int) -> np.ndarray:
     size = model.frame_size
     columns: list[np.ndarray] = []
     with model.session() as session:
-        stepper = type(make_stepper(model.lm))
-        plain = stepper.temporal
+        backend = type(make_backend(model.lm))
+        plain = backend.temporal
 
         def recorded(self: Any, tokens: np.ndarray, state: Any, rows: Any = None) -> Any:
             columns.append(tokens[0].copy())
             return plain(self, tokens, state, rows)
 
-        stepper.temporal = recorded  # type: ignore[method-assign]
+        backend.temporal = recorded  # type: ignore[method-assign]
         try:
             for index in range(frames):
                 start = index * size % (len(pcm) - size)
                 session.step(pcm[start : start + size])
         finally:
-            stepper.temporal = plain  # type: ignore[method-assign]
+            backend.temporal = plain  # type: ignore[method-assign]
     return np.stack(columns)
 
 

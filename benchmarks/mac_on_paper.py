@@ -27,7 +27,7 @@ from moshi_mlx_quantize.plan.recipes import RECIPES, Plan, make_plan, modules_of
 
 from benchmarks.workers import graph
 from moshi_mlx.config import LmConfig, ModelConfig
-from moshi_mlx.cpu.lm import NumpyStepper
+from moshi_mlx.cpu.lm import NumpyBackend
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.mimi import Mimi, MimiConfig
@@ -96,11 +96,11 @@ def step_kernels(config: LmConfig) -> int:
     """Kernels of one step of a conversation, counted as its parts are handed to MLX."""
     lm = Lm(narrow(config))
     mx.eval(lm.parameters())
-    suits, NumpyStepper.suits = NumpyStepper.suits, staticmethod(lambda lm: False)  # type: ignore[method-assign]
+    suits, NumpyBackend.suits = NumpyBackend.suits, staticmethod(lambda lm: False)  # type: ignore[method-assign]
     try:
         generator = Generator(lm, GenerationConfig(), seeds=[0])
     finally:
-        NumpyStepper.suits = suits  # type: ignore[method-assign]
+        NumpyBackend.suits = suits  # type: ignore[method-assign]
     codes = np.zeros((1, lm.config.user_q), np.int64) if lm.config.user_q else None
     for _ in range(3):
         generator.step(codes)

@@ -34,8 +34,8 @@ class _Timed:
         self.config = model.lm.config
         self.generator = Generator(model.lm)
         self.series: dict[str, list[float]] = {name: [] for name in PARTS}
-        stepper: Any = self.generator._stepper
-        run = stepper.run
+        backend: Any = self.generator._numpy_backend
+        run = backend.run
 
         def timed(function: Callable[..., Any], kind: Any, *args: Any) -> Any:
             if function is not choose_text:
@@ -47,7 +47,7 @@ class _Timed:
             self.series["temporal"].append(1e3 * (self._ended - began))
             return made
 
-        stepper.run = timed
+        backend.run = timed
 
     def steps(self, count: int) -> None:
         codes = np.zeros((1, self.config.user_q), np.int32)

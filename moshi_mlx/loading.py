@@ -17,7 +17,7 @@ from .checkpoint.readers import read_json, read_safetensors
 from .checkpoint.resolve import BUILTIN, CheckpointFiles, resolve
 from .codec.base import Codec, RustMimi, make_codec, measure_codecs, mimi_codec
 from .config import LmConfig, ModelConfig
-from .cpu.lm import NumpyStepper
+from .cpu.lm import NumpyBackend
 from .engine.text import TextTokenizer
 from .errors import CheckpointError, CodecError, ConfigError
 from .models.lm import Lm
@@ -152,7 +152,7 @@ def load(
     lm.backend = backend
     if sharding is not None:
         sharding.finish(lm)
-    if backend == "numpy" and not NumpyStepper.suits(lm):
+    if backend == "numpy" and not NumpyBackend.suits(lm):
         raise ConfigError(f"{source} is too large for the backend numpy, or not in float32: choose the backend mlx")
     say("reading the codec")
     voice = load_codec(config, files, codec)
@@ -212,7 +212,7 @@ def measure_backend(model: Moshi, seconds: float = 0.2) -> dict[str, float]:
         it to :func:`load` as ``backend``.
     """
     lm, asked = model.lm, model.lm.backend
-    if not lm.config.n_q or not NumpyStepper.suits(lm):
+    if not lm.config.n_q or not NumpyBackend.suits(lm):
         return {}
     codes = np.zeros((1, lm.config.user_q), np.int32) if lm.config.user_q else None
     found: dict[str, float] = {}

@@ -7,7 +7,7 @@ import pytest
 
 import moshi_mlx
 from moshi_mlx.cpu.backend import VARIABLE, choose_backend
-from moshi_mlx.cpu.lm import NumpyStepper, make_stepper
+from moshi_mlx.cpu.lm import NumpyBackend, make_backend
 from moshi_mlx.errors import ConfigError
 from moshi_mlx.loading import measure_backend
 from tests.helpers.golden_lm import small_model
@@ -32,11 +32,11 @@ def test_the_model_keeps_what_was_asked_for() -> None:
     """If this fails, ``backend=`` is taken and ignored."""
     lm = small_model()
     lm.backend = "numpy"
-    assert isinstance(make_stepper(lm), NumpyStepper)
+    assert isinstance(make_backend(lm), NumpyBackend)
     with pytest.raises(ConfigError, match="8-bit cache"):
-        make_stepper(lm, kv_bits=8)
+        make_backend(lm, kv_bits=8)
     lm.backend = "mlx"
-    assert not isinstance(make_stepper(lm), NumpyStepper)
+    assert not isinstance(make_backend(lm), NumpyBackend)
     model = moshi_mlx.load("small", backend="mlx", codec="mlx")
     assert model.lm.backend == "mlx" and model.codec is not None and model.codec.kind == "mlx"
     with pytest.raises(ConfigError, match="backend mlx"):

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from moshi_mlx.config import UNGENERATED, ZERO_TOKEN
-from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.cpu.lm import Backend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
 from moshi_mlx.errors import ConfigError, StateError, TokenError
@@ -31,10 +31,10 @@ FORCED_RUNS = [(name, file) for name in golden_lm.MOSHI for file in golden_lm.ru
 
 
 @pytest.fixture(params=["as chosen here", "modules"])
-def steppers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with what this machine would use, and with the model's modules, as a Mac does."""
     if request.param == "modules":
-        monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+        monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
 
 
 # -------------------------------------------------------------------------------------- the reference's tokens
@@ -106,7 +106,7 @@ def check_run(name: str, file: str, limit: int = 10**9) -> None:
         assert relative_error(np.stack(heads[-len(probabilities) :]), probabilities) < 1e-4
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("name", GREEDY_RUNS)
 def test_greedy_run(name: str) -> None:
     """Over 500 frames (the window of 32 moves on 468 times) a token differs from PyTorch's, or is misaligned.
@@ -116,7 +116,7 @@ def test_greedy_run(name: str) -> None:
     check_run(name, "greedy")
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize(("name", "file"), [run for run in FORCED_RUNS if run != ("moshi", "forced")])
 def test_forced_run(name: str, file: str) -> None:
     """With text, codes or the user's half given from outside, the free tokens differ from PyTorch's.
@@ -126,7 +126,7 @@ def test_forced_run(name: str, file: str) -> None:
     check_run(name, file)
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_forced_run_of_single_codes() -> None:
     """The same with text forced now and then and whole frames of codes given.
 
@@ -339,7 +339,7 @@ def test_same_seed_same_words() -> None:
     assert np.array_equal(one, again) and (one != other).mean() > 0.5
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_batch_equals_singles(kv_bits: int | None) -> None:
     """A conversation in a batch says something else than alone, though its seed and its user are the same."""
@@ -395,7 +395,7 @@ def test_many_sessions_on_one_model() -> None:
 PENALIZED = GenerationConfig(Sampling(0.9), Sampling(0.9), repetition_penalty=1.5, repetition_context=6)
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("calls", [0, 1, 7, 40])
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_snapshot_and_replay(kv_bits: int | None, calls: int, tmp_path: Path) -> None:
@@ -705,7 +705,7 @@ def test_guidance_of_one_is_none() -> None:
     assert np.array_equal(guided, run_over(Generator(lm, GREEDILY, conditions=null), frames))
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_guided_batch_equals_singles() -> None:
     """In a guided batch the halves of different conversations are mixed up."""
     lm, _ = golden_lm.model("hibiki")
@@ -783,7 +783,7 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is read from /proc")
 def test_memory_stays_flat() -> None:
     """Something grows with every frame: all of them must not take more memory than the first fifth.
@@ -802,7 +802,7 @@ def test_memory_stays_flat() -> None:
     assert marks[-1][0] - marks[0][0] < 500_000
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_memory_stays_flat_while_all_is_forced() -> None:
     """With every token given, nothing reads the caches: unless evaluated, their graph grows with every frame."""
     lm = small_model(**TINY)

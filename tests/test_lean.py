@@ -12,7 +12,7 @@ import pytest
 
 from moshi_mlx.cpu import blas as threads
 from moshi_mlx.cpu import lm as lean
-from moshi_mlx.cpu.lm import NumpyStepper, Stepper, make_stepper
+from moshi_mlx.cpu.lm import Backend, NumpyBackend, make_backend
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
 from moshi_mlx.models.sampling import AUDIO_SAMPLING, GREEDY, Sampling, gumbel_noise, sample
@@ -31,24 +31,24 @@ def columns(lm: Lm, batch: int, count: int) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def logits(stepper: Stepper, lm: Lm, tokens: np.ndarray, condition: Any = None) -> list[np.ndarray]:
+def logits(backend: Backend, lm: Lm, tokens: np.ndarray, condition: Any = None) -> list[np.ndarray]:
     """Text and code logits of every position, the codes of a frame given by its own tokens."""
     batch = tokens.shape[1]
-    state = stepper.open(lm.init_state(batch, condition=condition))
+    state = backend.open(lm.init_state(batch, condition=condition))
     out = []
     for column in tokens:
-        hidden = stepper.temporal(column, state)
-        out.append(np.array(stepper.text_logits(hidden)))
+        hidden = backend.temporal(column, state)
+        out.append(np.array(backend.text_logits(hidden)))
         cache: list[Any] = []
         for k in range(lm.config.own_q):
-            out.append(np.array(stepper.depth(k, hidden, stepper.xp.array(column[:, k]), cache)))
+            out.append(np.array(backend.depth(k, hidden, backend.xp.array(column[:, k]), cache)))
     return out
 
 
 def both(lm: Lm, batch: int, count: int, condition: Any = None) -> float:
-    """Largest relative difference between the two steppers."""
+    """Largest relative difference between the two backends."""
     tokens = columns(lm, batch, count)
-    ours, theirs = logits(NumpyStepper(lm), lm, tokens, condition), logits(Stepper(lm), lm, tokens, condition)
+    ours, theirs = logits(NumpyBackend(lm), lm, tokens, condition), logits(Backend(lm), lm, tokens, condition)
     return max(relative_error(a, b) for a, b in zip(ours, theirs))
 
 
@@ -76,15 +76,17 @@ def test_ring_goes_round() -> None:
 
 
 @pytest.mark.parametrize("name", ["moshi", "schedule"])
-def test_a_conversation_goes_on_with_the_other_stepper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_goes_on_with_the_other_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The generator says other words on a GPU, or a saved conversation cannot move between machines."""
     lm, _ = golden_lm.model(name)
     frames = golden_lm.run(name, "greedy").frames[:40]
     config, seeds = GenerationConfig(GREEDY, Sampling(0.8, top_k=5)), range(frames.shape[1])
     numpy_one = Generator(lm, config, seeds=seeds)
-    monkeypatch.setattr("moshi_mlx.engine.generator.make_stepper", lambda lm, kv_bits=None: Stepper(lm))
+    monkeypatch.setattr("moshi_mlx.engine.generator.make_backend", lambda lm, kv_bits=None: Backend(lm))
     module_one = Generator(lm, config, seeds=seeds)
-    assert isinstance(numpy_one._stepper, NumpyStepper) and not isinstance(module_one._stepper, NumpyStepper)
+    assert isinstance(numpy_one._numpy_backend, NumpyBackend) and not isinstance(
+        module_one._numpy_backend, NumpyBackend
+    )
     for frame in frames[:20]:
         one, other = numpy_one.step(frame), module_one.step(frame)
         assert np.array_equal(one.text, other.text) and (one.codes is None or np.array_equal(one.codes, other.codes))
@@ -101,10 +103,10 @@ def test_a_conversation_goes_on_with_the_other_stepper(name: str, monkeypatch: p
 )
 def test_draws_are_the_same(sampling: Sampling) -> None:
     """The same seed says one thing on the CPU and another on a GPU."""
-    stepper = NumpyStepper(small_model())
+    backend = NumpyBackend(small_model())
     given = np.random.default_rng(1).normal(0, 2, (50, 300)).astype(np.float32)
     noise = None if sampling is GREEDY else gumbel_noise(range(50), 7, (300,), 0)
-    drawn = stepper.sample(given.copy(), sampling, None if noise is None else np.array(noise))
+    drawn = backend.sample(given.copy(), sampling, None if noise is None else np.array(noise))
     assert drawn.dtype == np.int32
     assert np.array_equal(drawn, np.array(sample(mx.array(given), sampling, noise)))
 
@@ -113,9 +115,9 @@ def test_weights_are_not_held_twice() -> None:
     """A model in memory costs twice its size on the CPU."""
     lm = small_model()
     weight = lm.transformer.layers[0].gating.linear_in.weight
-    stepper = make_stepper(lm)
-    assert isinstance(stepper, NumpyStepper)
-    seen = stepper._layers[0]._gating._in.weight
+    backend = make_backend(lm)
+    assert isinstance(backend, NumpyBackend)
+    seen = backend._layers[0]._gating._in.weight
     assert seen.__array_interface__["data"][0] == np.array(weight, copy=False).__array_interface__["data"][0]
 
 
@@ -138,27 +140,27 @@ def test_products_of_any_number_of_rows(laid_out: bool, monkeypatch: pytest.Monk
 def test_new_weights_are_noticed() -> None:
     """After a training step, or in a copy of the model, the old weights speak."""
     lm = small_model()
-    stepper = make_stepper(lm)
-    assert make_stepper(lm) is stepper
+    backend = make_backend(lm)
+    assert make_backend(lm) is backend
     other = copy.deepcopy(lm)
-    assert make_stepper(other) is not stepper
+    assert make_backend(other) is not backend
     lm.text_linear.weight = lm.text_linear.weight * 2
-    newer = make_stepper(lm)
+    newer = make_backend(lm)
     hidden = np.ones((1, lm.config.dim), np.float32)
-    assert np.allclose(newer.text_logits(hidden), 2 * stepper.text_logits(hidden))
+    assert np.allclose(newer.text_logits(hidden), 2 * backend.text_logits(hidden))
 
 
 def test_what_stays_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numpy is asked for a type it does not have, for a cache it cannot read, or for more memory than there is."""
-    assert type(make_stepper(small_model(), kv_bits=8)) is Stepper
+    assert type(make_backend(small_model(), kv_bits=8)) is Backend
     half = small_model()
     half.set_dtype(mx.bfloat16)
-    assert type(make_stepper(half)) is Stepper
+    assert type(make_backend(half)) is Backend
     packed = small_model()
     nn.quantize(packed, bits=4, group_size=32)
-    assert isinstance(make_stepper(packed), NumpyStepper)
+    assert isinstance(make_backend(packed), NumpyBackend)
     monkeypatch.setattr(lean, "_UNPACKED_BYTES", 1000)
-    assert type(make_stepper(packed)) is Stepper
+    assert type(make_backend(packed)) is Backend
 
 
 def test_threads_are_the_users_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:

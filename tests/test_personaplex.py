@@ -18,7 +18,7 @@ from moshi_mlx.checkpoint.pickled import read_torch_tensors, write_torch_tensors
 from moshi_mlx.checkpoint.readers import write_safetensors
 from moshi_mlx.checkpoint.voices import VoicePrompt, load_voice_prompt
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.cpu.lm import Backend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.engine.pipeline import Opening
@@ -42,10 +42,10 @@ about = json.loads((GOLDEN / "personaplex" / "golden.json").read_text())
 
 
 @pytest.fixture(params=["as chosen here", "modules"])
-def steppers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with what this machine would use, and with the model's modules, as a Mac does."""
     if request.param == "modules":
-        monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+        monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ class Run:
 # ------------------------------------------------------------------------------------------- NVIDIA's generator
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("name", ["recording", "saved"])
 def test_columns_as_nvidias(lm: Lm, name: str) -> None:
     """What PersonaPlex reads at some position of its prompts, or answers in 200 live frames, differs from NVIDIA's.
@@ -180,7 +180,7 @@ def test_empty_role_has_no_tokens(lm: Lm) -> None:
 # ------------------------------------------------------------------------------------------------ pinned positions
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_pinning_is_exact_without_wrap(short: Lm) -> None:
     """A pinned prompt changes a conversation that fits into the context."""
     live = made.random_codes(SHORT - 25, 3)
@@ -208,10 +208,10 @@ def test_pinned_state_is_kept(short: Lm) -> None:
 def test_pinned_rows_beside_others(short: Lm) -> None:
     """In a batch with rows that pin nothing, or something else, a row answers otherwise than alone; both paths."""
     live = made.random_codes(2 * SHORT, 5)
-    for stepper in (None, Stepper):
+    for backend in (None, Backend):
         with pytest.MonkeyPatch.context() as patch:
-            if stepper is not None:
-                patch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+            if backend is not None:
+                patch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
             alone = [
                 Run(short, opening(short, saved_voice(), pin=pin), seed=seed) for seed, pin in ((0, True), (1, False))
             ]
@@ -276,7 +276,7 @@ def flat(lm: Lm) -> dict[str, mx.array]:
     return dict(tree_flatten(lm.parameters()))
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("pin", [False, True])
 def test_a_role_outlives_the_context(short: Lm, pin: bool) -> None:
     """A role that is pinned no longer steers the model after three contexts (or, unpinned, the case shows nothing)."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from moshi_mlx.config import UNGENERATED
-from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.cpu.lm import Backend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine import rows
 from moshi_mlx.engine.generator import GenerationConfig, Generator, Step
@@ -73,10 +73,10 @@ CONDITIONED: dict[str, Any] = {
 
 
 @pytest.fixture(params=["as chosen here", "modules"])
-def steppers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with what this machine would use, and with the model's modules, as a Mac does."""
     if request.param == "modules":
-        monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+        monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def crowd(generator: Generator, ticks: int, most: int, seed: int = 0) -> list[Ta
 
 
 @pytest.mark.timeout(300 if TICKS < 1000 else 0)
-@pytest.mark.usefixtures("steppers", "small_rings")
+@pytest.mark.usefixtures("backends", "small_rings")
 def test_rows_that_come_and_go_say_what_they_say_alone() -> None:
     """If this fails, a conversation hears its neighbours, or one who left, or loses a frame while it waits."""
     lm = small_model(**TINY)
@@ -182,7 +182,7 @@ def test_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For a CPU, MLX asks a C++ compiler for each operation that it fuses, and keeps what it makes: the first run is slow.
     """
-    monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm, compiled=True))
+    monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm, compiled=True))
     mood = {"conditioners": {"mood": CONDITIONED["conditioners"]["mood"]}, "fuser": {"sum": ["mood"], "cross": []}}
     lm, rng = small_model(**TINY, **mood), np.random.default_rng(0)
     generator, talks = Generator(lm, seeds=None), {}
@@ -200,9 +200,9 @@ def test_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
                 talks[name].heard.append(codes[index])
         for name, step in zip(names, generator.step_rows(names, codes)):
             talks[name].said.append(step)
-    stepper: Any = generator._stepper
-    assert len(stepper._compiled) == 2
-    monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+    backend: Any = generator._numpy_backend
+    assert len(backend._compiled) == 2
+    monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
     for talk in talks.values():
         talk.alone(lm)
 
@@ -222,7 +222,7 @@ def positions_later(snapshot: State, frames: int) -> State:
     return {**later, "lm": {**snapshot["lm"], "transformer": {**rings, "offset": rings["offset"] + frames}}}
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_a_new_row_beside_an_old_one() -> None:
     """If this fails, a conversation that begins beside one at position 40,000 begins there, too."""
     lm = small_model(**TINY)
@@ -250,7 +250,7 @@ def test_a_new_row_beside_an_old_one() -> None:
     talk.alone(lm)
 
 
-@pytest.mark.usefixtures("steppers")
+@pytest.mark.usefixtures("backends")
 def test_unequal_conditions_and_guidance() -> None:
     """If this fails, a conversation attends to the padding of another's longer condition, or to another's guidance."""
     lm = small_model(**CONDITIONED)
@@ -285,7 +285,7 @@ def test_unequal_conditions_and_guidance() -> None:
 def test_sizes_are_few_and_go_back(modules: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, memory or kernels grow with every conversation, or stay when the crowd has left."""
     if modules:
-        monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+        monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
     lm = small_model(**TINY)
     generator = Generator(lm, seeds=None)
 
@@ -340,7 +340,7 @@ def test_a_row_goes_anywhere(config: GenerationConfig, tmp_path: Path, monkeypat
     """If this fails, one conversation of many cannot move: to another batch, to a file, between numpy and MLX."""
     lm = small_model(delays=[1, 0, 2, 0, 3])
     numpy_one = Generator(lm, seeds=None)
-    monkeypatch.setattr(generate, "make_stepper", lambda lm, kv_bits: Stepper(lm))
+    monkeypatch.setattr(generate, "make_backend", lambda lm, kv_bits: Backend(lm))
     modules = Generator(lm, seeds=None)
     monkeypatch.undo()
     rng = np.random.default_rng(1)

@@ -11,7 +11,7 @@ import pytest
 
 import moshi_mlx
 from moshi_mlx.codec.base import MimiCodec
-from moshi_mlx.cpu.lm import NumpyStepper
+from moshi_mlx.cpu.lm import NumpyBackend
 from moshi_mlx.errors import StateError
 
 SILENCE = np.zeros(1920, np.float32)
@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> mo
     """The built-in model, as this machine runs it, and with MLX's own kernels."""
     model = moshi_mlx.load("small")
     if request.param == "mlx":
-        monkeypatch.setattr(NumpyStepper, "suits", staticmethod(lambda lm: False))
+        monkeypatch.setattr(NumpyBackend, "suits", staticmethod(lambda lm: False))
         assert isinstance(model.codec, MimiCodec)
         model.codec.lean = False
     return model

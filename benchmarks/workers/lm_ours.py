@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.workers import graph
 from moshi_mlx.config import LmConfig
-from moshi_mlx.cpu.lm import NumpyStepper, Stepper
+from moshi_mlx.cpu.lm import Backend, NumpyBackend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.generator import GenerationConfig, Generator
 from moshi_mlx.models.lm import Lm
@@ -82,16 +82,16 @@ def python_time(generator: Generator, steps: int) -> list[float]:
     the evaluation would take the processor's caches as well.
     """
     batch, users, rng = generator.batch, generator.lm.config.user_q, np.random.default_rng(0)
-    stepper: Any = generator._stepper
-    if stepper._compiled is not None:
-        stepper._compiled.clear()  # graphs of this machine's kernels
+    backend: Any = generator._numpy_backend
+    if backend._compiled is not None:
+        backend._compiled.clear()  # graphs of this machine's kernels
     took, built = [], []
 
     def fetch(state: Any, *arrays: mx.array) -> list[np.ndarray]:
         built.append(arrays)  # evaluation would take the graph apart while others run
         return [np.zeros(array.shape, np.int32) for array in arrays]
 
-    stepper.launch, stepper.fetch = lambda *arrays: None, fetch
+    backend.launch, backend.fetch = lambda *arrays: None, fetch
     with graph.fused():
         for _ in range(steps + 3):  # the first ones draw the graph that is kept
             codes = rng.integers(0, generator.lm.config.card, size=(batch, users))
@@ -103,11 +103,11 @@ def python_time(generator: Generator, steps: int) -> list[float]:
 
 def products(generator: Generator) -> float:
     """Milliseconds of processor time of a step's products of a row with a weight, alone."""
-    stepper: Any = generator._stepper
-    assert isinstance(stepper, NumpyStepper)
-    depth = stepper._depth
-    matrices = [m for layer in stepper._layers for m in (layer._in, layer._out, layer._gating._in, layer._gating._out)]
-    matrices.append(stepper._text_linear)
+    backend: Any = generator._numpy_backend
+    assert isinstance(backend, NumpyBackend)
+    depth = backend._depth
+    matrices = [m for layer in backend._layers for m in (layer._in, layer._out, layer._gating._in, layer._gating._out)]
+    matrices.append(backend._text_linear)
     for index, weights in enumerate(depth._schedule):
         matrices.append(depth._in[weights])
         for layer in depth._layers:
@@ -140,7 +140,7 @@ def main() -> None:
     if ask.get("greedy"):
         config = GenerationConfig(GREEDY, GREEDY)
     if ask.get("modules"):
-        generate.make_stepper = lambda lm, kv_bits=None: Stepper(lm, compiled=bool(ask.get("compiled")))
+        generate.make_backend = lambda lm, kv_bits=None: Backend(lm, compiled=bool(ask.get("compiled")))
     generator = Generator(lm, config, seeds=range(batch), kv_bits=ask.get("kv_bits"))
     rng = np.random.default_rng(0)
     users = lm.config.user_q

@@ -1,9 +1,9 @@
 """One position through the language model: with MLX's kernels, or on the CPU with numpy's.
 
-:func:`make_stepper` chooses between them. On a GPU the model's modules are fastest. On a CPU, MLX splits
+:func:`make_backend` chooses between them. On a GPU the model's modules are fastest. On a CPU, MLX splits
 each norm, rotation and attention into ten operations or more, spends four microseconds on each of them,
 and its Linux wheel has a matrix product without vector instructions; numpy spends half a microsecond and has a
-proper BLAS. There :class:`NumpyStepper` computes the same values from the same memory.
+proper BLAS. There :class:`NumpyBackend` computes the same values from the same memory.
 
 Both are tested against the PyTorch reference, and against each other.
 """
@@ -31,12 +31,12 @@ from ..state import State, as_mlx, as_numpy, state_arrays
 from .backend import choose_backend
 from .blas import one_blas_thread
 
-__all__ = ["Array", "NumpyStepper", "Stepper", "make_stepper"]
+__all__ = ["Array", "Backend", "NumpyBackend", "make_backend"]
 
 Floats = NDArray[Any]
 Ints = NDArray[Any]
 Array = Any
-"""``mx.array`` or numpy array, as the stepper's ``xp`` makes them."""
+"""``mx.array`` or numpy array, as the backend's ``xp`` makes them."""
 Embedded = tuple[Array, Array]
 
 _KEPT_GRAPHS = 32
@@ -46,10 +46,10 @@ _UNPACKED_BYTES = 2**31
 """Quantized models are unpacked for numpy up to this size in memory."""
 
 
-class Stepper:
+class Backend:
     """One position at a time, with the model's own modules.
 
-    Everything that changes is in a state that :meth:`open` makes, of arrays of the stepper's own kind.
+    Everything that changes is in a state that :meth:`open` makes, of arrays of the backend's own kind.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Stepper:
         self._compiled: dict[Any, Callable[..., Any]] | None = {} if compiled else None
 
     def open(self, state: State) -> State:
-        """A state to step on, from :meth:`Lm.init_state` or from any stepper."""
+        """A state to step on, from :meth:`Lm.init_state` or from any backend."""
         return as_mlx(state)
 
     def computed(self, rows: Ints, total: int) -> Ints:
@@ -152,24 +152,24 @@ class Stepper:
         return known(*args)
 
 
-def make_stepper(lm: Lm, kv_bits: int | None = None) -> Stepper:
-    """The stepper for this device, this model and this cache; a model keeps it until its weights are replaced."""
+def make_backend(lm: Lm, kv_bits: int | None = None) -> Backend:
+    """The backend for this device, this model and this cache; a model keeps it until its weights are replaced."""
     if lm.sharding is not None:
-        stepper: Stepper = lm.sharding.stepper(lm)
-        return stepper
+        backend: Backend = lm.sharding.backend(lm)
+        return backend
     if lm.backend == "numpy" and kv_bits is not None:
         raise ConfigError("the backend numpy keeps no 8-bit cache: choose the backend mlx, or leave the cache as it is")
-    if choose_backend(lm.backend) == "mlx" or kv_bits is not None or not NumpyStepper.suits(lm):
+    if choose_backend(lm.backend) == "mlx" or kv_bits is not None or not NumpyBackend.suits(lm):
         # What mx.compile makes for a CPU is no faster, and takes a C++ compiler seconds.
-        return Stepper(lm, compiled=mx.default_device() != mx.cpu)
-    known: NumpyStepper | None = getattr(lm, "_stepper", None)
+        return Backend(lm, compiled=mx.default_device() != mx.cpu)
+    known: NumpyBackend | None = getattr(lm, "_numpy_backend", None)
     if known is None or not known.current(lm):
-        known = NumpyStepper(lm)
-        object.__setattr__(lm, "_stepper", known)
+        known = NumpyBackend(lm)
+        object.__setattr__(lm, "_numpy_backend", known)
     return known
 
 
-class NumpyStepper(Stepper):
+class NumpyBackend(Backend):
     """The same in numpy: for the CPU, in float32.
 
     Dense weights are the model's own memory, seen by numpy; quantized ones are unpacked.

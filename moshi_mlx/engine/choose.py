@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import END_PAD_ID, UNGENERATED, ZERO_TOKEN
-from ..cpu.lm import Array, Stepper
+from ..cpu.lm import Array, Backend
 from ..errors import ConfigError
 from ..models.lm import Lm
 from ..models.sampling import AUDIO_SAMPLING, TEXT_SAMPLING, RowSampling, Sampling, SamplingKind
@@ -181,11 +181,11 @@ class Team:
         What every step of the team needs.
     """
 
-    def __init__(self, members: Sequence[Row], total: int, everyone: bool, stepper: Stepper, pad: int, words: int):
+    def __init__(self, members: Sequence[Row], total: int, everyone: bool, backend: Backend, pad: int, words: int):
         nulls = [member.null for member in members if member.null is not None]
         self.mains = np.array([member.main for member in members], np.intp)
         stepping = np.concatenate([self.mains, np.array(nulls, np.intp)])
-        lanes = stepper.computed(stepping, total)
+        lanes = backend.computed(stepping, total)
         lane = np.full(total, -1, np.intp)
         lane[lanes] = np.arange(len(lanes))
         self.at = lane[self.mains]
@@ -224,10 +224,10 @@ class Team:
             fixed.update(coefficients=coefficients[:, None], text_coefficients=of_text[:, None])
         if self.bonus:
             fixed["bonus"] = bonus
-        fixed = as_mlx(fixed) if stepper.xp is mx else fixed
-        self.fixed = {**fixed, "text": stepper.settings(self.text), "audio": stepper.settings(self.audio)}
+        fixed = as_mlx(fixed) if backend.xp is mx else fixed
+        self.fixed = {**fixed, "text": backend.settings(self.text), "audio": backend.settings(self.audio)}
         if not whole:
-            self.fixed["rows"] = stepper.selection(stepping, total)
+            self.fixed["rows"] = backend.selection(stepping, total)
 
     def spread(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values of lanes, from those of conversations."""
@@ -243,7 +243,7 @@ class Team:
         return spread
 
 
-def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], state: State) -> dict[str, Any]:
+def choose_text(backend: Backend, lm: Lm, kind: Kind, given: Mapping[str, Any], state: State) -> dict[str, Any]:
     """The temporal transformer and the text token.
 
     Returns
@@ -252,26 +252,26 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
         ``hidden`` [lanes, dim], ``text`` [lanes], ``state`` of the transformer; ``noise`` of the codes, the output
         of the extra ``heads`` and what was ``sampled`` [lanes] to choose the text, if there are any.
     """
-    xp, model = stepper.xp, lm.config
+    xp, model = backend.xp, lm.config
     made: dict[str, Any] = {}
-    text_noise = stepper.noise(given["text_keys"], (model.text_out,)) if "text_keys" in given else None
+    text_noise = backend.noise(given["text_keys"], (model.text_out,)) if "text_keys" in given else None
     if "audio_keys" in given:
-        made["noise"] = stepper.noise(given["audio_keys"], (model.own_q, model.card))
+        made["noise"] = backend.noise(given["audio_keys"], (model.own_q, model.card))
     embedded = (given["embedded"], given["replaced"]) if "embedded" in given else None
-    made["hidden"] = hidden = stepper.temporal(given["column"], state, given.get("rows"), embedded, kind.sinks)
+    made["hidden"] = hidden = backend.temporal(given["column"], state, given.get("rows"), embedded, kind.sinks)
     made["state"] = state["transformer"]
     if model.extra_heads_num_heads:
         logits = lm.extra_head_logits(mx.array(hidden)).astype(mx.float32)
         made["heads"] = mx.softmax(logits, axis=-1).transpose(1, 0, 2)
     if kind.text_given:
         return {**made, "text": given["wanted"][:, 0]}
-    logits = _guide(stepper.text_logits(hidden).astype(xp.float32), kind, given, xp, "text_coefficients")
+    logits = _guide(backend.text_logits(hidden).astype(xp.float32), kind, given, xp, "text_coefficients")
     if kind.bonus:
         logits = logits + given["bonus"]
     if kind.penalty:
         penalty = given["penalty"]
         logits = xp.where(logits > 0, logits / penalty, logits * penalty)
-    text = stepper.draw(logits, kind.text, given["text"], text_noise)
+    text = backend.draw(logits, kind.text, given["text"], text_noise)
     if kind.chosen:
         made["sampled"] = text
         chosen = xp.where(text == END_PAD_ID, given["choices"][:, 0], given["choices"][:, 1])
@@ -280,17 +280,17 @@ def choose_text(stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], 
 
 
 def choose_codes(
-    stepper: Stepper, lm: Lm, kind: Kind, given: Mapping[str, Any], hidden: Array, text: Array, noise: Array | None
+    backend: Backend, lm: Lm, kind: Kind, given: Mapping[str, Any], hidden: Array, text: Array, noise: Array | None
 ) -> Array:
     """The depth transformer, one code after the other: ``text`` and codes [lanes, 1 + own_q]."""
-    xp = stepper.xp
+    xp = backend.xp
     if kind.codes_given:
         return xp.concatenate([text[:, None], given["wanted"][:, 1:]], axis=1)
     cache: list[Any] = []
     chosen = [text]
     for codebook in range(kind.depth):
-        logits = _guide(stepper.depth(codebook, hidden, chosen[-1], cache).astype(xp.float32), kind, given, xp)
-        code = stepper.draw(logits, kind.audio, given["audio"], None if noise is None else noise[:, codebook])
+        logits = _guide(backend.depth(codebook, hidden, chosen[-1], cache).astype(xp.float32), kind, given, xp)
+        code = backend.draw(logits, kind.audio, given["audio"], None if noise is None else noise[:, codebook])
         chosen.append(_settled(code, 1 + codebook, kind.codes_given, kind, given, xp))
     produced = xp.stack(chosen, axis=1)
     if kind.depth < lm.config.own_q:

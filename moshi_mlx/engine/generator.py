@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..config import EOS_ID, UNGENERATED, ZERO_TOKEN
-from ..cpu.lm import Array, make_stepper
+from ..cpu.lm import Array, make_backend
 from ..errors import ConfigError, StateError, TokenError
 from ..models.lm import Lm
 from ..models.sampling import keys_at
@@ -113,11 +113,11 @@ class Generator:
         self.lm = lm
         self.config = config or GenerationConfig()
         model = lm.config
-        self._stepper = make_stepper(lm, kv_bits)
+        self._numpy_backend = make_backend(lm, kv_bits)
         self._rows: Rows = (
-            Rows(lm, self._stepper, self.config, kv_bits, pinning)
+            Rows(lm, self._numpy_backend, self.config, kv_bits, pinning)
             if lm.sharding is None
-            else lm.sharding.rows(lm, self._stepper, self.config, kv_bits)
+            else lm.sharding.rows(lm, self._numpy_backend, self.config, kv_bits)
         )
         self._columns = self._rows.columns
         self._delays = np.array(model.delays)
@@ -484,7 +484,7 @@ class Generator:
         # If all tokens are forced they do not depend on the caches, whose graph would grow if it were not evaluated.
         caches = state if (wanted != UNGENERATED).all() else {"offset": state["transformer"]["offset"]}
         more = [name for name in ("heads", "sampled") if name in made]
-        fetched = self._stepper.fetch(caches, tokens, *(made[name] for name in more))
+        fetched = self._numpy_backend.fetch(caches, tokens, *(made[name] for name in more))
         produced, *rest = (found[team.at] for found in fetched)
         said = dict(zip(more, rest, strict=True))
         inputs[following] = produced
@@ -507,7 +507,7 @@ class Generator:
 
         ``wanted`` overrides where it is not -2.
         """
-        stepper = self._stepper
+        backend = self._numpy_backend
         free = wanted == UNGENERATED
         depth = int(np.flatnonzero(free[:, 1:].any(axis=0)).max(initial=-1)) + 1
         text_given, codes_given = (_alike(~part) for part in (free[:, 0], free[:, 1 : 1 + max(depth, 1)]))
@@ -537,15 +537,15 @@ class Generator:
             arrays["penalty"] = team.spread(self._penalties(team))
         if embedded is not None:
             arrays["embedded"], arrays["replaced"] = (team.spread(part) for part in embedded)
-        if stepper.xp is mx:
+        if backend.xp is mx:
             arrays = as_mlx(arrays)
         given = {**team.fixed, **arrays}
-        made = stepper.run(choose_text, kind, given, self._rows.state)
+        made = backend.run(choose_text, kind, given, self._rows.state)
         self._rows.state["transformer"] = made["state"]
         if not self.lm.config.own_q:
             return made["text"][:, None], made
-        stepper.launch(made["hidden"])
-        tokens = stepper.run(choose_codes, kind, given, made["hidden"], made["text"], stepper.drawn(made.get("noise")))
+        backend.launch(made["hidden"])
+        tokens = backend.run(choose_codes, kind, given, made["hidden"], made["text"], backend.drawn(made.get("noise")))
         return tokens, made
 
     def _penalties(self, team: Team) -> NDArray[np.float32]:

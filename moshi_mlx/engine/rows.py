@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import UNGENERATED, ZERO_TOKEN
-from ..cpu.lm import Stepper
+from ..cpu.lm import Backend
 from ..errors import ConfigError, StateError
 from ..layers.attention import resize_rings, resize_sources, trim_rings
 from ..layers.conditioning import Condition, match_slots
@@ -48,7 +48,7 @@ class Rows:
     Parameters
     ----------
     lm : Lm
-    stepper : Stepper
+    backend : Backend
         Determines the kind of arrays of the language model's state.
     config : GenerationConfig
         Of conversations that bring none of their own.
@@ -71,9 +71,9 @@ class Rows:
         Keys of the noise of text and codes, for position 0.
     """
 
-    def __init__(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None, pinning: bool = False):
+    def __init__(self, lm: Lm, backend: Backend, config: GenerationConfig, kv_bits: int | None, pinning: bool = False):
         model = lm.config
-        self._lm, self._stepper, self._config, self._kv_bits = lm, stepper, config, kv_bits
+        self._lm, self._numpy_backend, self._config, self._kv_bits = lm, backend, config, kv_bits
         self._pinning = pinning
         self.columns = 2 * max(model.delays) + 3
         words = model.text_card + model.text_start_row
@@ -105,7 +105,7 @@ class Rows:
             members, config = [self.get(name) for name in names], self._lm.config
             everyone = len(names) == len(self.members)
             pad, words = config.existing_text_padding_id, config.text_out
-            team = self.teams[names] = Team(members, self.capacity, everyone, self._stepper, pad, words)
+            team = self.teams[names] = Team(members, self.capacity, everyone, self._numpy_backend, pad, words)
         return team
 
     def checked(
@@ -221,7 +221,7 @@ class Rows:
 
     def _settle(self) -> None:
         """Evaluate the state, so that its sources are freed."""
-        self._stepper.fetch(self.state)
+        self._numpy_backend.fetch(self.state)
 
     def make_room(self) -> None:
         """Grow the rings for the next position of every conversation, those that wait included."""
@@ -246,7 +246,7 @@ class Rows:
 
     def _put(self, rows: list[int], part: State) -> None:
         """Put a state of the language model into some rows."""
-        part = self._stepper.open(part)
+        part = self._numpy_backend.open(part)
         if self.state is None:
             index = np.zeros(self.capacity, np.int32)
             index[rows] = np.arange(len(rows))

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..checkpoint.fit import load_config, load_lm
 from ..checkpoint.resolve import resolve
-from ..cpu.lm import Stepper
+from ..cpu.lm import Backend
 from ..engine.choose import config_from
 from ..engine.rows import Rows
 from ..errors import MoshiError, RankError
@@ -182,9 +182,9 @@ class Follower:
 
     def do_new(self, what: dict[str, Any]) -> None:
         """Begin a generator's rows."""
-        stepper = Stepper(self._lm, compiled=mx.default_device() != mx.cpu)
+        backend = Backend(self._lm, compiled=mx.default_device() != mx.cpu)
         default = config_from(np.array(what["config"], np.float32))
-        self._stepper, self._rows[what["rows"]] = stepper, Rows(self._lm, stepper, default, what["kv_bits"])
+        self._numpy_backend, self._rows[what["rows"]] = backend, Rows(self._lm, backend, default, what["kv_bits"])
 
     def do_drop(self, names: list[int]) -> None:
         """Forget generators."""
@@ -219,9 +219,9 @@ class Follower:
         given = {"column": mx.array(what["column"])}
         if "rows" in team.fixed:
             given["rows"] = team.fixed["rows"]
-        made = self._stepper.run(_temporal, "temporal", given, rows.state)
+        made = self._numpy_backend.run(_temporal, "temporal", given, rows.state)
         rows.state["transformer"] = made["state"]
-        self._stepper.fetch(rows.state, made["hidden"][..., 0])
+        self._numpy_backend.fetch(rows.state, made["hidden"][..., 0])
         rows.book["position"][team.mains] += 1
 
     def do_snapshot(self, what: dict[str, Any]) -> State:
@@ -238,9 +238,9 @@ class Follower:
         self._rows[what["rows"]].adopt(what["snapshot"])
 
 
-def _temporal(stepper: Stepper, lm: Lm, kind: str, given: dict[str, Any], state: State) -> dict[str, Any]:
+def _temporal(backend: Backend, lm: Lm, kind: str, given: dict[str, Any], state: State) -> dict[str, Any]:
     """The part of :func:`moshi_mlx.engine.choose.choose_text` that all ranks compute."""
-    hidden = stepper.temporal(given["column"], state, given.get("rows"))
+    hidden = backend.temporal(given["column"], state, given.get("rows"))
     return {"hidden": hidden, "state": state["transformer"]}
 
 

@@ -1,6 +1,6 @@
 """Rank 0: it has the sound, samples the tokens, and tells the other ranks what to do.
 
-A generator on a model that is split (``lm.sharding``) is the usual one, with a stepper and rows of this module, which
+A generator on a model that is split (``lm.sharding``) is the usual one, with a backend and rows of this module, which
 send an order for whatever changes the language model's state before they do it themselves. Only rank 0 samples:
 the tokens of a position are part of the order for the next one, which would be sent in any case, and the depth
 transformer and its noise are computed once.
@@ -27,7 +27,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..checkpoint.resolve import CheckpointFiles
-from ..cpu.lm import Stepper
+from ..cpu.lm import Backend
 from ..engine.choose import GenerationConfig
 from ..engine.rows import Rows
 from ..errors import RankError
@@ -36,7 +36,7 @@ from .bounded import Bounded, Proxy
 from .channel import Channel, Message
 from .follower import BEAT, join_group
 from .identity import Place, describe_files, versions
-from .leading import FIRST, LeadingRows, LeadingStepper
+from .leading import FIRST, LeadingBackend, LeadingRows
 from .split import Description, check_split, split_lm
 
 __all__ = ["LATE", "SILENCE", "Leader"]
@@ -346,14 +346,14 @@ class Leader:
 
     # The model's hooks
 
-    def stepper(self, lm: Lm) -> Stepper:
-        """See :func:`moshi_mlx.cpu.lm.make_stepper`."""
-        return LeadingStepper(lm, self)
+    def backend(self, lm: Lm) -> Backend:
+        """See :func:`moshi_mlx.cpu.lm.make_backend`."""
+        return LeadingBackend(lm, self)
 
-    def rows(self, lm: Lm, stepper: Stepper, config: GenerationConfig, kv_bits: int | None) -> Rows:
+    def rows(self, lm: Lm, backend: Backend, config: GenerationConfig, kv_bits: int | None) -> Rows:
         """The rows of a new generator."""
-        assert isinstance(stepper, LeadingStepper)
-        return LeadingRows(self, lm, stepper, config, kv_bits)
+        assert isinstance(backend, LeadingBackend)
+        return LeadingRows(self, lm, backend, config, kv_bits)
 
     def bounded(self, make: Callable[[], Any]) -> Any:
         """An object whose methods run in the thread that computes; who calls them waits no longer than is useful."""

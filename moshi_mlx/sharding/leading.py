@@ -1,4 +1,4 @@
-"""A generator's stepper and rows on rank 0: the usual ones, which have the other ranks do the same."""
+"""A generator's backend and rows on rank 0: the usual ones, which have the other ranks do the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..cpu.lm import Stepper
+from ..cpu.lm import Backend
 from ..engine.choose import GenerationConfig, Team, choose_text, settings_of
 from ..engine.rows import Rows
 from ..layers.conditioning import TensorCondition
@@ -19,15 +19,15 @@ from ..state import State
 if TYPE_CHECKING:
     from .leader import Leader
 
-__all__ = ["FIRST", "LeadingRows", "LeadingStepper", "plain_condition"]
+__all__ = ["FIRST", "LeadingBackend", "LeadingRows", "plain_condition"]
 
 FIRST = 120.0
 """Seconds that an order may take which loads, compiles or moves much."""
 _HEADS = ("keys", "values", "cross_keys", "cross_values")
 
 
-class LeadingStepper(Stepper):
-    """A stepper that has the other ranks step too.
+class LeadingBackend(Backend):
+    """A backend that has the other ranks step too.
 
     Attributes
     ----------
@@ -74,10 +74,10 @@ class LeadingRows(Rows):
     machines.
     """
 
-    def __init__(self, leader: Leader, lm: Lm, stepper: LeadingStepper, config: GenerationConfig, kv_bits: int | None):
-        super().__init__(lm, stepper, config, kv_bits)
-        self._leader, self._leading = leader, stepper
-        self._name = stepper.rows = leader.new_name(self)
+    def __init__(self, leader: Leader, lm: Lm, backend: LeadingBackend, config: GenerationConfig, kv_bits: int | None):
+        super().__init__(lm, backend, config, kv_bits)
+        self._leader, self._leading = leader, backend
+        self._name = backend.rows = leader.new_name(self)
         default = settings_of(config).tolist()
         leader.order("new", {"rows": self._name, "kv_bits": kv_bits, "config": default})
 

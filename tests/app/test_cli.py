@@ -41,8 +41,8 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"usage: moshi-mlx-local {verb}" in said and "examples:" in said
     assert main(["file", "--help"]) == 0
     said = capsys.readouterr().out
-    options = "--output --model --codec --seed --tail --transcript --json --quiet --force --greedy --debug --demo"
-    for option in options.split():
+    options = "--output --model --codec --seed --trailing-silence --transcript --json --quiet --force --greedy --demo"
+    for option in [*options.split(), "--debug"]:
         assert option in said
 
 

@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
 def test_answer_and_transcript(here: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     """If this fails, the program's main job does not get done: sound, sides, text, words or their times are wrong."""
     question = ask(2.5)
-    assert main(["file", "q.wav", "-o", "a.wav", "--tail", "1.5", "--seed", "3"]) == 0
+    assert main(["file", "q.wav", "-o", "a.wav", "--trailing-silence", "1.5", "--seed", "3"]) == 0
     assert names(here) == {"q.wav", "a.wav", "a.json"}
 
     pcm, rate = soundfile.read("a.wav", dtype="float32")
@@ -115,7 +115,7 @@ def test_options_reach_the_model(here: Path, model: FakeModel) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        [], ["q.wav"], ["-o", "a.wav"], ["q.wav", "-o", "a.mp3"], ["q.wav", "-o", "a.wav", "--tail", "-1"],
+        [], ["q.wav"], ["-o", "a.wav"], ["q.wav", "-o", "a.mp3"], ["q.wav", "-o", "a.wav", "--trailing-silence", "-1"],
         ["q.wav", "-o", "a.wav", "--tail", "nan"], ["q.wav", "-o", "a.wav", "--seed", "1.5"],
         ["q.wav", "-o", "a.wav", "--seed", "-1"], ["q.wav", "-o", "a.wav", "--top-p", "1.1"],
         ["q.wav", "-o", "a.wav", "--text-temperature", "inf"], ["q.wav", "-o", "a.wav", "--repetition-penalty", "0"],

@@ -44,7 +44,7 @@ def conditions_of(model: Any) -> list[dict[str, Any]] | None:
 def greedy(model: Any, steps: int) -> dict[str, Any]:
     """Tokens of one conversation, and all logits behind them."""
     generator = Generator(model.lm, FIXED, conditions=conditions_of(model))
-    stepper, logits = generator._stepper, []
+    backend, logits = generator._numpy_backend, []
 
     def keep(function: Any) -> Any:
         def kept(*args: Any) -> Any:
@@ -54,7 +54,7 @@ def greedy(model: Any, steps: int) -> dict[str, Any]:
 
         return kept
 
-    stepper.text_logits, stepper.depth = keep(stepper.text_logits), keep(stepper.depth)  # type: ignore[method-assign]
+    backend.text_logits, backend.depth = keep(backend.text_logits), keep(backend.depth)  # type: ignore[method-assign]
     tokens, found = [], []
     for frame in heard(model, 1, steps):
         step = generator.step(frame)

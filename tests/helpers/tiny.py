@@ -8,7 +8,7 @@ import numpy as np
 
 from moshi_mlx.codec.base import MlxMimi, NumpyMimi
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.cpu.lm import Stepper
+from moshi_mlx.cpu.lm import Backend
 from moshi_mlx.engine import generator as generate
 from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx.tasks import TASKS
@@ -44,11 +44,11 @@ def tiny_model(way: str = "numpy", seed: int = 0, name: str = "tiny", stt: dict[
 def use(way: str, monkeypatch: Any = None) -> None:
     """Let language models compute this way from now on."""
     if way == "mlx":
-        plain = lambda lm, kv_bits: Stepper(lm)  # noqa: E731
+        plain = lambda lm, kv_bits: Backend(lm)  # noqa: E731
         if monkeypatch is None:
-            generate.make_stepper = plain
+            generate.make_backend = plain
         else:
-            monkeypatch.setattr(generate, "make_stepper", plain)
+            monkeypatch.setattr(generate, "make_backend", plain)
 
 
 def sound(model: Moshi, frames: int, seed: int = 0) -> list[np.ndarray]:

@@ -67,7 +67,7 @@ EXAMPLES = """\
 examples:
   moshi-mlx-local file question.wav -o answer.wav
   moshi-mlx-local file --demo -o answer.wav          answer the included questions
-  moshi-mlx-local file question.flac -o answer.wav --tail 10 --json
+  moshi-mlx-local file question.flac -o answer.wav --trailing-silence 10 --json
   moshi-mlx-local file memo.m4a -o answer.wav --mono  m4a and others need ffmpeg
   moshi-mlx-local file question.wav -o - | ffplay -   listen while it is computed
   moshi-mlx-local file talks/2026-11-22_14-05-33.wav -o again.wav
@@ -95,12 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="answer the recorded questions that are included instead of QUESTION"
     )
     parser.add_argument(
-        "--tail",
+        "--trailing-silence",
         type=bounded(float, 0, LONGEST_TAIL),
         default=TAIL,
         metavar="SECONDS",
         help="seconds of silence after the question, so that the answer can end (default: %(default)s)",
     )
+    parser.add_argument(  # its name until 0.1
+        "--tail", type=bounded(float, 0, LONGEST_TAIL), dest="trailing_silence", help=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+    )  # fmt: skip
     add_output_arguments(parser)
     add_model_options(parser)
     add_role_options(parser)
@@ -329,17 +333,17 @@ class Answer:
 
     def settings(self) -> dict[str, Any]:
         """What else the transcript says of the settings."""
-        return {"tail": self.args.tail}
+        return {"tail": self.args.trailing_silence}
 
     def length(self, model: Moshi) -> int:
         """Samples of the answer."""
-        return self.question.recording.length(model.sample_rate) + model.trailing_silence(self.args.tail)
+        return self.question.recording.length(model.sample_rate) + model.trailing_silence(self.args.trailing_silence)
 
     def played(self, model: Moshi, session: Any) -> Iterator[tuple[Pcm, Pcm, SessionFrame]]:
         """What was heard, what was said with it, and the frame."""
         from moshi_mlx.engine.session import play
 
-        tail = model.trailing_silence(self.args.tail)
+        tail = model.trailing_silence(self.args.trailing_silence)
         frames = self.question.recording.frames(model.sample_rate, model.frame_size, tail=tail)
         for user, frame in play(session, frames):
             yield user, frame.pcm, frame

@@ -1,4 +1,4 @@
-"""A judge of spectrograms, trained to tell the decoder's sound from the original: the cure for buzz.
+"""A discriminator of spectrograms, trained to tell the decoder's sound from the original: the cure for buzz.
 
 Complex spectra at two resolutions through small two-dimensional convolutions, hinge losses and feature matching, as in
 EnCodec (Défossez et al., arXiv 2210.13438), a good deal smaller.
@@ -37,7 +37,7 @@ class SpectrogramJudge(nn.Module):
         return self.last(x), outputs
 
 
-class Judge(nn.Module):
+class Discriminator(nn.Module):
     """All resolutions."""
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class Judge(nn.Module):
         self.judges = nn.ModuleList(SpectrogramJudge(window) for window in WINDOWS)
 
     def forward(self, pcm: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-        return [judge(pcm) for judge in self.judges]
+        return [one(pcm) for one in self.judges]
 
 
-def losses_of(judge: Judge, said: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the decoder should lower, what the judge should lower) for pcm [batch, samples].
+def losses_of(discriminator: Discriminator, said: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
+    """(what the decoder should lower, what the discriminator should lower) for pcm [batch, samples].
 
-    The first is to be differentiated with respect to ``said``, the second with respect to the judge's parameters.
+    The first is differentiated with respect to ``said``, the second to the discriminator's parameters.
     """
-    real, fake = judge(meant), judge(said)
+    real, fake = discriminator(meant), discriminator(said)
     decoder, own = said.new_zeros(()), said.new_zeros(())
     for (real_logits, real_layers), (fake_logits, fake_layers) in zip(real, fake, strict=True):
         own = own + F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moshi_mlx_training import checkpoint
-from moshi_mlx_training.codec.adversary import Judge, losses_of
+from moshi_mlx_training.codec.adversary import Discriminator, losses_of
 from moshi_mlx_training.codec.data import FRAME_SAMPLES, Corpus
 from moshi_mlx_training.codec.export import from_published
 from moshi_mlx_training.codec.losses import RESOLUTIONS, low_loss, spectral_loss
@@ -42,7 +42,7 @@ Moments = list[tuple[Tensor, Tensor]]  # AdamW's two averages, for each paramete
 WAVE, COMMITMENT, PHONE, LOW = 1.0, 0.5, 1.0, 2.0  # weights beside the spectral loss
 BYPASS_STEPS, WARMUP_STEPS = 300, 200  # nothing is quantized at first
 BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
-JUDGE_RATE, JUDGE_WARMUP = 1e-3, 500  # the judge's opinion counts in full after so many steps
+JUDGE_RATE, JUDGE_WARMUP = 1e-3, 500  # the discriminator's opinion counts in full after so many steps
 LOG_EVERY = 200  # steps
 DECODER_CROPS, DECODER_SKIP = ((5, 14), (3, 22)), 2  # frames
 CROPS = ((5, 12), (3, 20))  # (batch, frames)
@@ -109,12 +109,12 @@ class Shared:
 
     model: Mimi
     moments: Moments
-    judge: Judge | None  # of the adversarial training, if there is one
+    discriminator: Discriminator | None  # of the adversarial training, if there is one
     judge_moments: Moments
     lock: Any
     steps: Any  # steps taken
     begun: Any  # steps handed out; each has a batch of its own
-    judged: Any  # steps the judge has taken
+    judged: Any  # steps the discriminator has taken
     level: Any  # learning rate, as a share of the full one
     stop: Any
     first: int = 0  # the step at which this model's optimizer began: later than 0 if it goes on from published weights
@@ -155,20 +155,20 @@ def apply_step(shared: Shared, local: Mimi, before: dict[str, Tensor], options: 
 
 
 def push_apart(
-    judge: Judge, loss: Tensor, said: Tensor, meant: Tensor, share: float
+    discriminator: Discriminator, loss: Tensor, said: Tensor, meant: Tensor, share: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient of ``loss`` and the judge's opinion with respect to ``said``, and the judge's own gradients.
+    """Gradient of ``loss`` and the discriminator's opinion with respect to ``said``, and its own gradients.
 
     The opinion's gradient is scaled to ``share`` of the norm of the loss's, so neither can run away with the decoder.
     """
     (plain,) = torch.autograd.grad(loss, said)
-    opinion, own = losses_of(judge, said, meant)
+    opinion, own = losses_of(discriminator, said, meant)
     (judged,) = torch.autograd.grad(opinion, said, retain_graph=True)
-    judge.zero_grad()
-    own.backward(inputs=list(judge.parameters()))
-    torch.nn.utils.clip_grad_norm_(judge.parameters(), 3.0)
+    discriminator.zero_grad()
+    own.backward(inputs=list(discriminator.parameters()))
+    torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 3.0)
     scale = share * plain.norm() / judged.norm().clamp_min(1e-12)
-    return plain + scale * judged, {"opinion": opinion, "judge": own}
+    return plain + scale * judged, {"opinion": opinion, "discriminator": own}
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
     torch.set_num_threads(1)
     corpus = Corpus(options.data, wide=options.channel == "wide")
     local, refreshed, parent = Mimi(), time.monotonic(), os.getppid()
-    crops, judge = CROPS, None if shared.judge is None else Judge()
+    crops, discriminator = CROPS, None if shared.discriminator is None else Discriminator()
     if options.stage == "decoder":
         freeze_codes(local.eval())
         crops = DECODER_CROPS
@@ -220,8 +220,8 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             if options.stage == "codec" and step >= BYPASS_STEPS and not shared.model.first.books[0]._initialized:
                 fit_codebooks(shared.model, corpus, options)
             local.load_state_dict(shared.model.state_dict())
-            if judge is not None and shared.judge is not None:
-                judge.load_state_dict(shared.judge.state_dict())
+            if discriminator is not None and shared.discriminator is not None:
+                discriminator.load_state_dict(shared.discriminator.state_dict())
         before = {name: buffer.clone() for name, buffer in local.named_buffers()}
         torch.manual_seed(options.seed * 1_000_003 + step)
         rng = np.random.default_rng([options.seed, step])
@@ -236,11 +236,11 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
             leaf = said.detach().requires_grad_()
             losses = plain_losses(leaf, meant, which)
             loss = sound_loss(losses)
-            if judge is None:
+            if discriminator is None:
                 (gradient,) = torch.autograd.grad(loss, leaf)
             else:
                 share = options.adversarial * min(1.0, shared.judged.value / JUDGE_WARMUP)
-                gradient, opinions = push_apart(judge, loss, leaf, meant, share)
+                gradient, opinions = push_apart(discriminator, loss, leaf, meant, share)
                 losses |= opinions
             said.backward(gradient)
         else:
@@ -251,9 +251,9 @@ def work(number: int, shared: Shared, results: Any, options: argparse.Namespace)
         with shared.lock:
             if math.isfinite(norm):
                 apply_step(shared, local, before, options)
-                if judge is not None and shared.judge is not None:
+                if discriminator is not None and shared.discriminator is not None:
                     shared.judged.value += 1
-                    adamw(shared.judge, judge, shared.judge_moments, shared.judged.value, JUDGE_RATE)
+                    adamw(shared.discriminator, discriminator, shared.judge_moments, shared.judged.value, JUDGE_RATE)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if books < local.shape.n_q:
             values.pop("mel", None)  # report it of the whole codec
@@ -273,15 +273,15 @@ def train(options: argparse.Namespace) -> None:
     model = Mimi()
     step, first, heard_seconds, level = 0, 0, 0.0, 1.0
     moments = no_moments(model)
-    judge = Judge() if options.stage == "decoder" and options.adversarial else None
-    judge_moments, judged = [] if judge is None else no_moments(judge), 0
+    discriminator = Discriminator() if options.stage == "decoder" and options.adversarial else None
+    judge_moments, judged = [] if discriminator is None else no_moments(discriminator), 0
     if path.exists():
         state = checkpoint.load(path)
         model.load_state_dict(state["model"])
         step, heard_seconds, level = state["step"], state["heard_seconds"], state["level"] or 1.0
         moments, first = state["moments"], state.get("first", 0)
-        if judge is not None and "judge" in state:
-            judge.load_state_dict(state["judge"])
+        if discriminator is not None and "discriminator" in state:
+            discriminator.load_state_dict(state["discriminator"])
             judge_moments, judged = state["judge_moments"], state["judged"]
         print(f"going on from step {step}, {heard_seconds / 3600:.2f} h heard", flush=True)
     elif options.start_from is not None:
@@ -293,15 +293,15 @@ def train(options: argparse.Namespace) -> None:
     elif options.stage == "decoder":
         model.load_state_dict(checkpoint.load(options.run / "codec.pt")["model"])
     model.share_memory()
-    if judge is not None:
-        judge.share_memory()
+    if discriminator is not None:
+        discriminator.share_memory()
     for pair in (*moments, *judge_moments):
         for tensor in pair:
             tensor.share_memory_()
     shared = Shared(
         model,
         moments,
-        judge,
+        discriminator,
         judge_moments,
         lock=context.Lock(),
         steps=context.Value("q", step, lock=False),
@@ -332,8 +332,12 @@ def train(options: argparse.Namespace) -> None:
                 "heard_seconds": heard_seconds,
                 "level": shared.level.value,
             }
-            if judge is not None:
-                state |= {"judge": judge.state_dict(), "judge_moments": judge_moments, "judged": shared.judged.value}
+            if discriminator is not None:
+                state |= {
+                    "discriminator": discriminator.state_dict(),
+                    "judge_moments": judge_moments,
+                    "judged": shared.judged.value,
+                }
             checkpoint.save(path, state)
 
     while not stop:
