@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from moshi_mlx.checkpoint.readers import read_json
 from moshi_mlx.checkpoint.resolve import resolve
 from moshi_mlx.errors import ConfigError, MoshiError
 from moshi_mlx.models.lm import Lm
+from moshi_mlx.sharding.training import DataParallel
 
 from .data.pieces import Piece, encode_pieces, load_pieces, made_of, split_pieces
 from .data.recordings import Recording, find_recordings, read_piece
@@ -63,8 +65,10 @@ class Stop:
 
 def train(args: argparse.Namespace) -> int:
     """Train; returns the exit status."""
-    out = Path(args.out).expanduser()
-    _check_out(out, args.force)
+    out, ranks = Path(args.out).expanduser(), DataParallel()
+    if ranks.leads:
+        _check_out(out, args.force)
+    args.quiet = args.quiet or not ranks.leads
     recordings = find_recordings(Path(args.data).expanduser())
     plan = Plan(
         steps=args.steps,
@@ -78,10 +82,9 @@ def train(args: argparse.Namespace) -> int:
     )
     with Bar(shown=not args.quiet) as bar:
         model, base = _load(args, bar)
-        trainer = Trainer(model.lm, plan)
-        seconds = _fit(args, trainer, bar)
-        out.mkdir(parents=True, exist_ok=True)
-        pieces = _pieces(args, out, recordings, seconds, model, bar)
+        trainer = Trainer(model.lm, plan, ranks)
+        seconds = ranks.least(_fit(args, trainer, bar))
+        pieces = _pieces(args, out, recordings, seconds, model, bar, ranks)
         learnt, judged = _split(args, seconds, pieces, model, bar)
         count = sum(value.size for value in trainer.parameters.values())
         bar.line(
@@ -90,6 +93,8 @@ def train(args: argparse.Namespace) -> int:
         )
         run = _Run(args, out, model, base, trainer, recordings, bar)
         finished = run.go(learnt, judged)
+    if not ranks.leads:
+        return 0 if finished else 130
     state = f"{trainer.step_count} of {plan.steps} steps"
     if not finished:
         warn(f"{state} are kept in {out}; the same command goes on from there", "stopped")
@@ -160,7 +165,13 @@ def _fit(args: argparse.Namespace, trainer: Trainer, bar: Bar) -> float:
 
 
 def _pieces(
-    args: argparse.Namespace, out: Path, recordings: Sequence[Recording], seconds: float, model: Moshi, bar: Bar
+    args: argparse.Namespace,
+    out: Path,
+    recordings: Sequence[Recording],
+    seconds: float,
+    model: Moshi,
+    bar: Bar,
+    ranks: DataParallel,
 ) -> list[Piece]:
     codec, tokenizer = model.codec, model.tokenizer
     assert codec is not None and tokenizer is not None
@@ -171,9 +182,16 @@ def _pieces(
         ahead = args.text_ahead
         return encode_pieces(recordings, seconds, model.lm.config, codec, tokenizer, ahead=ahead, advance=bar.advance)
 
-    pieces = load_pieces(out / PIECES, key, encode)
+    if ranks.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        pieces = load_pieces(out / PIECES, key, encode)
+    else:
+        pieces = encode()
     if not pieces:
         raise ConfigError(f"{args.data} holds nothing to learn from")
+    text = zlib.crc32(b"".join(piece.tokens[0].tobytes() for piece in pieces)) % 2**24  # a float32 holds it exactly
+    if ranks.any(ranks.least(text) != text):
+        raise ConfigError(f"{args.data} is not the same on all machines: copy the recordings and their words to each")
     return pieces
 
 
@@ -216,18 +234,21 @@ class _Run:
     def go(self, learnt: Sequence[Piece], judged: Sequence[Piece]) -> bool:
         """Train to the end; False if it was stopped before."""
         args, trainer, plan = self.args, self.trainer, self.trainer.plan
-        if (self.out / STATE).exists():
+        ranks = trainer.ranks
+        if ranks.leads and (self.out / STATE).exists():
             extra = trainer.load(self.out / STATE)
             self.curves = {name: [tuple(point) for point in curve] for name, curve in extra["curves"].items()}
             self.bar.line(f"going on from step {trainer.step_count}")
             self.last = Figures(*extra["last"])
+        trainer.follow()
         self.bar.stage("training", plan.steps, trainer.step_count)
-        group = mx.distributed.init()
         drawn = time.monotonic()
         with Stop() as stop:
-            while trainer.step_count < plan.steps and not stop.asked:
-                batches = batches_of(learnt, plan, trainer.step_count, group.rank(), group.size())
+            while trainer.step_count < plan.steps and not ranks.any(stop.asked):
+                batches = batches_of(learnt, plan, trainer.step_count, ranks.rank, ranks.size)
                 self.last = figures = trainer.step(batches)
+                if not ranks.leads:
+                    continue
                 step = trainer.step_count
                 self.log(step, figures)
                 self.bar.advance(1, f"step {step}: text {figures.text:.3f}, audio {figures.audio:.3f}")
@@ -241,8 +262,9 @@ class _Run:
                 if time.monotonic() - drawn > _PLOT_EVERY:
                     self.plot()
                     drawn = time.monotonic()
-            self.keep()
-            self.plot()
+            if ranks.leads:
+                self.keep()
+                self.plot()
         return trainer.step_count >= plan.steps
 
     def log(self, step: int, figures: Figures) -> None:

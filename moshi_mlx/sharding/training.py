@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from numpy.typing import NDArray
 
 from ..errors import ConfigError
 
@@ -48,6 +50,41 @@ class DataParallel:
         if len(batch) < self.size:
             raise ConfigError(f"a batch of {len(batch)} has no row for each of {self.size} machines: make it larger")
         return list(batch[self.rank :: self.size])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes files and tells a person what happens."""
+        return self.rank == 0
+
+    def from_leader(self, tree: Any) -> Any:
+        """Rank 0's arrays on every rank; other ranks give arrays of the same shapes."""
+        if self.size == 1:
+            return tree
+        out: list[tuple[str, mx.array]] = []
+        flat: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
+        for name, value in sorted(flat, key=lambda entry: entry[0]):  # ranks need not have made it in one order
+            given = value if self.leads else mx.zeros_like(value)
+            out.append((name, mx.distributed.all_sum(given, group=self._group)))
+            mx.eval(out[-1][1])
+        return tree_unflatten(out) if isinstance(tree, (dict, list)) else out[0][1]
+
+    def mean(self, values: Sequence[float] | NDArray[Any]) -> list[float]:
+        """Means over the ranks, of a few numbers at once."""
+        return [value / self.size for value in self._reduced(mx.distributed.all_sum, values)]
+
+    def least(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        return self._reduced(mx.distributed.all_min, [value])[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one."""
+        return self._reduced(mx.distributed.all_max, [float(flag)])[0] > 0
+
+    def _reduced(self, reduce: Any, values: Sequence[float] | NDArray[Any]) -> list[float]:
+        if self.size == 1:
+            return [float(value) for value in values]
+        out = reduce(mx.array(np.asarray(values, np.float32)), group=self._group)
+        return [float(value) for value in np.array(out)]
 
     def average(self, loss: mx.array, gradients: Any, weight: mx.array | float = 1.0) -> tuple[mx.array, Any]:
         """Loss and gradients of the whole batch, the same on all ranks.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
@@ -17,6 +16,7 @@ from mlx.utils import tree_map, tree_unflatten
 from moshi_mlx.checkpoint.readers import read_safetensors, write_safetensors
 from moshi_mlx.errors import CheckpointError, ConfigError
 from moshi_mlx.models.lm import Lm
+from moshi_mlx.sharding.training import DataParallel
 
 from ..data.pieces import Piece
 from .adapters import Adapter, add_adapter, flat
@@ -117,11 +117,14 @@ class Trainer:
     lm : Lm
         Changed in place: its linear layers get their updates.
     plan : Plan
+    ranks : DataParallel, optional
+        Processes that take a step together, each on its own batches.
     """
 
-    def __init__(self, lm: Lm, plan: Plan):
+    def __init__(self, lm: Lm, plan: Plan, ranks: DataParallel | None = None):
         add_adapter(lm, plan.adapter, plan.seed)
         self.lm, self.plan = lm, plan
+        self.ranks = ranks or DataParallel()
         self.step_count = 0
         lm.transformer.recompute = plan.recompute
         if lm.config.dep_q:
@@ -168,7 +171,8 @@ class Trainer:
             mx.eval(total, both)
             seen += np.array(both)
         self.lm.update(self._masters)
-        gradient = nn.average_gradients(tree_map(lambda value: value / len(batches), total))
+        gradient = tree_map(lambda value: value / len(batches), total)
+        _, gradient = self.ranks.average(mx.array(0.0), gradient)
         gradient, norm = optim.clip_grad_norm(gradient, plan.clip)
         mx.eval(norm)
         if not np.isfinite(norm.item()):
@@ -183,8 +187,8 @@ class Trainer:
         mx.eval(self._masters, self.optimizer.state)
         self.lm.update(self._masters)
         self.step_count += 1
-        text, audio = seen / len(batches)
-        return Figures(float(text), float(audio), float(norm.item()), rate)
+        text, audio = self.ranks.mean(seen / len(batches))
+        return Figures(text, audio, float(norm.item()), rate)
 
     def trial(self, frames: int) -> None:
         """Compute a gradient of random tokens, and throw it away."""
@@ -214,6 +218,13 @@ class Trainer:
         conditions = [piece.conditions or {} for piece in batch]
         condition = self.lm.condition(conditions) if any(conditions) or self.lm.config.conditioners else None
         return mx.array(tokens[:, :, :used]), condition
+
+    def follow(self) -> None:
+        """Take rank 0's parameters, optimizer and step."""
+        self._masters = self.ranks.from_leader(self._masters)
+        self.optimizer.state = self.ranks.from_leader(self.optimizer.state)
+        self.step_count = int(self.ranks.from_leader(mx.array(self.step_count)).item())
+        self.lm.update(self._masters)
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write parameters, optimizer and counters: whole or not at all."""
