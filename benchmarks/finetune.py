@@ -52,7 +52,10 @@ FRAME, RATE = 1920, 12.5
 AHEAD = 0.16  # seconds by which the model in the package writes a word before it says it
 BEFORE, AFTER = 8, 60  # frames of room before a question, and for the answer
 EXCHANGES = 2  # in a conversation
-OPTIONS = "--duration 12 --batch 4 --rank 16 --rate 0.001 --keep-activations --validation-share 0 --log-every 25"
+OPTIONS = (
+    "--duration 12 --batch 4 --rank 16 --rate 0.001 --vary-user 0.5 --keep-activations --validation-share 0 "
+    "--log-every 25"
+)
 
 
 def speak_question(text: str, voice: str, noise: np.random.Generator) -> tuple[NDArray[np.float32], int, int]:
@@ -74,7 +77,9 @@ def speak_answer(text: str) -> tuple[NDArray[np.float32], list[tuple[str, float,
     return pcm[ANSWER_BEFORE * FRAME : -ANSWER_AFTER * FRAME].astype(np.float32) / 32768, timed
 
 
-def conversation(exchanges: Sequence[tuple[str, str]], rng: random.Random, noise: np.random.Generator) -> Any:
+def conversation(
+    exchanges: Sequence[tuple[str, str]], rng: random.Random, noise: np.random.Generator, tokenizer: Any
+) -> Any:
     """Moshi's samples, the user's, and Moshi's words, as the model would have written them."""
     from moshi_mlx_training.lm.data import through_room
     from moshi_mlx_training.speech.recipe import FIRST
@@ -91,11 +96,15 @@ def conversation(exchanges: Sequence[tuple[str, str]], rng: random.Random, noise
         user = np.concatenate([user, clip, through_room(rest, room, noise) if len(rest) else rest])
         own = np.pad(own, (0, len(user) - len(own)))
         own[at * FRAME : at * FRAME + len(sound)] = sound
-        words += [(word, at / RATE + begin_s - AHEAD, at / RATE + end_s - AHEAD) for word, begin_s, end_s in timed]
+        free = 0  # the model writes a token in a frame, and a word after the last one has been written
+        for word, begin_s, end_s in timed:
+            frame = max(free, int(at + (begin_s - AHEAD) * RATE))
+            free = frame + len(tokenizer.encode(word))
+            words.append((word, (frame + 0.5) / RATE, max(free / RATE, at / RATE + end_s - AHEAD)))
     return own, user, words
 
 
-def record(folder: Path, minutes: float, old_share: float, seed: int) -> None:
+def record(folder: Path, minutes: float, old_share: float, seed: int, tokenizer: Any) -> None:
     """Conversations in a folder as ``talk --record`` leaves it: two questions each, mostly new ones."""
     from moshi_mlx_app.recording.recorder import Recorder
     from moshi_mlx_training.speech import dialogues
@@ -117,7 +126,7 @@ def record(folder: Path, minutes: float, old_share: float, seed: int) -> None:
                 waiting = list(NEW.items())
                 rng.shuffle(waiting)
             exchanges.append(waiting.pop())
-        own, user, words = conversation(exchanges, rng, noise)
+        own, user, words = conversation(exchanges, rng, noise, tokenizer)
         recorder.start()
         for index in range(len(user) // FRAME):
             part = slice(index * FRAME, (index + 1) * FRAME)
@@ -200,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     recordings = options.folder / "recordings"
     if not (recordings / "recordings.jsonl").exists():
-        record(recordings, options.minutes, options.old, seed=1)
+        record(recordings, options.minutes, options.old, 1, moshi_mlx.load(options.model).tokenizer)
     out = options.folder / f"{Path(options.model).name}-lora"
     command = [sys.executable, "-m", "moshi_mlx_finetune", "train", options.model, str(recordings), str(out)]
     began = time.monotonic()

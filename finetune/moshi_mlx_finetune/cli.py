@@ -142,6 +142,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--first-codebook-weight", type=_weight, default=1.0, metavar="X",
         help="of the first code of the voice, which carries the words (default 1)")  # fmt: skip
     add("--text-padding-weight", type=_weight, default=0.5, metavar="X", help="of silence in the text (default 0.5)")
+    add("--vary-user", type=_share, default=0.0, metavar="X",
+        help="share of pieces in which the user speaks faster here and slower there, and with less of their voice: for "
+             "little data (default 0)")  # fmt: skip
     add("--seed", type=_count, default=0, metavar="N", help="of the order of pieces and the first values (default 0)")
     add("--memory", type=_positive, metavar="GB",
         help="memory to use (default: what Metal grants, else three quarters of the machine's)")  # fmt: skip

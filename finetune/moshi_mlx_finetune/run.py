@@ -26,6 +26,7 @@ from moshi_mlx.sharding.training import DataParallel
 from .data.pieces import Piece, encode_pieces, load_pieces, made_of, split_pieces
 from .data.recordings import Recording, find_recordings, read_piece
 from .data.rows import FRAME_RATE, frames_in
+from .data.vary import varied
 from .learn.adapters import FILE, Adapter, save_adapter
 from .learn.loss import Weights
 from .learn.memory import SHORTEST, calculate, fit_frames, measured, memory_limit
@@ -245,7 +246,7 @@ class _Run:
         drawn = time.monotonic()
         with Stop() as stop:
             while trainer.step_count < plan.steps and not ranks.any(stop.asked):
-                batches = batches_of(learnt, plan, trainer.step_count, ranks.rank, ranks.size)
+                batches = self.vary(batches_of(learnt, plan, trainer.step_count, ranks.rank, ranks.size))
                 self.last = figures = trainer.step(batches)
                 if not ranks.leads:
                     continue
@@ -266,6 +267,15 @@ class _Run:
                 self.keep()
                 self.plot()
         return trainer.step_count >= plan.steps
+
+    def vary(self, batches: list[list[Piece]]) -> list[list[Piece]]:
+        """A share of the pieces as others might have said them, other ones in every step."""
+        share, trainer = self.args.vary_user, self.trainer
+        if not share:
+            return batches
+        rng = np.random.default_rng([trainer.plan.seed, trainer.step_count, trainer.ranks.rank])
+        config = trainer.lm.config
+        return [[varied(piece, config, rng) if rng.random() < share else piece for piece in batch] for batch in batches]
 
     def log(self, step: int, figures: Figures) -> None:
         """A line of log.jsonl for every step, and of the terminal for some."""

@@ -129,6 +129,11 @@ class SpeechToText(Moshi):
         """
         return Listener(self, Batch(self.engine, kv_bits=kv_bits), Settings(seed, generation))
 
+    def rows(self, *, kv_bits: int | None = None) -> Callable[[], Listener]:
+        """A function that begins a stream; all its streams share one batch, for :func:`advance`."""
+        batch = Batch(self.engine, kv_bits=kv_bits)
+        return lambda: Listener(self, batch, Settings(0, None))
+
     def transcribe(
         self,
         pcm: ArrayLike,

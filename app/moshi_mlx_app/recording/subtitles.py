@@ -12,7 +12,7 @@ from moshi_mlx_app.recording.transcript import spoken
 if TYPE_CHECKING:
     from moshi_mlx.engine.text import Word
 
-__all__ = ["FORMATS", "cues", "written"]
+__all__ = ["FORMATS", "cues", "lines", "written"]
 
 FORMATS = ("txt", "json", "srt", "vtt")
 _LETTERS, _SECONDS, _GAP = 84, 6.0, 1.0  # of a cue, two lines of 42; a longer gap begins another
@@ -42,7 +42,7 @@ def written(
         text = " ".join(str(word["text"]) for word in mine)
         return json.dumps({**(about or {}), "text": text, **spoken(mine), "turns": [round(t, 3) for t in turns]}) + "\n"
     if form == "txt":
-        return "".join(f"{_text(line)}\n" for line in _lines(words, turns))
+        return "".join(f"{_text(line)}\n" for line in lines(words, turns))
     head = "WEBVTT\n\n" if form == "vtt" else ""
     return head + "".join(
         f"{number}\n{_clock(cue[0].start, form)} --> {_clock(cue[-1].end, form)}\n{_text(cue)}\n\n"
@@ -53,7 +53,7 @@ def written(
 def cues(words: Sequence[Word], turns: Sequence[float] = ()) -> Iterator[list[Word]]:
     """Words in groups for one subtitle each: until a turn or sentence ends, a gap, or it is long enough to read."""
     cue: list[Word] = []
-    for line in _lines(words, turns):
+    for line in lines(words, turns):
         for word in line:
             if cue and (
                 word.start - cue[-1].end > _GAP
@@ -69,7 +69,7 @@ def cues(words: Sequence[Word], turns: Sequence[float] = ()) -> Iterator[list[Wo
             cue = []
 
 
-def _lines(words: Sequence[Word], turns: Sequence[float]) -> Iterator[list[Word]]:
+def lines(words: Sequence[Word], turns: Sequence[float]) -> Iterator[list[Word]]:
     """Words by turns."""
     line: list[Word] = []
     ends = iter([*sorted(turns), float("inf")])

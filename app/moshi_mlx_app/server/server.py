@@ -25,7 +25,7 @@ from .engine import Engine
 from .faults import Faults, named
 from .links import qr_svg
 from .listener import Door, Handler
-from .protocols import kyutai, kyutai_asr, kyutai_tts, openai, openai_live, openai_realtime
+from .protocols import kyutai, kyutai_asr, kyutai_tts, openai, openai_audio, openai_live, openai_realtime
 from .queue import Line
 from .roles import Roles
 from .settings import read_settings
@@ -39,6 +39,7 @@ PROTOCOLS = (
     kyutai_asr,
     kyutai_tts,
     openai,
+    openai_audio,
     openai_live,
     openai_realtime,
 )  # modules with add_routes(app, server)
@@ -81,9 +82,9 @@ class Server:
     link : str
         Where another device of the network finds the page, key and all; empty if it cannot.
     stt : Service, optional
-        A speech-to-text model, for ``/api/asr-streaming``.
+        A speech-to-text model, for ``/api/asr-streaming`` and ``/v1/audio/transcriptions``.
     tts : SpeechService, optional
-        A text-to-speech model, for ``/api/tts_streaming``.
+        A text-to-speech model, for ``/api/tts_streaming`` and ``/v1/audio/speech``.
     on_talk, on_fault : callable, optional
         Told a sentence when a conversation begins or ends, and when something goes wrong in the server.
     """

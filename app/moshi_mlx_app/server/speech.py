@@ -6,6 +6,7 @@ makes the event loop wait.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moshi_mlx.tasks.speaking import SpeechRows
     from moshi_mlx.tasks.tts_machine import Entry
 
-__all__ = ["SpeechService", "Utterance"]
+__all__ = ["SpeechService", "SpokenText", "Utterance"]
 
 UNSENT = 250
 """Frames of a client that may wait to be sent; then its text waits."""
@@ -174,3 +175,37 @@ class SpeechService:
             self._failure = f"{type(error).__name__}: {error}"
             for utterance in tuple(self._utterances):
                 utterance.tell(StateError(f"the text-to-speech model has failed: {self._failure}"))
+
+
+class SpokenText:
+    """A text and the queue of what is spoken of it, for the event loop.
+
+    Parameters
+    ----------
+    service : SpeechService
+    manner : Manner
+
+    Raises
+    ------
+    StateError
+        If all places are taken, or the thread has failed.
+    """
+
+    def __init__(self, service: SpeechService, manner: Manner):
+        loop = asyncio.get_running_loop()
+        self.spoken: asyncio.Queue[Spoken | Exception] = asyncio.Queue()
+
+        def tell(result: Spoken | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(self.spoken.put_nowait, result)
+            except RuntimeError:  # the loop has ended
+                pass
+
+        self.utterance: Utterance = service.begin(manner, tell)
+        self.script = service.model.script()
+
+    def feed(self, text: str) -> int:
+        """Add words; the ends of ``text`` are ends of words. Returns how many entries there were."""
+        entries = [*self.script.feed(text), *self.script.flush()]
+        self.utterance.push(entries)
+        return len(entries)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,10 @@ from numpy.typing import NDArray
 from moshi_mlx.engine.text import Word
 from moshi_mlx.errors import MoshiError
 from moshi_mlx.tasks.speak import DEFAULT_VOICE, Manner, Spoken
+from moshi_mlx_app.recording.wav import header
 
 from ..connection import ProtocolError
-from ..speech import SpeechService, Utterance
+from ..speech import SpeechService, SpokenText
 from .kyutai import Opus, opus_missing
 
 if TYPE_CHECKING:
@@ -91,29 +91,6 @@ def _manner(service: SpeechService, given: Mapping[str, Any]) -> Manner:
     return model.manner(voice=voice, seed=seed, cfg=cfg, codebooks=min(CODEBOOKS, model.lm.config.own_q))
 
 
-class _Client:
-    """A text and the queue of what is spoken of it, for the event loop."""
-
-    def __init__(self, service: SpeechService, manner: Manner):
-        loop = asyncio.get_running_loop()
-        self.spoken: asyncio.Queue[Spoken | Exception] = asyncio.Queue()
-
-        def tell(result: Spoken | Exception) -> None:
-            try:
-                loop.call_soon_threadsafe(self.spoken.put_nowait, result)
-            except RuntimeError:  # the loop has ended
-                pass
-
-        self.utterance: Utterance = service.begin(manner, tell)
-        self.script = service.model.script()
-
-    def feed(self, text: str) -> int:
-        """Add words; the ends of ``text`` are ends of words. Returns how many entries there were."""
-        entries = [*self.script.feed(text), *self.script.flush()]
-        self.utterance.push(entries)
-        return len(entries)
-
-
 class _Talk:
     """One connection."""
 
@@ -126,7 +103,7 @@ class _Talk:
 
     async def run(self) -> None:
         """Speak until the end."""
-        client: _Client | None = None
+        client: SpokenText | None = None
         reading: asyncio.Task[None] | None = None
         try:
             if self._format not in FORMATS:
@@ -136,7 +113,7 @@ class _Talk:
                     raise ProtocolError("this server has no Opus: ask for format=PcmMessagePack")
                 self._opus = Opus(self._service.model.sample_rate)
             manner = await asyncio.to_thread(_manner, self._service, self._query)
-            client = _Client(self._service, manner)
+            client = SpokenText(self._service, manner)
             await self._send("Ready")
             reading = asyncio.ensure_future(self._read(client))
             await self._write(client, reading)
@@ -161,7 +138,7 @@ class _Talk:
             except (ConnectionError, RuntimeError):
                 pass
 
-    async def _read(self, client: _Client) -> None:
+    async def _read(self, client: SpokenText) -> None:
         """Take the text, until its end."""
         while True:
             received = await asyncio.wait_for(self._socket.receive(), _SILENT)
@@ -181,7 +158,7 @@ class _Talk:
             pass
         raise ConnectionResetError("the client has gone")
 
-    async def _write(self, client: _Client, reading: asyncio.Task[None]) -> None:
+    async def _write(self, client: SpokenText, reading: asyncio.Task[None]) -> None:
         """Send what is spoken, until the end of it or of the client."""
         while True:
             waiting = asyncio.ensure_future(client.spoken.get())
@@ -249,7 +226,7 @@ async def _wav(service: SpeechService, request: web.Request) -> web.StreamRespon
         body += chunk
         if len(body) > _LONGEST_BODY:
             return web.Response(status=413, text=f"a text has at most {_LONGEST_BODY:,} bytes\n")
-    client: _Client | None = None
+    client: SpokenText | None = None
     try:
         try:
             given = json.loads(body)
@@ -257,7 +234,7 @@ async def _wav(service: SpeechService, request: web.Request) -> web.StreamRespon
             raise ProtocolError("the body is JSON: text, voice") from None
         if not isinstance(given, dict) or not isinstance(given.get("text"), str) or not given["text"].strip():
             raise ProtocolError("the body is JSON with a text that has words")
-        client = _Client(service, await asyncio.to_thread(_manner, service, given))
+        client = SpokenText(service, await asyncio.to_thread(_manner, service, given))
         client.feed(given["text"])
         client.utterance.finish()
         first = await client.spoken.get()
@@ -266,12 +243,7 @@ async def _wav(service: SpeechService, request: web.Request) -> web.StreamRespon
         rate = service.model.sample_rate
         response = web.StreamResponse(headers={"Content-Type": "audio/wav"})
         await response.prepare(request)
-        endless = 0xFFFFFFFF
-        format = struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)
-        await response.write(
-            b"RIFF" + struct.pack("<I", endless) + b"WAVEfmt " + struct.pack("<I", 16) + format + b"data"
-            + struct.pack("<I", endless)
-        )  # fmt: skip
+        await response.write(header(rate, 1, None))
         spoken: Spoken | Exception = first
         while not isinstance(spoken, Exception):
             if spoken.pcm is not None:

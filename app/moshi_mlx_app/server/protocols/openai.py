@@ -42,16 +42,19 @@ _CODES = {WSCloseCode.TRY_AGAIN_LATER: "server_busy", WSCloseCode.INTERNAL_ERROR
 
 
 def add_routes(app: web.Application, server: Server) -> None:
-    """Let ``app`` answer ``/v1/models`` with the model that is loaded."""
+    """Let ``app`` answer ``/v1/models`` with the models that are loaded."""
     began = int(time.time())
 
     async def models(request: web.Request) -> web.Response:
-        model = {"id": server.engine.model.name, "object": "model", "created": began, "owned_by": "moshi-mlx-local"}
+        loaded = [server.engine.model, *(one.model for one in (server.stt and server.stt.engine, server.tts) if one)]
+        about = {"object": "model", "created": began, "owned_by": "moshi-mlx-local"}
+        data = [{"id": model.name, **about} for model in loaded]
         name = request.match_info.get("name")
         if name is None:
-            return web.json_response({"object": "list", "data": [model]})
-        if name == model["id"]:
-            return web.json_response(model)
+            return web.json_response({"object": "list", "data": data})
+        for model in data:
+            if name == model["id"]:
+                return web.json_response(model)
         error = {"type": "invalid_request_error", "code": "model_not_found", "param": "model"}
         return web.json_response({"error": {"message": "this model is not loaded", **error}}, status=404)
 
