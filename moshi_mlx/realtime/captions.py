@@ -125,6 +125,10 @@ class Captions:
             self._bell.notify()
         return caption
 
+    def speaking(self, caption: Caption) -> bool:
+        """Whether a speaker has not ended yet."""
+        return caption in self._speakers
+
     def leave(self, caption: Caption) -> None:
         """End a speaker, if it has not ended."""
         with self._bell:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moshi_mlx.errors import MoshiError
+from moshi_mlx_app.captions import HELP as CAPTIONS
+from moshi_mlx_app.captions import TalkCaptions, load_recogniser
 from moshi_mlx_app.commands.file import UNTRAINED, check_seed
 from moshi_mlx_app.options import (
     add_cache_option,
@@ -32,9 +34,12 @@ from moshi_mlx_app.screen.terminal import Loading, say, warn
 from moshi_mlx_app.tracing import add_trace_option, trace_output, tracing
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moshi_mlx.realtime import Conversation, Event, Trace
     from moshi_mlx.realtime.workers import Work
-    from moshi_mlx.tasks.dialogue import Moshi
+    from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
     from moshi_mlx_app.audio.device import EchoCanceller, SoundCard
     from moshi_mlx_app.recording.recorder import Recorder
     from moshi_mlx_app.screen.panel import Keys, Panel
@@ -114,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="continue a conversation saved with the key k: its model, seed and sampling apply until a new one begins",
     )
+    group.add_argument("--captions", metavar="MODEL", help=CAPTIONS)
     group.add_argument("--seconds", type=bounded(float, 0.1, 1e9), metavar="N", help="end after N seconds")
     group.add_argument("--json", action="store_true", help="print the figures as one line of JSON at the end, no text")
     group.add_argument("--quiet", action="store_true", help="no text and no panel; notices and errors are still shown")
@@ -174,6 +180,14 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         model.frame_size,
         Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits, settings=resumed),
     )
+    recogniser = None if args.captions is None else load_recogniser(args, model)
+    captions = None if recogniser is None else TalkCaptions(recogniser, recorder.caption)
+
+    def tap(heard: NDArray[np.float32], frame: SessionFrame) -> None:
+        recorder.tap(heard, frame)
+        if captions is not None:
+            captions.tap(heard, frame)
+
     conversation = Conversation(
         model,
         seed=args.seed,
@@ -181,7 +195,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         kv_bits=args.kv_bits,
         resume=args.resume,
         backlog=args.backlog,
-        tap=recorder.tap if trace is None else trace.wrap("record", recorder.tap),
+        tap=tap if trace is None else trace.wrap("record", tap),
         trace=trace,
         opening=opening,
         on_opening=lambda done, total: loading(f"telling the model its role: {done} of {total}"),
@@ -212,12 +226,17 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
                 Keys() as keys,
                 Panel(panel=not args.quiet, text=not (args.quiet or args.json), keys=keys.available) as panel,
             ):
-                talk = _Talk(args, conversation, card, recorder, panel, keys)
+                talk = _Talk(args, conversation, card, recorder, panel, keys, captions)
                 talk.run(stopped)
     except KeyboardInterrupt:  # pressed again: do not wait for the figures
         impatient = True
     finally:
         with no_interrupt():
+            if captions is not None:
+                captions.stop()
+                if not (args.quiet or args.json):
+                    for line in captions.lines():
+                        say(f"you: {line}")
             recorder.stop()
             for notice in recorder.notices():
                 warn(notice, "recording")
@@ -275,7 +294,9 @@ class _Talk:
         recorder: Recorder,
         panel: Panel,
         keys: Keys,
+        captions: TalkCaptions | None,
     ):
+        self.captions = captions
         self.args, self.conversation, self.card = args, conversation, card
         self.recorder, self.panel, self.keys = recorder, panel, keys
         self.muted = False
@@ -298,6 +319,8 @@ class _Talk:
             self.panel.say(self._time(conversation.stats.frames), "")
             for notice in (*self.card.notices(), *self.recorder.notices()):
                 self.panel.notice(notice)
+            for line in () if self.captions is None else self.captions.lines():
+                self.panel.notice(line, "you")
             self._tell_kept()
             if not all(self._key(key) for key in self.keys.pressed()):
                 break

@@ -23,6 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,7 @@ class Recorder:
         self.folder, self._about = folder, about
         self._rate, self._size = sample_rate, frame_size
         self._queue: deque[tuple[int, Pcm, Pcm, tuple[Word, ...]]] = deque()
+        self._said: deque[Word] = deque()  # by the user
         self._bell = Signal()
         self._thread: threading.Thread | None = None
         self._part: _Part | None = None
@@ -100,6 +102,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ending = False
         self._queue.clear()
+        self._said.clear()
         self._thread = threading.Thread(target=self._write, name="moshi recorder", daemon=True)
         self._thread.start()
 
@@ -126,6 +129,12 @@ class Recorder:
         else:
             self._queue.append((frame.index, frame.pcm, heard.copy(), frame.words))
         self._bell.ring()
+
+    def caption(self, words: Iterable[Word]) -> None:
+        """Add words of the user, in seconds of the conversation; never blocks or raises."""
+        if self.running:
+            self._said.extend(words)
+            self._bell.ring()
 
     def notices(self) -> list[str]:
         """Notices since the last call."""
@@ -177,12 +186,19 @@ class Recorder:
         if part is None:
             part = self._part = _Part(self.folder, self._rate, self._size, index, self._about)
         part.write(index, voice, heard, words)
+        self._captions(part)
         if part.path not in self.files[-1:]:
             self.files.append(part.path)
+
+    def _captions(self, part: _Part) -> None:
+        while self._said:
+            part.caption(self._said[0])
+            self._said.popleft()
 
     def _finish(self, *, whole: bool = True) -> None:
         part = self._part
         if part is not None:
+            self._captions(part)
             part.finish(whole=whole)
             self._part = None
             self._recover()
@@ -265,8 +281,17 @@ class _Part:
     def write(self, index: int, voice: Pcm, heard: Pcm, words: tuple[Word, ...]) -> None:
         if index > self._taken:
             self._taken = index
-            self._entries += "".join(self._entry(word) for word in words if self._inside(word))
+            self._entries += "".join(self._entry(word, self._speaker) for word in words if self._inside(word))
         self._wav.write(voice, heard)
+        self._write_entries()
+
+    def caption(self, word: Word) -> None:
+        """Add a word of the user."""
+        if self._inside(word):
+            self._entries += self._entry(word, "user")
+            self._write_entries()
+
+    def _write_entries(self) -> None:
         if self._entries:
             with named(self._words):
                 write_at(self._json, (self._entries + _TAIL).encode(), self._end)
@@ -295,10 +320,10 @@ class _Part:
     def _inside(self, word: Word) -> bool:
         return bool(word.text.strip()) and word.start >= self._first * self._size / self._rate
 
-    def _entry(self, word: Word) -> str:
+    def _entry(self, word: Word, speaker: str) -> str:
         shift = self._first * self._size / self._rate
         start, end = round(word.start - shift, 3), round(max(word.end, word.start) - shift, 3)
-        entry = aligned({"text": word.text.strip(), "start": start, "end": end, "speaker": self._speaker})
+        entry = aligned({"text": word.text.strip(), "start": start, "end": end, "speaker": speaker})
         text = (",\n " if self._any else " ") + json.dumps(entry)
         self._any = True
         return text
@@ -310,6 +335,7 @@ def _complete(path: Path, rate: int, samples: int, *, whole: bool) -> None:
     if "duration" in found:
         return
     words = unaligned(found.pop("alignments"))
+    own = [word["text"] for word in words if word["speaker"] == "moshi"] or [word["text"] for word in words]
     write_json(
         path,
         {
@@ -317,7 +343,7 @@ def _complete(path: Path, rate: int, samples: int, *, whole: bool) -> None:
             "complete": whole,
             "sample_rate": rate,
             "duration": round(samples / rate, 3),
-            "text": " ".join(word["text"] for word in words),
+            "text": " ".join(own),
             **spoken(words),
         },
     )

@@ -1,0 +1,132 @@
+"""Captions: what the user says in a conversation, written down by a speech-to-text model beside it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moshi_mlx.errors import ConfigError
+from moshi_mlx_app.screen.terminal import Loading, warn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from moshi_mlx.engine.text import Word
+    from moshi_mlx.realtime import Caption
+    from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
+    from moshi_mlx.tasks.transcribe import Heard, SpeechToText
+
+__all__ = ["HELP", "TalkCaptions", "load_recogniser", "time_for_both"]
+
+HELP = "also write down what you say, with this speech-to-text model (a hub repository or a folder), if there is time"
+_SHARE = 0.9
+"""Of a frame's time that both models together may take."""
+_LAST = 2.0
+"""Seconds to wait for the last words."""
+
+
+def time_for_both(stages: dict[str, dict[str, float]], recogniser: dict[str, dict[str, float]]) -> float:
+    """Milliseconds of a frame in which the slowest stage of a conversation and the whole recogniser run, one after
+    the other, as on one GPU; from :func:`moshi_mlx_app.models.measure.unpaced`."""
+    return max(stages[name]["p95"] for name in ("encode", "step", "decode")) + recogniser["frame"]["p50"]
+
+
+def load_recogniser(args: argparse.Namespace, model: Moshi, frames: int = 12) -> SpeechToText | None:
+    """The model that ``args.captions`` names, or None, with a warning, if this machine has no time for both.
+
+    Raises
+    ------
+    ConfigError
+        If it is for something else, or hears another rate.
+    """
+    from moshi_mlx.tasks.transcribe import SpeechToText
+    from moshi_mlx_app.models.fetch import load_model
+    from moshi_mlx_app.models.measure import unpaced
+
+    named = argparse.Namespace(**{**vars(args), "model": args.captions, "weights": None, "lora": None})
+    found = load_model(named, shown=not args.quiet)
+    if not isinstance(found, SpeechToText):
+        raise ConfigError(f"--captions {args.captions} is a model for {found.purpose}: name a speech-to-text model")
+    if (found.sample_rate, found.frame_size) != (model.sample_rate, model.frame_size):
+        raise ConfigError(f"--captions {args.captions} hears {found.sample_rate} Hz, {model.name} {model.sample_rate}")
+    with Loading(shown=not args.quiet) as loading:
+        loading("measuring whether there is time for captions")
+        took = time_for_both(unpaced(model, frames), unpaced(found, frames))
+    frame = 1e3 / model.frame_rate
+    if took > _SHARE * frame:
+        warn(f"no captions: with {found.name} a frame of {frame:.0f} ms would take {took:.0f} ms here")
+        return None
+    return found
+
+
+class TalkCaptions:
+    """Captions of one conversation after the other.
+
+    Parameters
+    ----------
+    model : SpeechToText
+    on_words : callable
+        Told words as they are complete, with times of the conversation, in the recogniser's thread.
+    """
+
+    def __init__(self, model: SpeechToText, on_words: Callable[[tuple[Word, ...]], object]):
+        from moshi_mlx.realtime import Captions
+
+        self._captions, self._on_words = Captions(model), on_words
+        self._rate = model.frame_rate
+        self._caption: Caption | None = None
+        self._next = -1
+        self._line: list[str] = []
+        self._lines: deque[str] = deque()
+        self._failed = False
+
+    def tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
+        """Hear a frame of the user (see :class:`moshi_mlx.realtime.Conversation`); never blocks or raises."""
+        if self._failed:
+            return
+        if frame.index != self._next or self._caption is None:
+            if self._caption is not None:
+                self._caption.end()
+            begun = frame.index / self._rate
+            self._caption = self._captions.begin(lambda found: self._take(found, begun))
+        self._next = frame.index + 1
+        self._caption.feed(heard.copy())
+
+    def lines(self) -> list[str]:
+        """What was said, a line a turn, since the last call."""
+        found = []
+        while self._lines:
+            found.append(self._lines.popleft())
+        return found
+
+    def stop(self) -> None:
+        """Write down the last words; takes two or three seconds at most."""
+        caption = self._caption
+        if caption is not None and not self._failed:
+            caption.finish()
+            until = time.monotonic() + _LAST
+            while self._captions.speaking(caption) and time.monotonic() < until:
+                time.sleep(0.01)
+        self._captions.stop()
+        self._end_line()
+
+    def _take(self, found: Heard | Exception, begun: float) -> None:
+        if isinstance(found, Exception):
+            self._failed = True
+            self._lines.append(f"(captions have ended: {found})")
+            return
+        if found.words:
+            self._on_words(tuple(replace(w, start=w.start + begun, end=w.end + begun) for w in found.words))
+            self._line += [word.text.strip() for word in found.words]
+        if found.turn_ended:
+            self._end_line()
+
+    def _end_line(self) -> None:
+        if self._line:
+            self._lines.append(" ".join(self._line))
+            self._line = []
