@@ -86,7 +86,7 @@ class Words:
 
 
 class KyutaiAsr(Talk):
-    """A client whose speech is written down.
+    """A client whose speech is written down. It may send some seconds at once: they are heard as fast as they can be.
 
     Parameters
     ----------
@@ -95,8 +95,11 @@ class KyutaiAsr(Talk):
         As for :class:`Talk`.
     """
 
+    weight = 4  # MessagePack's floats take 5 bytes, and files come in blocks
+    backlog = 8.0
+
     def __init__(self, settings: None, *shared: Any):
-        super().__init__(*shared)
+        super().__init__(settings, *shared)
         model = self._model
         assert isinstance(model, SpeechToText) and model.tokenizer is not None
         self._words = Words(model.tokenizer, model.frame_rate, model.audio_delay)
