@@ -36,8 +36,14 @@ $(READY): pyproject.toml scripts/make_venv.py
 	@$(PYTHON) scripts/make_venv.py $(VENV) --editable '.[dev]'
 	@touch $@
 
+# What is measured by the clock, or plays on the one virtual sound card, runs alone.
+ALONE := tests/app tests/realtime tests/web tests/engine tests/test_sharding.py
+
 test: $(READY)  ## the default tests: no network, no reference packages
-	$(BIN)/python -m pytest
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) || status=1; \
+	$(BIN)/python -m pytest $(ALONE) || status=1; \
+	exit $$status
 
 # The networks in MLX also where numpy would compute: engine, live conversations, program and server.
 test-gpu-path: $(READY)  ## tests of what computes, with MLX in place of numpy: what a GPU runs

@@ -137,3 +137,16 @@ def test_the_picture(frames: int) -> None:
         assert 60 <= float(rect["y"]) + 0.01 and float(rect["y"]) + float(rect["height"]) <= 820
     assert "<title>" in str(drawn[1].text or "") + "".join(drawn.itertext())
     assert draw("no voice", "", {"encode": [1.0], "step": [2.0], "decode": []}, {"step": [2.0], "latency": []}, 80.0)
+
+
+def test_whether_there_is_time_for_captions(
+    checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """If this fails, nobody knows before a conversation whether its captions can keep up."""
+    main(["check", "--no-sound", "--frames", "4", "--captions", checkpoints["stt"], "--json"])
+    report = json.loads(capsys.readouterr().out)
+    slowest = max(report["stages"][name]["p95"] for name in ("encode", "step", "decode"))
+    assert report["captions"]["ms"] > slowest
+    assert report["captions"]["keeps_up"] is (report["captions"]["ms"] <= 72)
+    assert main(["check", "--no-sound", "--frames", "4", "--captions", "small"]) == 1
+    assert "is a model for dialogue: name a speech-to-text model" in capsys.readouterr().err

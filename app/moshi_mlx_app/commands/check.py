@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from moshi_mlx.tasks.dialogue import Moshi
+
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
 HELP = "test devices, memory and speed, and list the models of each kind that run here in real time"
@@ -36,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, chosen="the one that talk would take if it is downloaded, else small")
     parser.add_argument("--input-device", metavar="D", help="microphone: its number or part of its name")
     parser.add_argument("--output-device", metavar="D", help="loudspeaker: its number or part of its name")
+    parser.add_argument(
+        "--captions", metavar="MODEL", help="whether there is time for talk --captions with this speech-to-text model"
+    )
     parser.add_argument("--no-sound", action="store_true", help="do not test the sound devices")
     parser.add_argument(
         "--frames",
@@ -70,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         loading("measuring the model")
         stages = unpaced(model, args.frames)
     remember_step(model.name, stages["step"]["p95"])
+    captions = None if args.captions is None else _captions(args, model, stages)
     frame = 1e3 / model.frame_rate
     slowest = max(stages[name]["p95"] for name in ("encode", "step", "decode"))
     whole = stages["silent"] and stages["spoken"]
@@ -91,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "memory_used": memory_used(),
         "bytes_per_second": {str(bits): round(value) for bits, value in measurement.speeds.items()},
         "keeps_up": in_time,
+        "captions": captions,
         "verdicts": [verdict(one, measurement.room, measurement.speeds, measurement.steps) for one in CATALOG],
         "default": {"model": selected.model, "why": selected.line, "download_bytes": selected.missing},
         "ok": bool(sound["ok"] and whole and in_time and talks),
@@ -100,6 +107,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(report, frame)
     return 0 if report["ok"] else 1
+
+
+def _captions(args: argparse.Namespace, model: Moshi, stages: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a frame of both models, and whether that is short enough."""
+    from moshi_mlx_app.captions import SHARE, find_recogniser, time_for_both
+    from moshi_mlx_app.models.measure import unpaced
+
+    recogniser = find_recogniser(args, model)
+    took = time_for_both(stages, unpaced(recogniser, args.frames))
+    keeps_up = took <= SHARE * 1e3 / model.frame_rate
+    return {"model": recogniser.name, "ms": round(took, 1), "keeps_up": keeps_up}
 
 
 def _sound(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,6 +202,10 @@ def _print(report: dict[str, Any], frame: float) -> None:
         measured = f"; milliseconds of {unit} here: {figures}" * bool(figures)
         _line(what, f"{report['computes'][what]}{measured}")
     _line("memory", f"{report['memory_used'] / 1e9:.2f} GB used")
+    if report["captions"] is not None:
+        found = report["captions"]
+        word = "there is time for them" if found["keeps_up"] else "there is no time for them"
+        _line("captions", f"with {found['model']} a frame takes {found['ms']:.0f} ms of {frame:.0f}: {word}")
     limit = f"a step, estimated from how fast weights are read here, may take {frame:.0f} ms"
     commands = {task.purpose: task.command for task in TASKS.values()}
     say(*wrapped(f"published models, by what they are for; {limit}:", sys.stdout))
