@@ -51,7 +51,7 @@ def find_recogniser(args: argparse.Namespace, model: Moshi) -> SpeechToText:
     found = load_model(named, shown=not getattr(args, "quiet", False))
     if not isinstance(found, SpeechToText):
         raise ConfigError(f"--captions {args.captions} is a model for {found.purpose}: name a speech-to-text model")
-    if (found.sample_rate, found.frame_size) != (model.sample_rate, model.frame_size):
+    if found.sample_rate != model.sample_rate:
         raise ConfigError(f"--captions {args.captions} hears {found.sample_rate} Hz, {model.name} {model.sample_rate}")
     return found
 
@@ -85,7 +85,7 @@ class TalkCaptions:
         from moshi_mlx.realtime import Captions
 
         self._captions, self._on_words = Captions(model), on_words
-        self._rate = model.frame_rate
+        self._rate = model.sample_rate
         self._caption: Caption | None = None
         self._next = -1
         self._line: list[str] = []
@@ -99,7 +99,7 @@ class TalkCaptions:
         if frame.index != self._next or self._caption is None:
             if self._caption is not None:
                 self._caption.end()
-            begun = frame.index / self._rate
+            begun = frame.index * len(heard) / self._rate
             self._caption = self._captions.begin(lambda found: self._take(found, begun))
         self._next = frame.index + 1
         self._caption.feed(heard.copy())

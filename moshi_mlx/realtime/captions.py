@@ -42,20 +42,28 @@ class Caption:
     def __init__(self, captions: Captions, tell: Callable[[Heard | Exception], object]):
         self._captions, self._tell = captions, tell
         self._waiting: deque[Pcm] = deque()
+        self._rest: Pcm = np.zeros(0, np.float32)
         self._listener: Listener | None = None
         self._finishing = False
         self.lost = 0.0
 
     def feed(self, pcm: Pcm) -> None:
-        """Hear a frame.
+        """Hear more sound, from one thread at a time.
 
         Parameters
         ----------
-        pcm : array [frame_size], float32
+        pcm : array [samples], float32
             At the recogniser's rate; not copied.
         """
-        if not self._finishing:
-            self._waiting.append(pcm)
+        if self._finishing:
+            return
+        size = self._captions.model.frame_size
+        if len(self._rest) or len(pcm) != size:
+            pcm = np.concatenate([self._rest, pcm])
+        whole = len(pcm) // size * size
+        self._rest = pcm[whole:]
+        if whole:
+            self._waiting.extend(pcm[:whole].reshape(-1, size))
             self._captions.wake()
 
     def finish(self) -> None:

@@ -125,7 +125,7 @@ def test_in_a_conversation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """If this fails, --captions shows nothing of what the user said, or records it nowhere."""
-    monkeypatch.setattr(command, "load_recogniser", lambda args, model: argparse.Namespace(frame_rate=12.5))
+    monkeypatch.setattr(command, "load_recogniser", lambda args, model: argparse.Namespace(sample_rate=24_000))
     monkeypatch.setattr(realtime, "Captions", Writer)
     options = ["--no-aec", "--seconds", "2", "--backlog", "3", "--captions", "writer"]
     assert main(["talk", *options, "--record", str(tmp_path)]) == 0

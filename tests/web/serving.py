@@ -17,7 +17,7 @@ from moshi_mlx_app.server.access import Guard
 from moshi_mlx_app.server.connection import Limits
 from moshi_mlx_app.server.engine import Engine
 from moshi_mlx_app.server.queue import Line
-from moshi_mlx_app.server.server import STATIC, Server, listening
+from moshi_mlx_app.server.server import STATIC, Server, Service, listening
 
 from moshi_mlx.engine.generator import GenerationConfig
 from tests.helpers import parrot as birds
@@ -163,6 +163,7 @@ async def serving(
     on_talk: Callable[[str], None] = lambda text: None,
     on_fault: Callable[[str], None] = lambda text: None,
     link: str = "",
+    stt: Any = None,
     **engine: Any,
 ) -> AsyncIterator[Served]:
     server = Server(
@@ -173,6 +174,7 @@ async def serving(
         limits=limits or Limits(),
         static=static,
         link=link,
+        stt=None if stt is None else Service(Engine(stt), Line(places)),
         on_talk=on_talk,
         on_fault=on_fault,
     )

@@ -17,6 +17,8 @@ from typing import Any
 from aiohttp import web
 
 from moshi_mlx.engine.generator import GenerationConfig
+from moshi_mlx.realtime import Captions
+from moshi_mlx.tasks.transcribe import SpeechToText
 from moshi_mlx_app.version import program
 
 from .access import Guard
@@ -105,6 +107,9 @@ class Server:
 
     def __post_init__(self) -> None:
         self.talks: set[Talk] = set()
+        self.captions: Captions | None = None
+        if self.stt is not None and isinstance(self.stt.engine.model, SpeechToText):
+            self.captions = Captions(self.stt.engine.model)
         self.faults = Faults(self.on_fault)
 
     def app(self) -> web.Application:
@@ -247,6 +252,8 @@ async def listening(server: Server, host: str, port: int, tls: ssl.SSLContext | 
         await asyncio.to_thread(server.engine.stop)
         if server.stt is not None:
             await asyncio.to_thread(server.stt.engine.stop)
+        if server.captions is not None:
+            await asyncio.to_thread(server.captions.stop)
         if server.tts is not None:
             await asyncio.to_thread(server.tts.stop)
         loop.set_exception_handler(None)

@@ -21,7 +21,7 @@ import numpy as np
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from numpy.typing import NDArray
 
-from moshi_mlx.realtime import Conversation
+from moshi_mlx.realtime import Captions, Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 
 from ..connection import End, ProtocolError, Talk
@@ -71,7 +71,7 @@ def conversations(app: web.Application, server: Server, path: str, make: type[Ev
             settings = read_settings({**request.query, "audio": "pcm"}, server.generation, server.seed)
         except BadQuery as error:
             settings = error
-        return await server.talk(request, make, (settings, server.roles))
+        return await server.talk(request, make, (settings, server.roles, server.captions))
 
     app.router.add_get(path, talk)
 
@@ -139,8 +139,9 @@ class EventTalk(Talk):
 
     Parameters
     ----------
-    wishes : tuple of (Settings or BadQuery, Roles or None)
+    wishes : tuple of (Settings or BadQuery, Roles or None, Captions or None)
         Sampling, from the query: the names are those of ``/api/chat``. What makes prompts of instructions and a voice.
+        The recogniser beside the conversations.
     *shared
         As for :class:`Talk`.
 
@@ -154,9 +155,10 @@ class EventTalk(Talk):
     backlog = 6.0
     handlers: ClassVar[Mapping[str, Callable[[Any, dict[str, Any]], None]]] = {}
 
-    def __init__(self, wishes: tuple[Settings | BadQuery, Roles | None], *shared: Any):
+    def __init__(self, wishes: tuple[Settings | BadQuery, Roles | None, Captions | None], *shared: Any):
         super().__init__(wishes[0], *shared)
         self._roles = wishes[1] if self._model.takes_role else None
+        self._recogniser = wishes[2]
         self._instructions = self._voice_name = ""  # what the model was, or will be, told
         self._input = self._output = AudioFormat("audio/pcm", 24_000, self._model.sample_rate)
         self._ready = asyncio.Event()  # the conversation can begin

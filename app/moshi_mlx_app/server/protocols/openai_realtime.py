@@ -1,10 +1,11 @@
 """``/v1/realtime``, OpenAI's Realtime protocol: turns, cut out of a model that has none.
 
 A response opens at the model's first word or sound and closes when it pauses; its sound is sent as it comes. The user's
-turns are found by loudness (:class:`Voice`). The model cannot be told to speak, to be silent or to forget:
-``response.create`` opens a response before its first word, ``response.cancel`` and ``conversation.item.truncate`` mute
-it until it pauses, and items of text are kept for the client and not read by the model. Events are those of the general
-release (``response.output_audio.delta``), not of the beta.
+turns are found by loudness (:class:`Voice`), or end where a recogniser beside it predicts a pause, which also writes
+them down (:class:`Transcripts`). The model cannot be told to speak, to be silent or to forget: ``response.create``
+opens a response before its first word, ``response.cancel`` and ``conversation.item.truncate`` mute it until it pauses, and
+items of text are kept for the client and not read by the model. Events are those of the general release
+(``response.output_audio.delta``), not of the beta.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from dataclasses import dataclass
 from dataclasses import field as attribute
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from aiohttp import web
+from numpy.typing import NDArray
 
 from moshi_mlx.realtime import Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
 
+from ..connection import End
 from ..settings import Settings
+from ..transcripts import Transcripts
 from .audio_format import AudioFormat
 from .openai import EventError, EventTalk, conversations, field, new_id
 
@@ -107,6 +112,14 @@ class RealtimeTalk(EventTalk):
         self._muted = False  # until the model pauses
         self._appended = False  # sound, since the last commit
         self._counted = 0  # frames of the user's that the usage has had
+        self._transcripts: Transcripts | None = None
+        self._turn_began: dict[str, float] = {}  # seconds, of turns whose words are not all there
+
+    async def run(self) -> End:
+        try:
+            return await super().run()
+        finally:
+            self._transcribe(False)
 
     def _open(self) -> None:
         super()._open()
@@ -125,7 +138,7 @@ class RealtimeTalk(EventTalk):
             "audio": {
                 "input": {
                     "format": _about(self._input),
-                    "transcription": None,
+                    "transcription": None if self._transcripts is None else {"model": self._transcripts.model},
                     "noise_reduction": None,
                     "turn_detection": self._detection,
                 },
@@ -166,10 +179,46 @@ class RealtimeTalk(EventTalk):
         if not self._ready.is_set():  # later the answer says that nothing has changed
             self._prompt(session.get("instructions"), sides["output"].get("voice"))
         self._input, self._output, self._detection = heard, said, detection
+        if "transcription" in sides["input"]:
+            self._transcribe(sides["input"]["transcription"] is not None)
         if detection is not None:
             self._voice.silence = detection["silence_duration_ms"] / 1e3
             self._voice.padding = detection["prefix_padding_ms"] / 1e3
         self._event("session.updated", {"session": self._session()})
+
+    def _transcribe(self, wanted: bool) -> None:
+        """Write down what the user says, with the recogniser that is here, or no more; the session's answer says it."""
+        recogniser = self._recogniser
+        if wanted and self._transcripts is None and recogniser is not None:
+            if recogniser.model.sample_rate == self._model.sample_rate:
+                self._transcripts = Transcripts(recogniser, self._heard_word, self._heard_turn, self._heard_pause)
+        elif not wanted and self._transcripts is not None:
+            self._transcripts.close()
+            self._transcripts = None
+
+    def _heard_word(self, item_id: str, delta: str) -> None:
+        about = {"item_id": item_id, "content_index": 0, "delta": delta}
+        self._event("conversation.item.input_audio_transcription.delta", about)
+
+    def _heard_turn(self, item_id: str, text: str, until: float) -> None:
+        item = self._items.get(item_id)
+        if item is not None and item["content"]:
+            self._letters += len(text)
+            item["content"][0]["transcript"] = text
+        usage = {"type": "duration", "seconds": round(until - self._turn_began.pop(item_id, until), 3)}
+        about = {"item_id": item_id, "content_index": 0, "transcript": text, "usage": usage}
+        self._event("conversation.item.input_audio_transcription.completed", about)
+
+    def _heard_pause(self) -> None:
+        """The recogniser says that the user pauses: that ends the turn."""
+        if self._voice.speaking:
+            self._voice.speaking = False
+            self._speech_stopped()
+
+    def _tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
+        if self._transcripts is not None:
+            self._transcripts.hear(heard, frame.index * self._frame_seconds)
+        super()._tap(heard, frame)
 
     def _format(self, side: dict[str, Any], now: AudioFormat, where: str) -> AudioFormat:
         if side.get("format") is None:
@@ -224,6 +273,8 @@ class RealtimeTalk(EventTalk):
         self._event("input_audio_buffer.committed", {"item_id": item_id, "previous_item_id": self._last_item})
         content = [{"type": "input_audio", "transcript": None}]
         self._add(_item(item_id, "user", content))
+        if self._transcripts is not None:
+            self._transcripts.end(item_id, self._frames * self._frame_seconds)
 
     def _listen(self, level: float) -> None:
         """Whether the user begins or ends to speak in this frame."""
@@ -235,6 +286,9 @@ class RealtimeTalk(EventTalk):
             return
         self._turn = new_id("item")
         began = max((self._frames - 2) * self._frame_seconds - self._voice.padding, 0.0)
+        if self._transcripts is not None:
+            self._turn_began[self._turn] = began
+            self._transcripts.begin(self._turn)
         about = {"audio_start_ms": round(began * 1e3), "item_id": self._turn}
         self._event("input_audio_buffer.speech_started", about)
 
