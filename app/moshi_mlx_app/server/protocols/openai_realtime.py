@@ -3,8 +3,8 @@
 A response opens at the model's first word or sound and closes when it pauses; its sound is sent as it comes. The user's
 turns are found by loudness (:class:`Voice`), or end where a recogniser beside it predicts a pause, which also writes
 them down (:class:`Transcripts`). The model cannot be told to speak, to be silent or to forget: ``response.create``
-opens a response before its first word, ``response.cancel`` and ``conversation.item.truncate`` mute it until it pauses, and
-items of text are kept for the client and not read by the model. Events are those of the general release
+opens a response before its first word, ``response.cancel`` and ``conversation.item.truncate`` mute it until it pauses,
+and items of text are kept for the client and not read by the model. Events are those of the general release
 (``response.output_audio.delta``), not of the beta.
 """
 
