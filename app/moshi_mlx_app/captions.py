@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moshi_mlx.engine.text import Word
-    from moshi_mlx.realtime import Caption
+    from moshi_mlx.realtime import Caption, Captions
     from moshi_mlx.tasks.dialogue import Moshi, SessionFrame
     from moshi_mlx.tasks.transcribe import Heard, SpeechToText
 
@@ -76,16 +76,15 @@ class TalkCaptions:
 
     Parameters
     ----------
-    model : SpeechToText
+    captions : Captions
+        The recogniser.
     on_words : callable
         Told words as they are complete, with times of the conversation, in the recogniser's thread.
     """
 
-    def __init__(self, model: SpeechToText, on_words: Callable[[tuple[Word, ...]], object]):
-        from moshi_mlx.realtime import Captions
-
-        self._captions, self._on_words = Captions(model), on_words
-        self._rate = model.sample_rate
+    def __init__(self, captions: Captions, on_words: Callable[[tuple[Word, ...]], object]):
+        self._captions, self._on_words = captions, on_words
+        self._rate = captions.model.sample_rate
         self._caption: Caption | None = None
         self._next = -1
         self._line: list[str] = []
@@ -119,8 +118,13 @@ class TalkCaptions:
             until = time.monotonic() + _LAST
             while self._captions.speaking(caption) and time.monotonic() < until:
                 time.sleep(0.01)
-        self._captions.stop()
         self._end_line()
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._failed = True
+        if self._caption is not None:
+            self._caption.end()
 
     def _take(self, found: Heard | Exception, begun: float) -> None:
         if isinstance(found, Exception):

@@ -38,7 +38,7 @@ def test_the_recording_has_both_speakers(tmp_path: Path, recogniser: SpeechToTex
     """If this fails, a recording lacks what the user said, has it at other times, or as the model's own words."""
     rate, size = recogniser.sample_rate, recogniser.frame_size
     recorder = Recorder(tmp_path, rate, size)
-    captions = TalkCaptions(recogniser, recorder.caption)
+    captions = TalkCaptions(realtime.Captions(recogniser), recorder.caption)
     recorder.start()
     sound = (0.1 * np.random.default_rng(0).standard_normal((40, size))).astype(np.float32)
     for start in (0, 100):  # the second conversation begins at another frame: its words count from there
@@ -49,7 +49,7 @@ def test_the_recording_has_both_speakers(tmp_path: Path, recogniser: SpeechToTex
             captions.tap(frame, reply)
         if not start:
             captions.stop()
-            captions = TalkCaptions(recogniser, recorder.caption)
+            captions = TalkCaptions(realtime.Captions(recogniser), recorder.caption)
             recorder.stop()
             recorder.start()
     captions.stop()
@@ -95,7 +95,7 @@ class Writer:
     """Stands for the recogniser: hears a word in every fifth frame, and a turn's end in every twentieth."""
 
     def __init__(self, model: Any):
-        self.frames = 0
+        self.model, self.frames = model, 0
 
     def begin(self, tell: Any) -> Writer:
         self.tell = tell
@@ -138,7 +138,7 @@ def test_in_a_conversation(
 
 def test_what_ended_is_said(recogniser: SpeechToText) -> None:
     """If this fails, captions stop without a word."""
-    captions = TalkCaptions(recogniser, lambda words: None)
+    captions = TalkCaptions(realtime.Captions(recogniser), lambda words: None)
     captions._take(ConfigError("broken"), 0.0)
     assert captions.lines() == ["(captions have ended: broken)"] and module.HELP
     captions.stop()

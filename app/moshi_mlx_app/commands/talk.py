@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, trace: Trace | None) -> int:
     from moshi_mlx.engine.session import describe_conversation
-    from moshi_mlx.realtime import Conversation
+    from moshi_mlx.realtime import Captions, Conversation
     from moshi_mlx.tasks.dialogue import generation_defaults
     from moshi_mlx_app.audio.device import SoundCard
     from moshi_mlx_app.audio.portaudio import devices, find_device
@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace, trace: Trace | None) -> int:
         Transcript.of(model, args.seed, generation, kv_bits=args.kv_bits, settings=resumed),
     )
     recogniser = None if args.captions is None else load_recogniser(args, model)
-    captions = None if recogniser is None else TalkCaptions(recogniser, recorder.caption)
+    captions = None if recogniser is None else TalkCaptions(Captions(recogniser), recorder.caption)
 
     def tap(heard: NDArray[np.float32], frame: SessionFrame) -> None:
         recorder.tap(heard, frame)

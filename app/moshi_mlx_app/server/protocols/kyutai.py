@@ -18,8 +18,10 @@ import numpy as np
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from numpy.typing import NDArray
 
-from moshi_mlx.realtime import Conversation
+from moshi_mlx.engine.text import Word
+from moshi_mlx.realtime import Captions, Conversation
 from moshi_mlx.tasks.dialogue import SessionFrame
+from moshi_mlx_app.captions import TalkCaptions
 from moshi_mlx_app.version import program
 
 from ..connection import End, ProtocolError, Talk
@@ -63,7 +65,7 @@ def add_routes(app: web.Application, server: Server) -> None:
                 settings = await _prompted(settings, request, server)
             except BadQuery as error:
                 return web.Response(status=400, text=f"{error}\n")
-        return await server.talk(request, KyutaiTalk, settings)
+        return await server.talk(request, KyutaiTalk, (settings, server.captions))
 
     app.router.add_get("/api/chat", chat)
 
@@ -202,16 +204,39 @@ class KyutaiTalk(Talk):
 
     Parameters
     ----------
-    settings : Settings or BadQuery
-        What it asks for in its query.
+    wishes : tuple of (Settings or BadQuery, Captions or None)
+        What it asks for in its query, and the recogniser beside the conversations: who asks for events gets the
+        user's words.
     *shared
         As for :class:`Talk`.
     """
 
-    def __init__(self, settings: Settings | BadQuery, *shared: Any):
-        super().__init__(settings, *shared)
+    def __init__(self, wishes: tuple[Settings | BadQuery, Captions | None], *shared: Any):
+        super().__init__(wishes[0], *shared)
+        self._captions: TalkCaptions | None = None
+        if self._events and wishes[1] is not None and wishes[1].model.sample_rate == self._model.sample_rate:
+            self._captions = TalkCaptions(wishes[1], self._heard)
         self._sound: Sound = Pcm()
         self._silent = _KEPT_SILENT  # no turn begins with silence
+
+    async def run(self) -> End:
+        try:
+            return await super().run()
+        finally:
+            if self._captions is not None:
+                self._captions.close()
+
+    def _tap(self, heard: NDArray[np.float32], frame: SessionFrame) -> None:
+        if self._captions is not None:
+            self._captions.tap(heard, frame)
+        super()._tap(heard, frame)
+
+    def _heard(self, words: tuple[Word, ...]) -> None:
+        """In the recogniser's thread: words of the user."""
+        told = [{"text": word.text.strip(), "start": round(word.start, 3), "end": round(word.end, 3)} for word in words]
+        self._engine.tell(
+            self._loop, lambda: None if self._over.done() else self._tell({"type": "user", "words": told})
+        )
 
     def _open(self) -> None:
         if isinstance(self._settings, BadQuery):

@@ -225,6 +225,8 @@ function event(what) {
     const at = Math.max(0, page.received - page.info.frame_samples);
     page.coming.push({ piece: what.text });
     page.sound?.send({ kind: "mark", at });
+  } else if (what.type === "user") {
+    for (const word of what.words) log.heard(word);
   }
 }
 

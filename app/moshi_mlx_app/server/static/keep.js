@@ -71,6 +71,14 @@ export class Words {
   constructor() {
     this.words = []; // {text, start, last, paragraph}
     this.paragraph = -1;
+    this.user = []; // {text, start, end, begins}
+  }
+
+  // A word of the user's: whether it begins a turn is added.
+  hear(word) {
+    const before = this.user.at(-1);
+    this.user.push({ ...word, begins: !before || word.start - before.end > PAUSE });
+    return this.user.at(-1);
   }
 
   // piece: text as it came, a space before each new word. time: seconds in the recording. Returns the changed words.
@@ -106,19 +114,27 @@ export class Words {
     const lines = [];
     for (const word of this.words) {
       if (word.paragraph !== lines.at(-1)?.paragraph) {
-        lines.push({ paragraph: word.paragraph, text: `[${clock(word.start)}] ${word.text}` });
+        lines.push({ paragraph: word.paragraph, start: word.start, text: `[${clock(word.start)}] ${word.text}` });
       } else {
         lines.at(-1).text += ` ${word.text}`;
       }
     }
-    return lines.map((line) => line.text).join("\n") + "\n";
+    const theirs = [];
+    for (const { text, start, begins } of this.user) {
+      if (begins) theirs.push({ start, text: `[${clock(start)}] (you) ${text}` });
+      else theirs.at(-1).text += ` ${text}`;
+    }
+    const all = [...lines, ...theirs].sort((one, other) => one.start - other.start);
+    return all.map((line) => line.text).join("\n") + "\n";
   }
 
   // The JSON beside the wav `file`, in the form that every recording of this program has (docs/recordings.md). Its
   // beginning comes from the server.
   json({ speaker, ...transcript }, file, duration, complete) {
-    const words = this.timed().map((word) => ({ ...word, speaker }));
-    const label = { moshi: "SPEAKER_MAIN", user: "SPEAKER_OTHER" }[speaker];
+    const theirs = this.user.map(({ text, start, end }) => ({ text, start, end, speaker: "user" }));
+    const words = [...this.timed().map((word) => ({ ...word, speaker })), ...theirs];
+    words.sort((one, other) => one.start - other.start);
+    const labels = { moshi: "SPEAKER_MAIN", user: "SPEAKER_OTHER" };
     const value = {
       ...transcript,
       complete,
@@ -126,7 +142,7 @@ export class Words {
       duration: round(duration),
       text: this.words.map((word) => word.text).join(" "),
       words,
-      alignments: words.map((word) => [word.text, [word.start, word.end], label]),
+      alignments: words.map((word) => [word.text, [word.start, word.end], labels[word.speaker]]),
     };
     return `${JSON.stringify(value, null, 1)}\n`;
   }

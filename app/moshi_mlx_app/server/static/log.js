@@ -50,6 +50,20 @@ export class Log {
     this.timer = setTimeout(() => this.announce(), PAUSE);
   }
 
+  // A word of the user's, {text, start, end}.
+  heard(word) {
+    const last = this.log.lastElementChild;
+    const said = this.words.hear(word);
+    if (said.begins || !last?.classList.contains("user")) {
+      this.log.querySelector(".hint")?.remove();
+      const made = element("p", undefined, "user");
+      made.append(element("time", clock(word.start)));
+      this.log.append(made);
+    }
+    this.log.lastElementChild.append(element("b", word.text), " ");
+    this.follow();
+  }
+
   paragraph(word) {
     const last = this.log.lastElementChild;
     if (last?.dataset.number === String(word.paragraph)) return last;
