@@ -157,3 +157,46 @@ def test_a_recording_gives_a_voice(model: PersonaPlex, tmp_path: Path) -> None:
     with pytest.raises(moshi_mlx.errors.CheckpointError):
         model.opening("", tmp_path / "noise.pt")
     assert keys[0].shape == keys[1].shape and np.abs(keys[0] - keys[1]).max() < 0.05
+
+
+@pytest.mark.parametrize("path", ["/v1/live/sessions", "/v1/realtime"])
+def test_instructions_are_the_role(model: PersonaPlex, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, what a program of OpenAI's protocols tells the model is lost, or told to somebody else."""
+    told: list[dict[str, str]] = []
+    real = Roles.opening
+
+    def opening(self: Roles, query: Any) -> Any:
+        told.append(dict(query))
+        return real(self, query)
+
+    monkeypatch.setattr(Roles, "opening", opening)
+
+    async def run() -> list[str]:
+        async with listening(server(model), "127.0.0.1", 0) as port, aiohttp.ClientSession() as session:
+            async with session.ws_connect(f"http://127.0.0.1:{port}{path}") as socket:
+                live = "live" in path
+                about = {"model": "any", "instructions": "You sell shoes."}
+                if live:
+                    await socket.send_json({"type": "session.start", "session": about})
+                else:
+                    asked = {"type": "realtime", "instructions": "You sell shoes."}
+                    await socket.send_json({"type": "session.update", "session": asked})
+                    silence = {"type": "input_audio_buffer.append", "audio": "AAAAAA=="}
+                    await socket.send_json(silence)
+                came = []
+                wanted = "session.started" if live else "session.updated"
+                while wanted not in came:
+                    event = json.loads((await asyncio.wait_for(socket.receive(), 60)).data)
+                    came.append(event["type"])
+                    assert event["type"] != "error", event
+                    if event["type"] == "session.updated":
+                        assert event["session"]["instructions"] == "You sell shoes."
+                for _ in range(200):
+                    if told:
+                        break
+                    await asyncio.sleep(0.05)
+                return came
+
+    came = asyncio.run(asyncio.wait_for(run(), 120))
+    assert told == [{"text_prompt": "You sell shoes."}]
+    assert not any("instructions_not_supported" in kind for kind in came)
