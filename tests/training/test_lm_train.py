@@ -13,8 +13,8 @@ from moshi_mlx_training.lm import evaluate as lm_evaluate
 from moshi_mlx_training.lm import train as lm_train
 from moshi_mlx_training.lm.batch import delayed, training_batch
 from moshi_mlx_training.lm.dialogue import Pieces, compose
-from moshi_mlx_training.lm.export import published_tensors
-from moshi_mlx_training.lm.model import FIGURES, embed
+from moshi_mlx_training.lm.export import mix, published_tensors
+from moshi_mlx_training.lm.model import FIGURES, embed, flat
 from moshi_mlx_training.lm.train import SharedSum, Trainer
 
 from moshi_mlx.checkpoint.fit import fit_lm
@@ -167,6 +167,18 @@ def test_an_exported_model_loads_and_agrees(bits: int | None, tmp_path: Path) ->
     unpack_modules(loaded)
     again = np.array(loaded(tokens).text_logits.astype(mx.float32))
     np.testing.assert_allclose(again, found, atol=1e-3 if bits else 0)
+
+
+def test_a_mean_of_weights() -> None:
+    """If this fails, the package's weights cannot be made again, or half of a training is lost."""
+    one, two = Lm(TINY), Lm(TINY)
+    first, second = (dict(flat(lm.parameters())) for lm in (one, two))
+    kept = {name: np.array(value) for name, value in first.items()}
+    mix(one, two, 0.25)
+    for name, value in flat(one.parameters()):
+        np.testing.assert_allclose(np.array(value), 0.75 * kept[name] + 0.25 * np.array(second[name]), atol=1e-6)
+    with pytest.raises(SystemExit, match="from 0 to 1"):
+        mix(one, two, 1.5)
 
 
 def test_training_goes_on_from_an_exported_model(pieces: Pieces, tmp_path: Path) -> None:
