@@ -111,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _captions(args: argparse.Namespace, model: Moshi, stages: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of a frame of both models, and whether that is short enough."""
-    from moshi_mlx_app.captions import SHARE, find_recogniser, time_for_both
     from moshi_mlx_app.models.measure import unpaced
+    from moshi_mlx_app.models.recogniser import SHARE, find_recogniser, time_for_both
 
     recogniser = find_recogniser(args, model)
     took = time_for_both(stages, unpaced(recogniser, args.frames))

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moshi_mlx.errors import MoshiError
-from moshi_mlx_app.captions import HELP as CAPTIONS
-from moshi_mlx_app.captions import TalkCaptions, load_recogniser
+from moshi_mlx_app.captions import TalkCaptions
 from moshi_mlx_app.commands.file import UNTRAINED, check_seed
+from moshi_mlx_app.models.recogniser import HELP as CAPTIONS
+from moshi_mlx_app.models.recogniser import load_recogniser
 from moshi_mlx_app.options import (
     add_cache_option,
     add_generation_options,
