@@ -1,7 +1,7 @@
 """The small model's text tokenizer: a SentencePiece model of the words it can say, other text in bytes.
 
     python -m moshi_mlx_training.lm.tokenizer moshi_mlx/builtin/small/tokenizer.model
-    python -m moshi_mlx_training.lm.tokenizer moshi_mlx/builtin/small-stt/tokenizer.model --words
+    python -m moshi_mlx_training.lm.tokenizer training/models/small-stt/tokenizer.model --words
 
 Ids are those of Kyutai's models: 0 ``<unk>`` (EPAD in the text stream), 1 and 2 the ends, 3 padding, then 256 bytes.
 Nearly every word of the answers is one piece, so a word takes one frame. The same answers give the same file.
