@@ -7,8 +7,9 @@
     config = load_config(files.config, files.weights)
     lm = load_lm(config, files.weights, lora=files.lora)
 
-Only the files that a model needs are fetched. What a configuration from a repository names can lie in that repository
-or in another one (``hf://org/repo/path``), never elsewhere on this machine.
+Only the files that a model needs are fetched. What a configuration from a repository names can lie in that repository,
+in another one (``hf://org/repo/path``) or in a built-in model (``builtin://small/mimi.safetensors``), never elsewhere on
+this machine.
 """
 
 from __future__ import annotations
@@ -391,10 +392,12 @@ def _split_hub_name(reference: str) -> tuple[str, str]:
 
 
 def _fetch_reference(name: str, place: _Place, options: dict[str, Any]) -> Path:
-    """A file that a configuration names by ``hf://`` or ``file://``."""
+    """A file that a configuration names by ``hf://``, ``file://`` or ``builtin://model/file``."""
     if name.startswith("hf://"):
         repo, inner = _split_hub_name(name)
         return HubRepo(repo, **options).fetch([inner])[inner]
+    if name.startswith("builtin://"):
+        return _builtin_file(name)
     if not name.startswith("file://"):
         raise CheckpointError(f"{place.label}: {name[:100]!r} is not understood; hf://organisation/name/path is")
     if not isinstance(place, _Folder):
@@ -404,3 +407,12 @@ def _fetch_reference(name: str, place: _Place, options: dict[str, Any]) -> Path:
     if not os.path.isfile(path):
         raise CheckpointError(f"{place.label} names {name[:100]!r}, but there is no such file")
     return path
+
+
+def _builtin_file(name: str) -> Path:
+    """A file of a built-in model, which several of them may share."""
+    model, _, inner = name.removeprefix("builtin://").partition("/")
+    if model not in builtin_models():
+        raise CheckpointError(f"{name[:100]!r}: there is no built-in model {model[:60]!r}")
+    folder = _Folder(BUILTIN / model)
+    return folder.fetch([inner])[inner]

@@ -85,7 +85,10 @@ class Timing:
             raise ConfigError(f"tts_config: audio_delay must be seconds from 0 to 60, found {delay!r}")
         if not isinstance(ahead, int) or not 0 <= ahead <= 100 or (ahead and not config.lm.demux_second_stream):
             raise ConfigError(f"tts_config: second_stream_ahead {ahead!r} does not fit the model")
-        return cls(int(delay * frame_rate), ahead)
+        longest = given.get("max_padding", cls.max_padding)  # ours; Kyutai's programs have it as a constant
+        if not isinstance(longest, int) or not 1 <= longest <= 1000:
+            raise ConfigError(f"tts_config: max_padding must be frames from 1 to 1000, found {longest!r}")
+        return cls(int(delay * frame_rate), ahead, max_padding=longest)
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,15 @@ def delayed(tokens: NDArray[np.int32], config: LmConfig) -> NDArray[np.int32]:
     return out
 
 
-def spoil(inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator) -> None:
-    """Replace some tokens of inputs [streams, time] by random ones, in place."""
+def spoil(
+    inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator, text_spoiled: float = TEXT_SPOILED
+) -> None:
+    """Replace some tokens of inputs [streams, time] by random ones, in place; of the text ``text_spoiled`` by padding."""
     if rng.random() > SPOIL:
         return
     own, time = 1 + config.own_q, inputs.shape[1]
     chance = np.full((len(inputs), 1), USER_ACOUSTIC_SPOILED * rng.random() * 2)
-    chance[own] = USER_SEMANTIC_SPOILED * rng.random() * 2
+    chance[own : own + 1] = USER_SEMANTIC_SPOILED * rng.random() * 2
     chance[1:own] = OWN_SPOILED * rng.random() * 2
     chance[0] = 0
     # Whole frames of the own voice go wrong together as often as single codes do.
@@ -96,8 +98,9 @@ def spoil(inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator)
     hit[1:own] |= frames
     hit[own:] |= rng.random((1, time)) < USER_FRAME_SPOILED
     hit[:, 0] = False
+    hit &= inputs >= 0  # nothing stays nothing
     inputs[hit] = rng.integers(0, config.card, int(hit.sum()))
-    lost = (rng.random(time) < TEXT_SPOILED) & (inputs[0] != config.text_start_id)
+    lost = (rng.random(time) < text_spoiled) & (inputs[0] != config.text_start_id)
     inputs[0, lost] = PAD
 
 

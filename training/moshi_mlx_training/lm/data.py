@@ -111,8 +111,11 @@ def spoken_clip(asked: Asked, voice: str, noise: np.random.Generator, recipe: Re
         utterance = morph.paused(utterance, *pause)
     first, last = trimmed(utterance.pcm)
     pcm = utterance.pcm[first:last]
-    through = recipes.channels(recipe.channel)
-    if recipe.channel == "wide":
+    kind = recipe.channel if recipe.channel != "both" else ("first", "wide")[int(noise.integers(2))]
+    through = recipes.channels(kind)
+    if kind == "none":
+        pass
+    elif kind == "wide":
         pcm = through(np.pad(pcm, (0, SAMPLE_RATE // 5)), noise)
     else:
         pcm = pcm * np.float32(10 ** (noise.uniform(-14, 5) / 20))
@@ -123,7 +126,7 @@ def spoken_clip(asked: Asked, voice: str, noise: np.random.Generator, recipe: Re
     clip = np.zeros((BEFORE + spoken + AFTER) * FRAME, np.float32)
     at = BEFORE * FRAME + shift
     clip[at : at + len(pcm)] = pcm
-    room = int(noise.integers(ROOMS))
+    room = 0 if kind == "none" else int(noise.integers(ROOMS))
     clip = np.clip(through_room(clip, room, noise), -1, 1)
     starts = [(word, start * SAMPLE_RATE - first + at) for word, start in utterance.words]
     ends = [start for _, start in starts[1:]] + [at + last - first]
@@ -141,6 +144,7 @@ def spoken_clip(asked: Asked, voice: str, noise: np.random.Generator, recipe: Re
         "room": room,
         "end": BEFORE + spoken,
         "words": words,
+        "starts": [start / SAMPLE_RATE for _, start in starts],
         "phones": utterance.labels(2 * (len(clip) // FRAME), (at - first) / SAMPLE_RATE),
         "text": asked.text,
     }
@@ -204,6 +208,7 @@ def write_set(path: Path, size: int, make: Callable[[random.Random, np.random.Ge
     pieces = _flat([clip["pcm"] for clip in clips])
     spelled = _flat(words)
     arrays |= {"words": spelled["data"], "word_count": spelled["count"]}
+    arrays["starts"] = np.array([start for clip in clips for start in clip["starts"]], np.float32)  # seconds, one a word
     arrays["phones"] = np.concatenate([clip["phones"] for clip in clips])  # two a frame
     _write(path, {**arrays, **pieces})
 
@@ -312,6 +317,8 @@ def encode_set(folder: Path, name: str, encode: Encode, digest: str) -> bool:
         codes = [piece[DROPPED:] for piece in codes]
         arrays["end"] -= DROPPED
         arrays["words"][:, 0] -= DROPPED
+        if "starts" in arrays:
+            arrays["starts"] -= DROPPED / RATE
     _write(path, {**arrays, **_flat(codes), "codec": np.array(digest)})
     return True
 
@@ -346,7 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
         if options.share[0] == 0:
-            speak_answers(options.folder)
+            if recipe.wordings != "words":
+                speak_answers(options.folder)
             speak_rooms(options.folder)
         for number, (name, size) in enumerate(set_names(options.questions, options.evaluated)):
             if number % options.share[1] != options.share[0]:

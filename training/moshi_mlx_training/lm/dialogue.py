@@ -348,7 +348,7 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator, manner: Manne
         if filled == 0:
             room = pieces.rooms[question.room]
         if filled < at:
-            _fill_room(user, filled, min(at, longest), room, rng)
+            fill_room(user, filled, min(at, longest), room, rng)
         if at >= frames:
             break
         if interrupts:
@@ -395,7 +395,7 @@ def compose(pieces: Pieces, frames: int, rng: np.random.Generator, manner: Manne
     )
 
 
-def _fill_room(user: Ints, start: int, stop: int, room: NDArray[np.uint16], rng: np.random.Generator) -> None:
+def fill_room(user: Ints, start: int, stop: int, room: NDArray[np.uint16], rng: np.random.Generator) -> None:
     """The room's own codes from ``start`` to ``stop``: from its beginning at frame 0, else from anywhere steady."""
     while start < stop:
         begin = 0 if start == 0 else int(rng.integers(STEADY, len(room) - 20))

@@ -2,6 +2,7 @@
 
     python -m moshi_mlx_training.lm.train moshi_mlx/builtin/small runs/lm/data runs/lm/train --workers 2
 
+The same for a folder of ``model_type`` stt or tts and data of ``--wordings words``. It
 runs until stopped (Ctrl-C, SIGTERM) and goes on where it stopped when run again. The learning rate is constant; a
 run with ``--finish-in 12`` lowers it to nothing over 12 minutes and ends. ``--plot`` draws the log instead.
 
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -32,9 +33,12 @@ from mlx.utils import tree_unflatten
 from moshi_mlx.checkpoint.readers import read_safetensors
 from moshi_mlx.config import LmConfig, ModelConfig
 from moshi_mlx.engine.text import TextTokenizer
-from moshi_mlx_training.lm.batch import training_batch
+from moshi_mlx.tasks.speaking import Timing
+from moshi_mlx_training.lm.batch import Batch, training_batch
+from moshi_mlx_training.lm.data import RATE
 from moshi_mlx_training.lm.dialogue import GAP, Manner, Pieces
-from moshi_mlx_training.lm.model import FIGURES, Learner, flat, losses
+from moshi_mlx_training.lm.model import CONVERSATION, FIGURES, LESSONS, SPEECH_FIGURES, Lesson, borrow, flat
+from moshi_mlx_training.lm.streams import Clips, SpeechBatch, speech_batch
 from moshi_mlx_training.process import Stop, keep_memory
 from moshi_mlx_training.speech.recipe import share
 
@@ -66,6 +70,8 @@ class Trainer:
         Of the initial weights and of all data.
     add_up : callable or None
         Replaces a list of gradient arrays by their mean over the workers.
+    lesson : Lesson
+        What is learnt.
     """
 
     def __init__(
@@ -74,10 +80,11 @@ class Trainer:
         seed: int = 0,
         add_up: Callable[[list[mx.array]], list[mx.array]] | None = None,
         compiled: bool = True,
+        lesson: Lesson = CONVERSATION,
     ) -> None:
         mx.random.seed(seed)
         self.config, self.seed, self.add_up = config, seed, add_up
-        self.learner = Learner(config)
+        self.learner = lesson.learner(config)
         self.optimizer = optim.AdamW(1e-3, betas=BETAS, weight_decay=WEIGHT_DECAY)
         self.optimizer.init(self.learner.trainable_parameters())
         self.step_count = 0
@@ -85,7 +92,7 @@ class Trainer:
 
         def learn(parameters: Any, *arrays: mx.array) -> tuple[mx.array, mx.array]:
             self.learner.update(parameters)
-            return losses(self.learner, *arrays)
+            return lesson.losses(self.learner, *arrays)
 
         value_and_grad = mx.value_and_grad(learn)
         if compiled:
@@ -147,10 +154,18 @@ class Trainer:
         return extra
 
     def start_from(self, path: Path) -> None:
-        """Begin with the weights of a published file; the heads, which are not published, are new."""
+        """Begin with the weights of a published file; the heads, which are not published, are new.
+
+        A model of another configuration gives what can be used.
+        """
         from moshi_mlx_training.lm.evaluate import load_weights
 
-        lm = load_weights(path, self.config)
+        theirs = path.with_name("config.json")
+        config = read_model(path.parent)[0] if theirs.exists() else self.config
+        lm = load_weights(path, config)
+        if config != self.config:
+            print(f"{len(borrow(self.learner.lm, lm))} tensors begin as in {path}", flush=True)
+            return
         self.learner.lm.load_weights([(name, value.astype(mx.float32)) for name, value in flat(lm.parameters())])
         mx.eval(self.learner.state)
 
@@ -202,13 +217,17 @@ def work(worker: int, shared: SharedSum | None, orders: Any, results: Any, optio
     if mx.default_device() == mx.cpu:
         mx.set_cache_limit(4 << 30)
     config, tokenizer = read_model(options.model)
-    trainer = Trainer(config, options.seed, None if shared is None else shared.adder(worker))
+    task, delay = read_task(options.model)
+    add_up = None if shared is None else shared.adder(worker)
+    trainer = Trainer(config, options.seed, add_up, lesson=LESSONS[task])
     path, extra = options.run / "lm.safetensors", {}
     if path.exists():
         extra = trainer.load(path)
     elif options.start_from is not None:
         trainer.start_from(options.start_from)
-    pieces = Pieces(options.data, tokenizer)
+    pieces: Pieces | Clips = (
+        Pieces(options.data, tokenizer) if task == "moshi" else Clips(options.data, tokenizer, task)
+    )
     if extra and extra["codec"] != pieces.codec:
         raise ValueError(f"{path} was trained on codec {extra['codec']}, {options.data} holds {pieces.codec}")
     results.put(("ready", worker, trainer.step_count, extra))
@@ -219,17 +238,17 @@ def work(worker: int, shared: SharedSum | None, orders: Any, results: Any, optio
             if worker == 0:
                 trainer.save(value["path"], codec=pieces.codec, **value["extra"])
             continue
-        batch = training_batch(
-            pieces,
-            config,
-            options.batch // options.workers,
-            options.frames,
-            options.seed,
-            trainer.step_count,
-            worker,
-            Manner(tuple(options.unknown_gap), options.mix_speakers),
-            options.drop_acoustic,
-        )
+        size, step = options.batch // options.workers, trainer.step_count
+        batch: Batch | SpeechBatch
+        if isinstance(pieces, Clips):
+            batch = speech_batch(
+                pieces, config, delay, size, options.frames, options.seed, step, worker, options.drop_acoustic
+            )
+        else:
+            manner = Manner(tuple(options.unknown_gap), options.mix_speakers)
+            batch = training_batch(
+                pieces, config, size, options.frames, options.seed, step, worker, manner, options.drop_acoustic
+            )
         figures, norm = trainer.step(batch.arrays(), value)
         results.put(("step", worker, figures, norm))
         if time.monotonic() - refreshed > 60:
@@ -245,14 +264,33 @@ def read_model(folder: Path) -> tuple[LmConfig, TextTokenizer]:
     return config.lm, TextTokenizer(folder / config.tokenizer_name)
 
 
+def read_task(folder: Path) -> tuple[Literal["moshi", "stt", "tts"], int]:
+    """What the model of a folder is for, and by how many frames its text or its voice is late.
+
+    Raises
+    ------
+    ValueError : nobody here can teach that
+    """
+    config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    if config.model_type == "moshi":
+        return "moshi", 0
+    if config.model_type == "stt":
+        return "stt", round(RATE * float(config.stt_config["audio_delay_seconds"]))
+    if config.model_type == "tts":
+        return "tts", Timing.of(config, RATE).delay
+    raise ValueError(f"{folder}: a model of type {config.model_type} cannot be trained here; moshi, stt and tts can")
+
+
 def train(options: argparse.Namespace) -> None:
     """Start the workers; hand out steps, log, save and stop."""
     stop, context = Stop(), multiprocessing.get_context("spawn")
     options.run.mkdir(parents=True, exist_ok=True)
+    lesson = LESSONS[read_task(options.model)[0]]
+    names = lesson.figures
     shared = None
     if options.workers > 1:
         config, _ = read_model(options.model)
-        size = sum(int(value.size) for _, value in flat(Learner(config).parameters()))
+        size = sum(int(value.size) for _, value in flat(lesson.learner(config).parameters()))
         shared = SharedSum(context, options.workers, size)
     orders = [context.Queue() for _ in range(options.workers)]
     results = context.Queue()
@@ -286,7 +324,7 @@ def train(options: argparse.Namespace) -> None:
         float(extra.get("level", 1.0)) or 1.0
     )  # a finished run that goes on starts at the full rate
     print(f"from step {step}, {frames_heard / 12.5 / 3600:.2f} h heard", flush=True)
-    log, sums, count = open(options.run / "lm.jsonl", "a", encoding="utf-8"), np.zeros(len(FIGURES)), 0
+    log, sums, count = open(options.run / "lm.jsonl", "a", encoding="utf-8"), np.zeros(len(names)), 0
 
     def save(path: Path) -> None:
         tell(("save", {"path": path, "extra": {"frames": frames_heard, "level": level}}))
@@ -312,12 +350,12 @@ def train(options: argparse.Namespace) -> None:
                 "frames_per_second": round(count * options.batch * options.frames / (now - noted)),
                 "clock": time.strftime("%H:%M:%S"),
                 "norm": round(done[0][3], 2),
-                **{name: round(float(value), 4) for name, value in zip(FIGURES, sums / count, strict=True)},
+                **{name: round(float(value), 4) for name, value in zip(names, sums / count, strict=True)},
             }
             log.write(json.dumps(line) + "\n")
             log.flush()
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
-            sums, count, noted = np.zeros(len(FIGURES)), 0, now
+            sums, count, noted = np.zeros(len(names)), 0, now
         if now - saved > 60 * options.save_every:
             save(options.run / "lm.safetensors")
             saved = now
@@ -344,7 +382,7 @@ def plot(run: Path) -> Path:
     lines = [json.loads(line) for line in (run / "lm.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
     hours = [line["hours_heard"] for line in lines]
-    for name in FIGURES:
+    for name in (name for name in lines[0] if name in {*FIGURES, *SPEECH_FIGURES}):
         axes["right" in name].plot(hours, [line[name] for line in lines], label=name)
     for axis in axes:
         axis.set_xlabel("hours heard")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_mlx_training.speech import channel, dialogues, morph, sentences, wordings
+from moshi_mlx_training.speech import channel, dialogues, morph, sentences, vocabulary, wordings
 from moshi_mlx_training.speech.synthesis import (
     ALL_ACCENTS,
     ANSWERING_VOICE,
@@ -53,10 +53,13 @@ class Recipe:
 
     Attributes
     ----------
-    wordings : ``first`` those of `dialogues`, ``many`` those of `wordings`
-    voices : ``first`` the speakers that the model in the package was taught with, ``all`` every one there is
+    wordings : ``first`` those of `dialogues`, ``many`` those of `wordings`; ``words`` is no questions but sentences of
+        `vocabulary`, for speech to text and text to speech
+    voices : ``first`` the speakers that the model in the package was taught with, ``all`` every one there is,
+        ``answering`` the model's own voice
     leave_out : synthesizer of which ``all`` takes no voice
-    channel : ``first`` a small room and a tilted microphone, ``wide`` all of `channel`
+    channel : ``first`` a small room and a tilted microphone, ``wide`` all of `channel`, ``both`` one or the other,
+        ``none`` sound as it is
     morphed : share of utterances that the vocoder makes somebody else's
     paused : share of clips with a long pause inside
     pairs : share of clips with two questions
@@ -74,6 +77,8 @@ class Recipe:
 
     def asked(self, rng: random.Random, power: float) -> Asked:
         """What the next clip says; large topics are likely by ``power`` of their size."""
+        if self.wordings == "words":
+            return Asked(vocabulary.sentence(rng), UNKNOWN)
         if rng.random() < self.unknown:
             if self.wordings == "many":
                 return Asked(wordings.unknown(rng), UNKNOWN)
@@ -86,6 +91,8 @@ class Recipe:
 
     def speaker(self, rng: random.Random) -> str:
         """A voice for a user."""
+        if self.voices == "answering":
+            return ANSWERING_VOICE
         if self.voices == "first":
             flite = rng.random() < FLITE_SHARE
             return rng.choice([v for v in TRAINING if v != ANSWERING_VOICE and v.startswith("flite/") == flite])
@@ -112,13 +119,13 @@ class Recipe:
 
 
 FIRST = Recipe()
-_CHOICES = {"wordings": ("first", "many"), "voices": ("first", "all"), "channel": ("first", "wide"),
-            "leave_out": ("festival", "espeak")}  # fmt: skip
+_CHOICES = {"wordings": ("first", "many", "words"), "voices": ("first", "all", "answering"),
+            "channel": ("first", "wide", "both", "none"), "leave_out": ("festival", "espeak")}  # fmt: skip
 _HELP = {
-    "wordings": "how questions are worded: as in dialogues.py, or in all ways of wordings.py",
-    "voices": "users' voices: those of the model in the package, or all",
+    "wordings": "how questions are worded: as in dialogues.py, or in all ways of wordings.py; words: other sentences",
+    "voices": "users' voices: those of the model in the package, all, or the answering voice",
     "leave_out": "synthesizer of which no voice is taken, to judge by",
-    "channel": "between mouth and codec: small rooms and tilted microphones, or telephones and more",
+    "channel": "between mouth and codec: small rooms and tilted microphones, telephones and more, both in turn, or nothing",
     "morphed": "share of utterances that a vocoder makes somebody else's (needs pyworld)",
     "paused": "share of clips with a long pause inside",
     "pairs": "share of clips with two questions",

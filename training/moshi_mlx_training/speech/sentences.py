@@ -130,9 +130,17 @@ def _invented(rng: random.Random) -> str:
     return "".join(rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(syllables))
 
 
-def sentence(rng: random.Random) -> str:
-    """One sentence of three to some sixteen words, ending in punctuation."""
+def words() -> tuple[str, ...]:
+    """What sentences without invented words are made of: words and groups of words."""
+    lists = (NOUNS, _ADJECTIVES, _PAST, _PAIRS, _ADVERBS, _PLACES, _TIMES, _PEOPLE, _NUMBERS, _ASIDES)
+    return tuple(word for words in lists for word in words)
+
+
+def sentence(rng: random.Random, invented: bool = True) -> str:
+    """One sentence of three to some sixteen words, ending in punctuation; without ``invented`` all words exist."""
     kind = rng.randrange(14)
+    while kind == 12 and not invented:
+        kind = rng.randrange(14)
     if kind <= 2:
         text = f"{_someone(rng)} {rng.choice(_PAST)} {_thing(rng)} {_when_or_where(rng)}."
     elif kind == 3:
