@@ -8,8 +8,8 @@
     lm = load_lm(config, files.weights, lora=files.lora)
 
 Only the files that a model needs are fetched. What a configuration from a repository names can lie in that repository,
-in another one (``hf://org/repo/path``) or in a built-in model (``builtin://small/mimi.safetensors``), never elsewhere on
-this machine.
+in another one (``hf://org/repo/path``) or in a built-in model (``builtin://small/mimi.safetensors``), never elsewhere
+on this machine.
 """
 
 from __future__ import annotations

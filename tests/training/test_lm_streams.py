@@ -57,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path / "train-0000.npz",
         data=np.concatenate(codes).astype(np.uint16),
         count=[len(one) for one in codes],
-        starts=np.concatenate([(around + 4 * np.arange(len(said))) / lm_data.RATE for said in words]).astype(np.float32),
+        starts=np.concatenate([(around + 4 * np.arange(len(said))) / lm_data.RATE for said in words]).astype(
+            np.float32
+        ),
         word_count=[len(said) for said in words],
         phones=rng.integers(0, 3, (sum(len(one) for one in codes), 2)).astype(np.uint8),
         room=[0] * len(words),
@@ -140,7 +142,7 @@ def test_windows_hold_sound_and_text_apart_by_the_delay(folder: Path, tokenizer:
 
 
 def test_nothing_is_embedded_as_zeros() -> None:
-    """If this fails, what a text-to-speech model has learnt before its voice begins is not what the program gives it."""
+    """If this fails, what a text-to-speech model learns before its voice begins is not what the program gives it."""
     mx.random.seed(0)
     lm, rng = Lm(SPEAKS), np.random.default_rng(0)
     tokens = mx.array(rng.integers(-1, 500, (2, 9, 12)).astype(np.int32))

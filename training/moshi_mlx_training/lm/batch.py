@@ -84,7 +84,7 @@ def delayed(tokens: NDArray[np.int32], config: LmConfig) -> NDArray[np.int32]:
 def spoil(
     inputs: NDArray[np.int32], config: LmConfig, rng: np.random.Generator, text_spoiled: float = TEXT_SPOILED
 ) -> None:
-    """Replace some tokens of inputs [streams, time] by random ones, in place; of the text ``text_spoiled`` by padding."""
+    """Replace some tokens of inputs [streams, time], in place, by random ones; a share of the text by padding."""
     if rng.random() > SPOIL:
         return
     own, time = 1 + config.own_q, inputs.shape[1]

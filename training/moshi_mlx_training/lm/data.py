@@ -208,7 +208,9 @@ def write_set(path: Path, size: int, make: Callable[[random.Random, np.random.Ge
     pieces = _flat([clip["pcm"] for clip in clips])
     spelled = _flat(words)
     arrays |= {"words": spelled["data"], "word_count": spelled["count"]}
-    arrays["starts"] = np.array([start for clip in clips for start in clip["starts"]], np.float32)  # seconds, one a word
+    arrays["starts"] = np.array(
+        [start for clip in clips for start in clip["starts"]], np.float32
+    )  # seconds, one a word
     arrays["phones"] = np.concatenate([clip["phones"] for clip in clips])  # two a frame
     _write(path, {**arrays, **pieces})
 

@@ -1,13 +1,14 @@
 """How well a model writes down what it hears, or says what it is given: by the synthesizers' own words and times.
 
-    python -m moshi_mlx_training.lm.judge_speech training/models/small-stt runs/judge --weights runs/stt/train/lm.safetensors
-    python -m moshi_mlx_training.lm.judge_speech training/models/small-tts runs/judge --weights runs/tts/train/lm.safetensors
+    M=training/models
+    python -m moshi_mlx_training.lm.judge_speech $M/small-stt runs/judge --weights runs/stt/train/lm.safetensors
+    python -m moshi_mlx_training.lm.judge_speech $M/small-tts runs/judge --weights runs/tts/train/lm.safetensors
 
-The model runs as in the program, on sentences of `speech.vocabulary` that training did not have. What was spoken is kept
-in the folder. Speech to text: errors by 100 words, and how far the start of each word that was written rightly is from
-the synthesizer's; ``known`` are speakers of training, ``held`` speakers that were left out, ``unheard`` a synthesizer
-that was. Text to speech: pocketsphinx, with the words of all the sentences in any order as its grammar, hears the voice,
-and the originals beside it.
+The model runs as in the program, on sentences of `speech.vocabulary` that training did not have. What was spoken is
+kept in the folder. Speech to text: errors by 100 words, and how far the start of each word that was written rightly is
+from the synthesizer's; ``known`` are speakers of training, ``held`` speakers that were left out, ``unheard`` a
+synthesizer that was. Text to speech: pocketsphinx, with the words of all the sentences in any order as its grammar,
+hears the voice, and the originals beside it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_mlx.checkpoint.resolve import resolve
 from moshi_mlx.codec.base import make_codec
 from moshi_mlx.config import ModelConfig
-from moshi_mlx.checkpoint.resolve import resolve
 from moshi_mlx.engine.text import TextTokenizer
 from moshi_mlx.models.mimi import MimiConfig
 from moshi_mlx.tasks import TASKS
 from moshi_mlx.tasks.speak import TextToSpeech
 from moshi_mlx.tasks.transcribe import SpeechToText
-from moshi_mlx_training.lm.data import FRAME, spoken_clip, split_flat, write_set
+from moshi_mlx_training.lm.data import FRAME, split_flat, spoken_clip, write_set
 from moshi_mlx_training.lm.evaluate import load_weights
 from moshi_mlx_training.lm.train import preload_blas
 from moshi_mlx_training.speech.dialogues import words
@@ -129,7 +130,9 @@ class WordEar:
 
         names = sorted({word for text in texts for word in words(text)})
         self.ear = Recogniser(names)
-        self.ear.decoder.add_jsgf_string("words", f"#JSGF V1.0; grammar words; public <any> = ( {' | '.join(names)} )+ ;")
+        self.ear.decoder.add_jsgf_string(
+            "words", f"#JSGF V1.0; grammar words; public <any> = ( {' | '.join(names)} )+ ;"
+        )
         self.ear.decoder.activate_search("words")
 
     def right(self, text: str, pcm: Pcm) -> int:
@@ -172,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {}
     if isinstance(model, TextToSpeech):
         figures["said"] = found = judge_said(model, sentences(options.folder, "said", options.count))
-        print(f"heard {found['heard']:.1%} of {found['words']} words, of the originals' {found['heard_of_originals']:.1%}")
+        print(
+            f"heard {found['heard']:.1%} of {found['words']} words, of the originals' {found['heard_of_originals']:.1%}"
+        )
     else:
         for group in options.groups:
             try:

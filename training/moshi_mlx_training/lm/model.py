@@ -159,7 +159,7 @@ def borrow(lm: Lm, other: Lm) -> list[str]:
     """Take what another model knows and this one can use, in place; returns the names of what was taken.
 
     Audio streams are those of its user for a model that only listens, else those of its voice. Layers that the other
-    one does not have begin as if they were not there. The text is another: of it only the two kinds of padding are taken.
+    one does not have begin as if they were not there. The text is another: only its two kinds of padding are taken.
     """
     listens, skipped = not lm.config.own_q, other.config.own_q
     theirs = dict(flat(other.parameters()))

@@ -68,8 +68,8 @@ def pieces_of(text: str, task: Task, tokenizer: TextTokenizer) -> tuple[tuple[in
 def place(groups: Sequence[Sequence[int]], starts: Sequence[float], task: Task, delay: int = 0) -> Ints:
     """Where a text's tokens go: [n, 2] of (frame, id).
 
-    For ``stt`` a word's first piece is in the frame nearest to its start and ``delay`` later; for ``tts`` its EPAD is in
-    the frame of its start. A word whose place is taken by the one before follows it.
+    For ``stt`` a word's first piece is in the frame nearest to its start and ``delay`` later; for ``tts`` its EPAD is
+    in the frame of its start. A word whose place is taken by the one before follows it.
     """
     out: list[tuple[int, int]] = []
     free = 0
@@ -138,7 +138,17 @@ class Clips:
                 groups = pieces_of(str(text), self.task, self.tokenizer)
                 if len(groups) == len(starts):
                     self.clips.append(
-                        Clip(codes, starts * RATE, groups, phones, int(room), BEFORE - DROPPED, int(end), int(voice), str(text))
+                        Clip(
+                            codes,
+                            starts * RATE,
+                            groups,
+                            phones,
+                            int(room),
+                            BEFORE - DROPPED,
+                            int(end),
+                            int(voice),
+                            str(text),
+                        )
                     )
         return len(self.clips)
 
@@ -177,7 +187,7 @@ def heard(clips: Clips, frames: int, rng: np.random.Generator, delay: int) -> tu
             break
         tokens[1:, at:filled] = clip.codes.T
         phones[at + PHONES_AFTER : filled + PHONES_AFTER] = clip.phones
-        placed = place(clip.groups, clip.starts + at, "stt", delay)
+        placed = place(clip.groups, list(clip.starts + at), "stt", delay)
         placed = placed[placed[:, 0] >= free]  # a clip without room after the last one
         tokens[0, placed[:, 0]] = placed[:, 1]
         free = int(placed[-1, 0]) + 1 if len(placed) else free
@@ -194,7 +204,7 @@ def spoken(clips: Clips, frames: int, rng: np.random.Generator, delay: int) -> I
         clip = clips.draw(rng)
         begin = 0 if filled == 0 else max(0, clip.onset - 1)
         end = min(len(clip.codes), clip.end + int(rng.integers(*REST)))
-        placed = place(clip.groups, clip.starts - begin + filled, "tts")
+        placed = place(clip.groups, list(clip.starts - begin + filled), "tts")
         tokens[0, placed[:, 0]] = placed[:, 1]
         tokens[1:, delay + filled : delay + filled + end - begin] = clip.codes[begin:end].T
         filled = max(filled + end - begin, int(placed[-1, 0]) + 1)

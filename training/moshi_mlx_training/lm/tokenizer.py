@@ -6,8 +6,8 @@
 Ids are those of Kyutai's models: 0 ``<unk>`` (EPAD in the text stream), 1 and 2 the ends, 3 padding, then 256 bytes.
 Nearly every word of the answers is one piece, so a word takes one frame. The same answers give the same file.
 
-With ``--words`` it is that of speech to text and text to speech: parts of the words of `speech.vocabulary`, letters, and
-the marks of a sentence; capitals are read as small letters. What it does not know is ``<unk>``, and is left out.
+With ``--words`` it is that of speech to text and text to speech: parts of the words of `speech.vocabulary`, letters,
+and the marks of a sentence; capitals are read as small letters. What it does not know is ``<unk>``, and is left out.
 """
 
 from __future__ import annotations

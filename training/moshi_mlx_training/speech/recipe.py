@@ -125,7 +125,7 @@ _HELP = {
     "wordings": "how questions are worded: as in dialogues.py, or in all ways of wordings.py; words: other sentences",
     "voices": "users' voices: those of the model in the package, all, or the answering voice",
     "leave_out": "synthesizer of which no voice is taken, to judge by",
-    "channel": "between mouth and codec: small rooms and tilted microphones, telephones and more, both in turn, or nothing",
+    "channel": "between mouth and codec: small rooms and tilted microphones, telephones too, both in turn, or nothing",
     "morphed": "share of utterances that a vocoder makes somebody else's (needs pyworld)",
     "paused": "share of clips with a long pause inside",
     "pairs": "share of clips with two questions",

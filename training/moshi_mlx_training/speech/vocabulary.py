@@ -1,4 +1,4 @@
-"""Sentences of some thousands of words, by grammar and at random: who hears or says them must know sounds, not sentences.
+"""Sentences of some thousands of words, by grammar and at random: they teach sounds rather than sentences.
 
     python -m moshi_mlx_training.speech.vocabulary /usr/share/wordnet
 
@@ -123,7 +123,7 @@ def _common(wordnet: Path, count: int) -> dict[str, str]:
     """The commonest words of WordNet's examples and what they can be."""
     seen: Counter[str] = Counter()
     base: dict[str, set[str]] = {"n": set(), "v": set(), "a": set(), "r": set()}
-    for part, tag in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
+    for part in ("noun", "verb", "adj", "adv"):
         for line in (wordnet / f"data.{part}").read_text("latin-1").splitlines():
             if not line.startswith("  "):
                 for example in re.findall(r'"([^"]+)"', line.partition("|")[2]):
