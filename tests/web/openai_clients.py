@@ -70,13 +70,14 @@ async def play(
     seconds: float, send: Callable[[bytes], Awaitable[None]], interrupt: Callable[[], Awaitable[None]]
 ) -> None:
     """The microphone, and once an interruption."""
-    began, done = time.monotonic(), False
+    began, interrupting = time.monotonic(), None
     for index, block in enumerate(question(seconds)):
         await asyncio.sleep(max(0.0, began + index * BLOCK / RATE - time.monotonic()))
         await send(block)
-        if not done and index * BLOCK / RATE > seconds / 2:
-            done = True
-            await interrupt()
+        if interrupting is None and index * BLOCK / RATE > seconds / 2:
+            interrupting = asyncio.ensure_future(interrupt())  # beside the sound: it may have to wait for an answer
+    if interrupting is not None:
+        await asyncio.wait_for(interrupting, 30)
 
 
 async def realtime(url: str, seconds: float, heard: Heard) -> None:
