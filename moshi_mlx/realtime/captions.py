@@ -180,6 +180,7 @@ class Captions:
         frames: dict[Listener, Pcm] = {}
         owners: dict[Listener, Caption] = {}
         for caption in speakers:
+            finishing = caption._finishing  # read first: what was fed before it is in the queue then
             pcm = caption.next(self.model.frame_rate)
             try:
                 listener = listeners.get(caption)
@@ -187,7 +188,7 @@ class Captions:
                     listener = listeners[caption] = shared()
                 if pcm is not None:
                     frames[listener], owners[listener] = pcm, caption
-                elif caption._finishing:
+                elif finishing:
                     for heard in listener.finish():
                         caption.take(heard)
                     self.leave(caption)
